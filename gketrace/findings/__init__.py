@@ -1,0 +1,1 @@
+"""Findings: what is wrong, by code, with evidence and remedy."""

@@ -1,0 +1,1 @@
+"""Rules: iptables and nftables, parsed from what the kernel's tools print."""

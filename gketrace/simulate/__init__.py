@@ -1,0 +1,1 @@
+"""The walk of a packet through the network namespaces of one node."""
