@@ -1,0 +1,1 @@
+"""End-to-end: the lab (`e2e/lab`, package `e2e.netlab`), its Kubernetes API, and the scenarios."""

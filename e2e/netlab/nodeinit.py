@@ -1,0 +1,382 @@
+"""PID 1 of a node: makes the node's namespaces and mounts, its network, its rules and its pods.
+
+Forked by the supervisor, so that it needs no files and starts at once. It stays, reaps orphans,
+and does what the supervisor asks over a socket: one JSON object a line, one answer a line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from e2e.netlab import linux
+from e2e.netlab.errors import LabError
+from e2e.netlab.kubeproxy import serve_kube_proxy
+from e2e.netlab.network import node_batch, pod_batch
+from e2e.netlab.rules import restore_dump, restore_synthetic, run
+from e2e.netlab.server import serve
+from e2e.netlab.state import Cgroup
+from e2e.netlab.world import AGENT_PORT, Node, Pod, World, agent_object
+
+__all__ = ["AGENT_SOCKET", "NodeInit", "holder", "quiet_ipv6"]
+
+AGENT_SOCKET = "/run/gketrace/agent.sock"
+_CGROUP = "/sys/fs/cgroup"
+_READ_ONLY = ("net.netfilter.nf_conntrack_count", "net.netfilter.nf_conntrack_max")
+"""In the fixture's sysctl.txt, but fixed for the machine as a whole."""
+
+
+def sysctl(name: str, value: str) -> None:
+    Path("/proc/sys", name.replace(".", "/")).write_text(value)
+
+
+def quiet_ipv6() -> None:
+    """Addresses of links made from here on are usable at once (no duplicate address detection)."""
+    for scope in ("all", "default"):
+        sysctl(f"net.ipv6.conf.{scope}.accept_dad", "0")
+        sysctl(f"net.ipv6.conf.{scope}.accept_ra", "0")
+
+
+def holder(name: str, cgroup: Cgroup, ready: int, *, forwards: bool) -> NoReturn:
+    """A machine that is only a network namespace (switch, router, client): waits to be killed."""
+    linux.die_with_parent()
+    cgroup.join()
+    linux.unshare(linux.CLONE_NEWNET | linux.CLONE_NEWNS | linux.CLONE_NEWUTS)
+    linux.make_mounts_private()
+    linux.mount("sysfs", "/sys", "sysfs")
+    socket.sethostname(name)
+    quiet_ipv6()
+    for scope in ("all", "default"):
+        sysctl(f"net.ipv4.conf.{scope}.send_redirects", "0")
+        sysctl(f"net.ipv4.conf.{scope}.accept_redirects", "0")
+        sysctl(f"net.ipv4.conf.{scope}.rp_filter", "0")
+    if forwards:
+        sysctl("net.ipv4.ip_forward", "1")
+        sysctl("net.ipv6.conf.all.forwarding", "1")
+        # For links to come: without the subnet's anycast address, as in NodeInit.sysctls.
+        sysctl("net.ipv6.conf.default.forwarding", "0")
+    linux.set_process_title(name, f"gketrace-lab {name}")
+    os.write(ready, b"1")
+    os.close(ready)
+    while True:
+        signal.pause()
+
+
+@dataclass(slots=True, kw_only=True)
+class NodeInit:
+    """One node. `cgroup` is its root; `peers` the folder, outside, where its pods log."""
+
+    world: World
+    node: Node
+    topology: str
+    cgroup: Cgroup
+    peers: Path
+    agent: Path
+    channel: socket.socket
+    sandboxes: dict[str, int] = field(default_factory=dict)
+    containers: dict[str, int] = field(default_factory=dict)
+    logs: dict[str, int] = field(default_factory=dict)
+    kube_proxy: int = 0
+    agent_pid: int = 0
+    exits: dict[int, int] = field(default_factory=dict)
+
+    def main(self) -> NoReturn:
+        """Never returns: ends with its supervisor."""
+        linux.die_with_parent()
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        woken, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(waker)
+        stream = self.channel.makefile("rw", encoding="utf-8")
+        operations: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "wire": lambda _: self.wire(),
+            "heal": lambda _: self.heal(),
+            "status": lambda _: self.status(),
+            "agent": lambda request: self.control_agent(request["action"]),
+        }
+        answer = self.answer(lambda _: self.machine(), {})
+        stream.write(answer)
+        stream.flush()
+        while True:
+            channel = self.channel.fileno()
+            readable, _, _ = select.select([channel, woken], [], [])
+            if woken in readable:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(woken, 4096)
+                self.reap()
+            if channel in readable:
+                line = stream.readline()
+                if not line:
+                    os._exit(0)
+                request = json.loads(line)
+                stream.write(self.answer(operations[request["op"]], request))
+                stream.flush()
+
+    def answer(self, operation: Callable[[dict[str, Any]], Any], request: dict[str, Any]) -> str:
+        try:
+            return json.dumps({"ok": operation(request)}) + "\n"
+        except (LabError, OSError) as error:
+            return json.dumps({"error": f"node {self.node.short}: {error}"}) + "\n"
+
+    def reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            self.exits[pid] = os.waitstatus_to_exitcode(status)
+
+    # -- the machine -------------------------------------------------------------------------
+
+    def machine(self) -> None:
+        """Namespaces, mounts, and a sandbox for each pod."""
+        self.cgroup.join()
+        linux.unshare(
+            linux.CLONE_NEWNET
+            | linux.CLONE_NEWNS
+            | linux.CLONE_NEWUTS
+            | linux.CLONE_NEWIPC
+            | linux.CLONE_NEWCGROUP
+        )
+        for pod in self.world.pods_on(self.node.name):
+            path = self.peers / f"{pod.namespace}_{pod.name}.jsonl"
+            self.logs[pod.key] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        linux.make_mounts_private()
+        linux.mount("proc", "/proc", "proc")
+        linux.mount("sysfs", "/sys", "sysfs")
+        linux.mount("cgroup", _CGROUP, self.cgroup.fstype, 0, self.cgroup.options)
+        linux.mount("tmpfs", "/run", "tmpfs", 0, "mode=0755")
+        for folder in ("netns", "gketrace", "lock"):
+            Path("/run", folder).mkdir(mode=0o755)
+        socket.sethostname(self.node.name)
+        self.join("init.scope")
+        linux.set_process_title("init", "/sbin/init")
+        quiet_ipv6()
+        for pod in self.world.pods_on(self.node.name):
+            self.sandboxes[pod.key] = self.sandbox(pod)
+
+    def join(self, name: str) -> None:
+        Cgroup(path=Path(_CGROUP, name), fstype="", options="").join()
+
+    def fork(self, child: Callable[[], object]) -> int:
+        """Forks a process of this node that runs `child` and ends."""
+        pid = os.fork()
+        if pid:
+            return pid
+        try:
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_DFL)
+            self.channel.close()
+            os.setsid()
+            child()
+            os._exit(0)
+        except BaseException as error:  # noqa: BLE001 - a forked process: nobody is above it
+            os.write(2, f"{self.node.short}: {error!r}\n".encode())
+            os._exit(70)
+
+    def sandbox(self, pod: Pod) -> int:
+        """The pod's pause process, with the pod's namespaces; the namespace is also named in
+        /run/netns, as the container runtime names it."""
+        woken, ready = os.pipe()
+
+        def child() -> None:
+            os.close(woken)
+            self.join(f"{pod.cgroup}/cri-containerd-{pod.sandbox_id}.scope")
+            linux.unshare(linux.CLONE_NEWNS | linux.CLONE_NEWIPC)
+            linux.make_mounts_private()
+            linux.mount("tmpfs", "/run", "tmpfs", 0, "mode=0755")
+            if not pod.host_network:
+                linux.unshare(linux.CLONE_NEWNET | linux.CLONE_NEWUTS)
+                socket.sethostname(pod.name)
+                linux.mount("sysfs", "/sys", "sysfs")
+                linux.mount("cgroup", _CGROUP, self.cgroup.fstype, 0, self.cgroup.options)
+                quiet_ipv6()
+            linux.set_process_title("pause", "/pause")
+            os.write(ready, b"1")
+            os.close(ready)
+            while True:
+                signal.pause()
+
+        pid = self.fork(child)
+        os.close(ready)
+        told = os.read(woken, 1)
+        os.close(woken)
+        if not told:
+            raise LabError(f"pod {pod.key}: its sandbox ended at once")
+        if not pod.host_network:
+            target = Path("/run/netns", pod.netns_name)
+            target.touch()
+            linux.bind_mount(f"/proc/{pid}/ns/net", str(target))
+        return pid
+
+    # -- the network, the rules, the servers -------------------------------------------------
+
+    def wire(self) -> dict[str, Any]:
+        """Once eth0 is there: everything else."""
+        run(["ip", "-batch", "-"], node_batch(self.world, self.node, self.topology, self.sandboxes))
+        for pod in self.world.pods_on(self.node.name):
+            if not pod.host_network:
+                enter = ["nsenter", "--target", str(self.sandboxes[pod.key]), "--net"]
+                run([*enter, "ip", "-batch", "-"], pod_batch(self.node, pod, self.topology))
+        self.sysctls()
+        restore_dump(self.world, self.node)
+        restore_synthetic(self.world, self.node)
+        for pod in self.world.pods_on(self.node.name):
+            self.containers[pod.key] = self.container(pod)
+        self.kube_proxy = self.start_kube_proxy()
+        self.wait_for_pods()
+        self.control_agent("start")
+        return self.status()
+
+    def sysctls(self) -> None:
+        lines = (self.node.fixture / "sysctl.txt").read_text().splitlines()
+        for line in lines:
+            name, value = line.split(" = ")
+            if name in _READ_ONLY or (".cbr0." in name and self.topology != "bridge"):
+                continue
+            sysctl(name, value)
+        for scope in ("all", "default", "eth0"):
+            sysctl(f"net.ipv4.conf.{scope}.send_redirects", "0")
+        sysctl("net.ipv6.conf.all.forwarding", "1")
+        # A forwarding interface also owns its subnet's all-zeros anycast address, which is the
+        # unicast address of one of the captured nodes. all.forwarding alone decides forwarding
+        # (ip6_forward, net/ipv6/ip6_output.c).
+        sysctl("net.ipv6.conf.eth0.forwarding", "0")
+
+    def container(self, pod: Pod) -> int:
+        def child() -> None:
+            self.join(f"{pod.cgroup}/cri-containerd-{pod.container_id}.scope")
+            pid = self.sandboxes[pod.key]
+            kinds = [("ipc", linux.CLONE_NEWIPC), ("mnt", linux.CLONE_NEWNS)]
+            if not pod.host_network:
+                kinds[:0] = [("net", linux.CLONE_NEWNET), ("uts", linux.CLONE_NEWUTS)]
+            for name, kind in kinds:
+                linux.setns(f"/proc/{pid}/ns/{name}", kind)
+            linux.set_process_title("hello-app", "/hello-app")
+            serve(pod.key, self.node.name, pod.ports, self.logs[pod.key])
+
+        return self.fork(child)
+
+    def start_kube_proxy(self) -> int:
+        def child() -> None:
+            self.join("system.slice/kube-proxy.service")
+            linux.set_process_title("kube-proxy", "/usr/local/bin/kube-proxy")
+            serve_kube_proxy(self.world, self.node.name)
+
+        return self.fork(child)
+
+    def wait_for_pods(self) -> None:
+        """A connection to each pod's TCP ports from its node, as a kubelet's probe makes: it shows
+        that the pod answers, and the bridge learns its MAC."""
+        deadline = time.monotonic() + 5
+        for pod in self.world.pods_on(self.node.name):
+            for protocol, port in pod.ports:
+                while protocol == "TCP":
+                    try:
+                        with socket.create_connection((pod.ip, port), timeout=1) as connection:
+                            connection.sendall(b"probe\n")
+                            connection.recv(4096)
+                        break
+                    except OSError as error:
+                        if time.monotonic() > deadline:
+                            raise LabError(f"pod {pod.key}, port {port}: {error}") from error
+                        time.sleep(0.005)
+
+    # -- asked by the supervisor -------------------------------------------------------------
+
+    def alive(self, pid: int) -> bool:
+        self.reap()
+        return bool(pid) and pid not in self.exits
+
+    def heal(self) -> dict[str, Any]:
+        """Starts again what has ended; a dead sandbox cannot be mended."""
+        for pod in self.world.pods_on(self.node.name):
+            if not self.alive(self.sandboxes[pod.key]):
+                raise LabError(f"pod {pod.key}: its sandbox is gone")
+            if not self.alive(self.containers[pod.key]):
+                self.containers[pod.key] = self.container(pod)
+        if not self.alive(self.kube_proxy):
+            self.kube_proxy = self.start_kube_proxy()
+        self.wait_for_pods()
+        self.control_agent("start")
+        return self.status()
+
+    def status(self) -> dict[str, Any]:
+        """`pid`s are as this node sees them; the agent's state in words."""
+        if self.alive(self.agent_pid):
+            agent = "running"
+        elif not self.agent.exists():
+            agent = "not installed"
+        elif self.agent_pid:
+            agent = f"ended with {self.exits[self.agent_pid]}"
+        else:
+            agent = "stopped"
+        return {
+            "agent": {
+                "state": agent,
+                "pid": self.agent_pid if agent == "running" else None,
+                "socket": AGENT_SOCKET,
+            },
+            "pods": {
+                pod.key: {
+                    "sandbox_pid": self.sandboxes[pod.key],
+                    "pid": self.containers.get(pod.key, 0),
+                    "running": self.alive(self.containers.get(pod.key, 0)),
+                }
+                for pod in self.world.pods_on(self.node.name)
+            },
+        }
+
+    def control_agent(self, action: str) -> dict[str, Any]:
+        if action == "stop" and self.alive(self.agent_pid):
+            os.kill(self.agent_pid, signal.SIGTERM)
+            deadline = time.monotonic() + 5
+            while self.alive(self.agent_pid):
+                if time.monotonic() > deadline:
+                    os.kill(self.agent_pid, signal.SIGKILL)
+                time.sleep(0.01)
+            self.agent_pid = 0
+        if action == "start" and not self.alive(self.agent_pid) and self.agent.exists():
+            self.agent_pid = self.fork(self.exec_agent)
+            self.wait_for_agent()
+        return self.status()
+
+    def exec_agent(self) -> None:
+        pod = agent_object(self.node)
+        uid = pod["metadata"]["uid"].replace("-", "_")
+        container = pod["status"]["containerStatuses"][0]["containerID"].split("//", 1)[1]
+        self.join(
+            "kubepods.slice/kubepods-besteffort.slice/"
+            f"kubepods-besteffort-pod{uid}.slice/cri-containerd-{container}.scope"
+        )
+        out = os.open("/run/gketrace/agent.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        null = os.open("/dev/null", os.O_RDONLY)
+        for source, target in ((null, 0), (out, 1), (out, 2)):
+            os.dup2(source, target)
+        os.closerange(3, 256)
+        argv = [str(self.agent), "serve", "--node-name", self.node.name]
+        argv += ["--listen", f"unix://{AGENT_SOCKET}", "--listen", f"tcp://0.0.0.0:{AGENT_PORT}"]
+        argv += ["--insecure", "--log-file", "/run/gketrace/agent.log"]
+        os.execv(argv[0], argv)
+
+    def wait_for_agent(self) -> None:
+        """Until its socket answers, it ends, or five seconds have passed."""
+        deadline = time.monotonic() + 5
+        while self.alive(self.agent_pid) and time.monotonic() < deadline:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                try:
+                    probe.connect(AGENT_SOCKET)
+                    return
+                except OSError:  # not yet
+                    time.sleep(0.02)
