@@ -1,0 +1,224 @@
+"""The kernel's story of one packet against the simulator's walk of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from gketrace.conntrack import CtStatus
+from gketrace.packet import Packet, Tuple5
+from gketrace.snapshot import ConntrackView, Unavailable
+from gketrace.trace import Disposition, Flow, Leaf, Source, StepKind, Walk
+from tests.kernel.oracle.bed import TRACE_TABLE
+from tests.kernel.oracle.inject import Seen, parse
+from tests.kernel.oracle.tracing import Story
+
+__all__ = ["Judgement", "Observed", "Verdict", "judge", "observe_story"]
+
+RuleId = tuple[str, str, int]
+"""(table, chain, 1-based position)."""
+
+
+class Verdict(Enum):
+    """What comparing the two gave."""
+
+    AGREE = "agreement"
+    DISAGREE = "disagreement"
+    UNKNOWN = "unknown"
+    """The simulator said that it does not know, and nothing that it did say was wrong."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """What the kernel did with one packet."""
+
+    nft: tuple[RuleId, ...]
+    """Rules that matched, in order, of nftables and iptables-nft."""
+    legacy: tuple[RuleId, ...]
+    """Rules that matched, in order, of legacy iptables."""
+    end: str
+    """``local``, ``sent`` or ``gone`` (dropped by a rule, or stopped by routing)."""
+    seen: Seen | None
+    """The packet as it left; None when it did not."""
+    interface: str
+    mark: int
+
+    def __str__(self) -> str:
+        rules = " ".join(f"{t}:{c}:{n}" for t, c, n in (*self.nft, *self.legacy))
+        return f"{rules} => {self.end} {self.seen} {self.interface} mark {self.mark:#x}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    verdict: Verdict
+    reason: str = ""
+    leaf: Leaf | None = None
+    """The simulator's branch that the kernel took."""
+
+
+def observe_story(
+    story: Story,
+    handles: Mapping[tuple[str, str, int], int],
+    rule_count: Mapping[tuple[str, str], int],
+    links: Mapping[int, str],
+) -> Observed:
+    """The kernel's events as rule positions and an end.
+
+    `rule_count`: legacy (table, chain) → number of rules; a ``return:N`` or ``policy:N`` past it is
+    the implicit end of the chain, not a rule.
+    """
+    nft: list[RuleId] = []
+    legacy: list[RuleId] = []
+    end, seen, interface, mark = "gone", None, "", 0
+    for event in story.events:
+        if event.backend == "legacy":
+            if event.number <= rule_count.get((event.table, event.chain), 0):
+                legacy.append((event.table, event.chain, event.number))
+            continue
+        if event.table == TRACE_TABLE:
+            if event.chain.startswith("last-") and event.header:
+                end = "local" if event.chain == "last-input" else "sent"
+                seen, mark = parse(event.header), event.mark
+                interface = links.get(event.oif or event.iif, "")
+            elif event.chain.startswith("first-") and event.kind == "rule":
+                end, seen = "gone", None
+            continue
+        if event.kind == "rule" and event.number:
+            position = handles.get((event.table, event.chain, event.number), -1)
+            nft.append((event.table, event.chain, position))
+    return Observed(
+        nft=tuple(nft), legacy=tuple(legacy), end=end, seen=seen, interface=interface, mark=mark
+    )
+
+
+_LOCAL = frozenset({Disposition.DELIVERED, Disposition.REFUSED})
+
+
+def _predicted_rules(leaf: Leaf) -> tuple[tuple[RuleId, ...], tuple[RuleId, ...]]:
+    nft: list[RuleId] = []
+    legacy: list[RuleId] = []
+    for branch in leaf.branches:
+        for step in branch.steps:
+            cited = step.citation
+            if step.kind is not StepKind.RULE or cited is None or cited.source is not Source.RULE:
+                continue
+            table = cited.table.split()[-1]
+            into = legacy if cited.backend == "iptables-legacy" else nft
+            into.append((table, cited.chain, cited.position))
+    return tuple(nft), tuple(legacy)
+
+
+def _end_of(leaf: Leaf) -> str:
+    disposition = leaf.outcome.disposition
+    if disposition in _LOCAL:
+        return "local"
+    if disposition in (Disposition.TRANSMITTED, Disposition.NO_NEIGHBOUR):
+        return "sent"
+    return "gone"
+
+
+def _packet_differs(packet: Packet, seen: Seen, mark: int) -> str:
+    pairs = (
+        ("src", str(packet.src), seen.src),
+        ("dst", str(packet.dst), seen.dst),
+        ("protocol", packet.protocol, seen.protocol),
+        ("tos", packet.dscp << 2 | packet.ecn, seen.tos),
+        ("mark", packet.mark, mark),
+    )
+    wrong = [f"{name} {mine} but kernel {its}" for name, mine, its in pairs if mine != its]
+    may_be_unknown = (
+        ("sport", packet.sport if packet.has_ports else None, seen.sport),
+        ("dport", packet.dport if packet.has_ports else None, seen.dport),
+        ("ttl", packet.ttl, seen.ttl),
+    )
+    wrong += [
+        f"{name} {mine} but kernel {its}"
+        for name, mine, its in may_be_unknown
+        if mine is not None and mine != its
+    ]
+    return ", ".join(wrong)
+
+
+def _tuple_differs(mine: Tuple5, its: Tuple5) -> bool:
+    if (mine.src, mine.dst, mine.protocol) != (its.src, its.dst, its.protocol):
+        return True
+    return any(
+        a is not None and a != b for a, b in ((mine.sport, its.sport), (mine.dport, its.dport))
+    )
+
+
+_NAT_BITS = CtStatus.SRC_NAT | CtStatus.DST_NAT
+
+
+def _flow_differs(flow: Flow, conntrack: ConntrackView) -> str:
+    found = conntrack.lookup(flow.entry.orig)
+    if isinstance(found, Unavailable):
+        return f"conntrack unavailable: {found.reason}"
+    if found is None:
+        return f"no conntrack entry for {flow.entry.orig}"
+    if _tuple_differs(flow.entry.reply, found.reply):
+        return f"conntrack reply {flow.entry.reply} but kernel {found.reply}"
+    if (flow.entry.mark or 0) != (found.mark or 0):
+        return f"ct mark {flow.entry.mark} but kernel {found.mark}"
+    if flow.entry.status & _NAT_BITS != found.status & _NAT_BITS:
+        return f"ct status {flow.entry.status:#x} but kernel {found.status:#x}"
+    return ""
+
+
+def _leaf_differs(leaf: Leaf, seen: Observed) -> str:
+    nft, legacy = _predicted_rules(leaf)
+    for name, mine, its in (("nft", nft, seen.nft), ("legacy", legacy, seen.legacy)):
+        if mine != its:
+            return f"{name} rules {_first_difference(mine, its)}"
+    if _end_of(leaf) != seen.end:
+        return (
+            f"ends {leaf.outcome.disposition.value} ({leaf.outcome.detail}) but kernel {seen.end}"
+        )
+    if seen.seen is None:
+        return ""
+    routes = [s.interface for b in leaf.branches for s in b.steps if s.kind is StepKind.ROUTE]
+    if seen.end == "sent" and seen.interface not in (leaf.outcome.interface, *routes[-1:]):
+        return f"leaves by {leaf.outcome.interface} but kernel {seen.interface}"
+    return _packet_differs(leaf.outcome.packet, seen.seen, seen.mark)
+
+
+def _first_difference(mine: Sequence[RuleId], its: Sequence[RuleId]) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(mine, its, strict=False)) if a != b), None)
+    at = min(len(mine), len(its)) if at is None else at
+    show = [":".join(map(str, rules[at])) if at < len(rules) else "-" for rules in (mine, its)]
+    return f"at {at}: {show[0]} but kernel {show[1]}"
+
+
+def _unknown_fits(leaf: Leaf, seen: Observed) -> bool:
+    """An UNKNOWN leaf whose rules so far are a prefix of the kernel's."""
+    if leaf.outcome.disposition is not Disposition.UNKNOWN:
+        return False
+    nft, legacy = _predicted_rules(leaf)
+    nft_known, legacy_known = seen.nft[: len(nft)], seen.legacy[: len(legacy)]
+    return nft_known[:-1] == nft[:-1] and legacy_known[:-1] == legacy[:-1]
+
+
+def judge(walk: Walk, seen: Observed, conntrack: ConntrackView | None) -> Judgement:
+    """Does some branch of the walk tell the kernel's story?  `conntrack` checks its flows too."""
+    reasons: list[tuple[int, str]] = []
+    unknown = False
+    for leaf in walk.leaves():
+        reason = _leaf_differs(leaf, seen)
+        if not reason and seen.end != "gone" and conntrack is not None:
+            reason = "; ".join(
+                filter(None, (_flow_differs(f, conntrack) for f in leaf.flows if f.assumed))
+            )
+        if not reason:
+            if leaf.chance is not None and leaf.chance <= 0:
+                return Judgement(verdict=Verdict.DISAGREE, reason="chance is 0", leaf=leaf)
+            return Judgement(verdict=Verdict.AGREE, leaf=leaf)
+        unknown = unknown or _unknown_fits(leaf, seen)
+        nft, legacy = _predicted_rules(leaf)
+        common = sum(a == b for a, b in zip(nft, seen.nft, strict=False))
+        common += sum(a == b for a, b in zip(legacy, seen.legacy, strict=False))
+        reasons.append((common, reason))
+    if unknown:
+        return Judgement(verdict=Verdict.UNKNOWN, reason="the simulator does not know")
+    best = max(reasons, default=(0, "the walk has no leaves"))
+    return Judgement(verdict=Verdict.DISAGREE, reason=best[1])
