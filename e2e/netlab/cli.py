@@ -113,8 +113,6 @@ def _exec(name: str, target: str, argv: list[str]) -> None:
     if not command:
         raise LabError("exec: no command; write it after --")
     place = resolve(running_state(name), target)
-    place.cgroup.mkdir(exist_ok=True)
-    (place.cgroup / "cgroup.procs").write_text("0")
     words = place.argv(command, str(Path.cwd()))
     os.execvp(words[0], words)
 

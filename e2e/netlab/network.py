@@ -13,8 +13,8 @@
 ```
 The router is the VPC: it knows each node's pod range and sends a load balancer's address to one
 node with the destination unchanged, as a passthrough load balancer does. A VPC has no broadcast
-domain, sends no ICMP redirects, and drops what it has no route for without a word, so the router
-does the same.
+domain, sends no ICMP redirects, and drops what it has no route for without a word. So does the
+router: its default route leads into a bridge without ports.
 """
 
 from __future__ import annotations
@@ -77,8 +77,10 @@ def router_batch(world: World, targets: dict[str, str], pids: dict[str, int]) ->
         "link set eth0 up",
         f"addr add {ROUTER_IP}/24 dev eth0",
         f"addr add {ROUTER_IP6}/64 dev eth0 nodad",
-        "route add blackhole 0.0.0.0/0",
-        "route add blackhole ::/0",
+        "link add internet type bridge",
+        "link set internet arp off up",
+        "route add default dev internet",
+        "route add ::/0 dev internet",
     ]
     for node in world.nodes:
         lines += [

@@ -11,6 +11,8 @@ from e2e.netlab.network import CLIENTS, ROUTER_IP
 
 __all__ = ["Target", "find_node", "find_pod", "resolve"]
 
+_JOIN = 'mkdir -p "$1" && echo 0 > "$1/cgroup.procs" && shift && exec "$@"'
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
@@ -22,9 +24,15 @@ class Target:
     cgroup: Path
 
     def argv(self, command: list[str], folder: str) -> list[str]:
-        """`nsenter` with `command`; `folder` is the working directory inside."""
+        """Joins the cgroup and the namespaces and runs `command` in `folder`."""
         flags = [f"--{name}" for name in self.namespaces]
-        return ["nsenter", "--target", str(self.pid), *flags, f"--wdns={folder}", "--", *command]
+        enter = ["nsenter", "--target", str(self.pid), *flags, f"--wdns={folder}", "--", *command]
+        return ["sh", "-c", _JOIN, "sh", str(self.cgroup), *enter]
+
+    def network_argv(self, command: list[str], cgroup: Path) -> list[str]:
+        """Joins `cgroup` and the network namespace, no other, and runs `command`."""
+        enter = ["nsenter", "--target", str(self.pid), "--net", "--", *command]
+        return ["sh", "-c", _JOIN, "sh", str(cgroup), *enter]
 
 
 def find_node(state: dict[str, Any], text: str) -> str:

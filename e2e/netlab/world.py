@@ -56,11 +56,11 @@ class Node:
 
     @property
     def pod_cidr6(self) -> str:
-        return f"fd00:40:{self.index:x}::/64"
+        return str(ipaddress.IPv6Network(f"fd00:40:{self.index:x}::/64"))
 
     @property
     def gateway6(self) -> str:
-        return f"fd00:40:{self.index:x}::1"
+        return str(ipaddress.IPv6Address(f"fd00:40:{self.index:x}::1"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,7 +229,7 @@ def _node(item: dict[str, Any], world: Path) -> Node:
 def _pod(item: dict[str, Any], slices: tuple[dict[str, Any], ...], *, synthetic: bool) -> Pod:
     spec, status = item["spec"], item["status"]
     container = spec["containers"][0]
-    ips = [entry["ip"] for entry in status["podIPs"]]
+    ips = [str(ipaddress.ip_address(entry["ip"])) for entry in status["podIPs"]]
     ports = {(p["protocol"], p["containerPort"]) for p in container.get("ports", ())}
     for entry in slices:
         for endpoint in entry.get("endpoints") or ():
