@@ -61,7 +61,7 @@ class Way:
 
     @property
     def error(self) -> GketraceError | None:
-        """Why the last connection could not be made, or how it ended; None while bytes come back."""
+        """Why the last connection was not made, or how it ended; None while bytes come back."""
         with self._lock:
             return self._error
 
@@ -151,13 +151,15 @@ class PortForwards:
             if self._closing:
                 return
             self._closing = True
-            thread, dials = self._thread, list(self._dials)
-            for sock in self._dialling:
-                with contextlib.suppress(OSError):  # it may have ended by itself
-                    sock.shutdown(socket.SHUT_RDWR)
         self._wake()
-        if thread is not None:
-            thread.join()
+        if self._thread is not None:
+            self._thread.join()
+        with self._lock:
+            dials = list(self._dials)
+            for sock in self._dialling:
+                # Not SSLSocket.shutdown: that would take the TLS object from the dialling thread.
+                with contextlib.suppress(OSError):  # it may have ended by itself
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
         for dialling in dials:
             dialling.join()
         with self._lock:

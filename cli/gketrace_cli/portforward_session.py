@@ -397,7 +397,7 @@ class Session:
             offset += width
         if size > _MAX_FRAME:
             raise UnavailableError(
-                f"the port-forward to {self._target} got a frame of {size} bytes"
+                f"the port-forward to {self._target} got {size} bytes at once"
             )
         if len(buffer) < offset + size:
             return None

@@ -340,8 +340,9 @@ class Server:
         for thread in threads:
             thread.join(min(0.05, max(0.0, deadline - time.monotonic())))
         for conn in idle:
+            # Not SSLSocket.shutdown: that would take the TLS object from the thread that reads.
             with contextlib.suppress(OSError):
-                conn.shutdown(socket.SHUT_RDWR)
+                socket.socket.shutdown(conn, socket.SHUT_RDWR)
         for thread in (*threads, *self._acceptors):
             thread.join(max(0.0, deadline - time.monotonic()))
         self.kubeconfig.unlink(missing_ok=True)
