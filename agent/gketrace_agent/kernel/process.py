@@ -1,0 +1,213 @@
+"""Subprocesses: fixed argument vectors, no shell, bounded in time, output and stack, always reaped.
+
+A child inherits the network namespace of the thread that starts it.  subprocess uses vfork and
+exec here (no preexec_fn, no cwd tricks), so nothing of this process runs in a child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import resource
+import selectors
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import IO, Final
+
+from gketrace.errors import ExhaustedError, TimeoutExceeded, UnavailableError
+
+__all__ = ["Child", "Completed", "collect", "find_program", "run", "start"]
+
+_SEARCH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+"""An agent started by hand as root often lacks the sbin directories."""
+_ENVIRONMENT: Final = {"PATH": _SEARCH, "LC_ALL": "C", "LANG": "C"}
+_PIPE: Final = 1 << 20
+"""Bytes; a larger pipe lets a dump finish while we do something else."""
+_STACK: Final = 120 << 20
+"""Bytes.  iptables-nft-save recurses and keeps arrays on the stack: the usual 8 MiB overflow at
+10,000 services.  The kernel leaves 128 MiB of room below the stack of every process."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completed:
+    """A subprocess that ended by itself within its bounds."""
+
+    argv: tuple[str, ...]
+    returncode: int
+    """Negative: the signal that killed it."""
+    stdout: bytes
+    stderr: str
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        return self.returncode == 0
+
+    def failure(self) -> str:
+        """One sentence on how it failed: the program, how it ended, what it wrote to stderr."""
+        ended = (
+            f"was killed by signal {-self.returncode}"
+            if self.returncode < 0
+            else f"exited with status {self.returncode}"
+        )
+        said = " ".join(self.stderr.split())[:300]
+        return f"{os.path.basename(self.argv[0])} {ended}{f': {said}' if said else ''}"
+
+
+class Child:
+    """A subprocess under way; give it to `collect`."""
+
+    __slots__ = ("argv", "limit", "process", "started", "stderr", "stdout")
+
+    def __init__(self, argv: tuple[str, ...], process: subprocess.Popen[bytes], limit: int) -> None:
+        self.argv = argv
+        self.process = process
+        self.limit = limit
+        self.started = time.monotonic()
+        self.stdout = bytearray()
+        self.stderr = bytearray()
+
+    def kill(self) -> None:
+        """Kills it if it still runs, reaps it and closes its pipes."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+
+def find_program(*names: str) -> str | None:
+    """The path of the first of `names` that is installed; absolute names are taken as they are."""
+    for name in names:
+        found = shutil.which(name, path=_SEARCH)
+        if found:
+            return found
+    return None
+
+
+def start(argv: Sequence[str], *, limit: int) -> Child:
+    """Starts `argv` in the calling thread's namespace.  `limit`: the most bytes of output.
+
+    Raises `UnavailableError` when it cannot be started.
+    """
+    vector = tuple(argv)
+    try:
+        process = subprocess.Popen(  # a fixed vector, no shell
+            vector,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=_ENVIRONMENT,
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise UnavailableError(f"cannot run {vector[0]}: {error.strerror}") from None
+    child = Child(vector, process, limit)
+    try:
+        _raise_stack(process.pid)
+        if process.stdout is not None:
+            with contextlib.suppress(OSError):  # over /proc/sys/fs/pipe-max-size: slower, no more
+                fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, _PIPE)
+    except BaseException:
+        child.kill()
+        raise
+    return child
+
+
+def _raise_stack(pid: int) -> None:
+    """Lets the child's stack grow to `_STACK`: the limit is looked up when a page is touched."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        # Gone already, or not allowed: then the usual limit holds, and an overflow shows as a
+        # signal, which is reported.
+        soft, hard = resource.prlimit(pid, resource.RLIMIT_STACK)
+        wanted = _STACK if hard == resource.RLIM_INFINITY else min(_STACK, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.prlimit(pid, resource.RLIMIT_STACK, (wanted, hard))
+
+
+def collect(
+    children: Sequence[Child], *, timeout: float
+) -> list[Completed | UnavailableError | ExhaustedError]:
+    """Waits for all of `children`, in order: what each gave, or why it gave nothing.
+
+    `timeout` counts in seconds from now and is for all together.  A child over its time or its
+    output is killed; all are reaped, whatever happens.
+    """
+    deadline = time.monotonic() + timeout
+    results: list[Completed | UnavailableError | ExhaustedError | None] = [None] * len(children)
+    try:
+        with selectors.DefaultSelector() as selector:
+            for index, child in enumerate(children):
+                for pipe, sink in (
+                    (child.process.stdout, child.stdout),
+                    (child.process.stderr, child.stderr),
+                ):
+                    if pipe is not None:
+                        os.set_blocking(pipe.fileno(), False)
+                        selector.register(pipe, selectors.EVENT_READ, (index, sink))
+            _drain(selector, children, results, deadline)
+        for index, child in enumerate(children):
+            results[index] = results[index] or _finish(child, deadline)
+    finally:
+        for child in children:
+            child.kill()
+    return [result for result in results if result is not None]
+
+
+def _drain(
+    selector: selectors.DefaultSelector,
+    children: Sequence[Child],
+    results: list[Completed | UnavailableError | ExhaustedError | None],
+    deadline: float,
+) -> None:
+    while selector.get_map():
+        left = deadline - time.monotonic()
+        if left <= 0:
+            return
+        for key, _ in selector.select(left):
+            index, sink = key.data
+            pipe: IO[bytes] = key.fileobj  # type: ignore[assignment]  # what was registered
+            data = os.read(pipe.fileno(), _PIPE)
+            sink += data
+            child = children[index]
+            over = len(child.stdout) + len(child.stderr) > child.limit
+            if over and results[index] is None:
+                child.process.kill()
+                results[index] = ExhaustedError(
+                    f"{os.path.basename(child.argv[0])} wrote more than {child.limit} bytes"
+                )
+            if over:
+                sink.clear()
+            if not data:
+                selector.unregister(pipe)
+
+
+def _finish(child: Child, deadline: float) -> Completed | UnavailableError:
+    try:
+        child.process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        waited = time.monotonic() - child.started
+        return TimeoutExceeded(
+            f"{os.path.basename(child.argv[0])} was killed after {waited:.1f} s without an end"
+        )
+    return Completed(
+        argv=child.argv,
+        returncode=child.process.returncode,
+        stdout=bytes(child.stdout),
+        stderr=child.stderr.decode("utf-8", "backslashreplace"),
+        seconds=time.monotonic() - child.started,
+    )
+
+
+def run(argv: Sequence[str], *, timeout: float, limit: int) -> Completed:
+    """Runs one program to its end.  Raises `UnavailableError`, `TimeoutExceeded`,
+    `ExhaustedError`; a status other than 0 is for the caller to judge."""
+    (result,) = collect([start(argv, limit=limit)], timeout=timeout)
+    if isinstance(result, Completed):
+        return result
+    raise result

@@ -1,0 +1,99 @@
+"""nftables rules that are not iptables', as ``nft -j list table`` prints them.
+
+Source: kernel net/netfilter/nf_tables_api.c; nftables src/json.c.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from gketrace.errors import GketraceError
+from gketrace.snapshot import Maybe, Unavailable
+from gketrace_agent.kernel.nfnetlink import NftTable
+from gketrace_agent.kernel.process import Child, collect, find_program, start
+from gketrace_agent.observe.iptables import IPTABLES_TABLES, Programs
+
+__all__ = ["NftablesDump", "NftablesReading", "start_nftables"]
+
+_OWNED: Final = frozenset(("ip", "ip6"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NftablesDump:
+    """The tables that nftables itself made; iptables-nft's are not among them."""
+
+    tables: tuple[tuple[NftTable, Maybe[bytes]], ...]
+    """Each table's JSON, as nft printed it."""
+    generation: int
+    """nf_tables' generation when the reading began."""
+    source: str
+    """The command, without the table."""
+    taken_at: float
+    """Seconds since the epoch."""
+
+
+class NftablesReading:
+    """Dumps under way; `finish` or `abandon` them."""
+
+    def __init__(self, programs: Programs, tables: Sequence[NftTable], generation: int) -> None:
+        self._programs = programs
+        self._tables = tuple(t for t in tables if not _is_iptables(t))
+        self._generation = generation
+        self._taken_at = time.time()
+        self._children: list[Child] = []
+        self._why = ""
+        program = find_program(*programs.nft) if self._tables else None
+        self._command = (program or programs.nft[0], "-j", "list", "table")
+        if self._tables and program is None:
+            self._why = f"none of {', '.join(programs.nft)} is installed"
+            return
+        try:
+            for table in self._tables:
+                argv = (*self._command, table.family, table.name)
+                self._children.append(start(argv, limit=programs.limit))
+        except GketraceError as error:
+            self.abandon()
+            self._why = str(error)
+
+    def abandon(self) -> None:
+        """Kills what is under way."""
+        for child in self._children:
+            child.kill()
+        self._children = []
+
+    def finish(self) -> NftablesDump | None:
+        """None: there are no such tables."""
+        if not self._tables:
+            return None
+        texts: list[Maybe[bytes]]
+        if self._why:
+            texts = [Unavailable(reason=self._why) for _ in self._tables]
+        else:
+            texts = []
+            for result in collect(self._children, timeout=self._programs.timeout):
+                if isinstance(result, GketraceError):
+                    texts.append(Unavailable(reason=str(result)))
+                elif not result.ok or not result.stdout.strip():
+                    texts.append(Unavailable(reason=result.failure()))
+                else:
+                    texts.append(result.stdout)
+        return NftablesDump(
+            tables=tuple(zip(self._tables, texts, strict=True)),
+            generation=self._generation,
+            source=" ".join(self._command),
+            taken_at=self._taken_at,
+        )
+
+
+def _is_iptables(table: NftTable) -> bool:
+    return table.family in _OWNED and table.name in IPTABLES_TABLES
+
+
+def start_nftables(
+    programs: Programs, tables: Sequence[NftTable], generation: int
+) -> NftablesReading:
+    """Starts nft for each of `tables` that iptables-nft does not own, inside the namespace."""
+    return NftablesReading(programs, tables, generation)

@@ -1,0 +1,23 @@
+"""Dumps → the core's rule sets: everything that hangs on a namespace's hooks."""
+
+from __future__ import annotations
+
+from gketrace.ruleset import Ruleset
+from gketrace.snapshot import Maybe, Unavailable
+from gketrace_agent.observe.iptables import IptablesDump, IptablesDumps
+from gketrace_agent.observe.nftables import NftablesDump
+
+__all__ = ["make_rulesets"]
+
+
+def make_rulesets(
+    iptables: IptablesDumps, nftables: NftablesDump | None
+) -> tuple[Maybe[Ruleset], ...]:
+    """Every rule set, and an `Unavailable` for each that exists and could not be read."""
+    made: list[Maybe[Ruleset]] = [
+        dump.ruleset() if isinstance(dump, IptablesDump) else dump for dump in iptables.dumps
+    ]
+    for table, text in () if nftables is None else nftables.tables:
+        why = text.reason if isinstance(text, Unavailable) else "not understood by this version"
+        made.append(Unavailable(reason=f"nftables table {table}: {why}"))
+    return tuple(made)
