@@ -8,20 +8,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
+from typing import Final, Protocol
 
 from gketrace.conntrack import CtState
 from gketrace.packet import IPAddress, Packet, Tuple5
+from gketrace.snapshot import IpSet, Maybe, RecentEntry
 from gketrace.trace import Citation, Hook, Step
 
 __all__ = [
+    "NO",
+    "YES",
     "Alternative",
+    "Answer",
     "CtInfo",
     "Direction",
+    "Environment",
     "NatRequest",
     "PacketState",
+    "RecentChange",
+    "RecentOp",
+    "SetChange",
     "Ternary",
     "Verdict",
     "VerdictKind",
+    "decide",
+    "lot",
+    "unknown",
 ]
 
 
@@ -56,7 +68,36 @@ class CtInfo:
     zone: int = 0
     labels: int = 0
     existing: bool = False
-    """True: the entry was in the table already (its NAT is settled, nat rules are not consulted)."""
+    """True: the entry was in the table already, its NAT is settled: no nat rule is consulted."""
+
+
+class RecentOp(Enum):
+    """What ``-m recent`` did to one entry of a list."""
+
+    SET = "set"
+    """The entry exists now, with a time stamp of this moment."""
+    REMOVE = "remove"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecentChange:
+    """A change that this very packet made to an xt_recent list."""
+
+    name: str
+    address: IPAddress
+    """After the list's mask."""
+    op: RecentOp
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetChange:
+    """A change that this very packet made to an ipset, by the SET target."""
+
+    name: str
+    element: tuple[str, ...]
+    """The element's parts, as `IpSetEntry.parts`."""
+    add: bool
+    """False: removed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +122,82 @@ class PacketState:
     gid: int | None = None
     notrack: bool = False
     """Set by NOTRACK / CT --notrack in raw."""
+    zone: int | None = None
+    """Conntrack zone that a CT target in raw chose; None: the default, 0."""
+    recent: tuple[RecentChange, ...] = ()
+    """What this packet did to xt_recent lists, oldest first; later rules see it."""
+    sets: tuple[SetChange, ...] = ()
+    """What this packet did to ipsets, oldest first; later rules see it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What one match says of one packet."""
+
+    kind: Ternary
+    """A random draw is UNKNOWN with its `chance` set."""
+    reason: str = ""
+    """For UNKNOWN: what is not known, one clause.  For a draw: what is drawn."""
+    chance: Fraction | None = None
+    """Probability of YES, strictly between 0 and 1, where the kernel draws lots."""
+    state: PacketState | None = None
+    """The packet's state after, where the match has a side effect (``recent --set``)."""
+
+
+YES: Final = Answer(kind=Ternary.YES)
+NO: Final = Answer(kind=Ternary.NO)
+
+
+def decide(condition: bool, *, negated: bool = False) -> Answer:
+    """YES or NO, turned round when `negated`."""
+    return YES if condition is not negated else NO
+
+
+def unknown(reason: str) -> Answer:
+    """UNKNOWN, and why."""
+    return Answer(kind=Ternary.UNKNOWN, reason=reason)
+
+
+def lot(chance: Fraction, reason: str) -> Answer:
+    """YES with probability `chance` (0 to 1)."""
+    if chance <= 0:
+        return NO
+    if chance >= 1:
+        return YES
+    return Answer(kind=Ternary.UNKNOWN, reason=reason, chance=chance)
+
+
+class Environment(Protocol):
+    """What matches need to know of the namespace beside the packet; `Unavailable`: not known."""
+
+    @property
+    def now(self) -> float:
+        """Seconds since the epoch at which the packet passes."""
+
+    def address_type(self, address: IPAddress, interface: str | None) -> Maybe[str]:
+        """The type of `address` as ``-m addrtype`` names it: ``LOCAL``, ``UNICAST``, ….
+
+        IPv4, inet_dev_addr_type(): 0/8 and 255.255.255.255 are BROADCAST, 224/4 MULTICAST, else
+        the type of the best route in the local table; UNICAST when it has none, or when
+        `interface` is given and the route's device is another.  IPv6, match_lookup_rt6():
+        ``LOCAL`` when the address is local (on `interface`, where given), ``ANYCAST``,
+        ``UNREACHABLE`` when there is no route or a reject route, else ``UNICAST``.
+        """
+
+    def reverse_path(
+        self, packet: Packet, interface: str, *, loose: bool, validmark: bool, accept_local: bool
+    ) -> Maybe[bool]:
+        """True: a look-up of the source address passes ``-m rpfilter`` (rpfilter_mt() without
+        its --invert)."""
+
+    def recent(self, name: str) -> Maybe[tuple[RecentEntry, ...]]:
+        """The xt_recent list `name`, as it was before this packet."""
+
+    def ipset(self, name: str) -> Maybe[IpSet]:
+        """The ipset `name`, as it was before this packet."""
+
+    def sysctl(self, name: str) -> Maybe[str | None]:
+        """Dotted name; None: the kernel has no such sysctl here."""
 
 
 class VerdictKind(Enum):
@@ -151,4 +268,4 @@ class Alternative:
     chance: Fraction | None = Fraction(1)
     """None: hangs on an unknown match."""
     because: str = ""
-    """What was drawn or assumed: ``statistic: 0.33333333349``, ``if ... matches (unknown: ...)``."""
+    """What was drawn or assumed: ``statistic 0.33333333349``, ``if RULE matches (unknown)``."""

@@ -1,0 +1,479 @@
+"""How a packet goes through one base chain: jumps, goto, RETURN, policy, draws and unknowns.
+
+Source: ipt_do_table() in net/ipv4/netfilter/ip_tables.c and nft_do_chain() in
+net/netfilter/nf_tables_core.c, which agree: a user's chain that ends goes back behind the rule
+that jumped to it; a goto leaves no place to come back to; RETURN or the end of the base chain asks
+its policy.
+
+The kernel follows one packet; this follows all that it may become.  Each way that is still open in
+a chain is a `_Thread`; where a draw or an unknown match decides, a thread becomes two.  A jump
+runs the called chain with its threads to the end before the caller goes on, so ways that come back
+equal meet again there.  Nothing recurses: 1,000 endpoints or a deep stack of jumps do no harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
+from typing import Final
+
+from gketrace.ruleset.iptables import Chain, IptablesRuleset
+from gketrace.ruleset.model import BaseChain, Rule, Ruleset
+from gketrace.simulate.state import (
+    Alternative,
+    Environment,
+    PacketState,
+    Ternary,
+    Verdict,
+    VerdictKind,
+)
+from gketrace.simulate.targets.base import Effect
+from gketrace.trace import Citation, Source, Step, StepAction, StepKind
+
+__all__ = ["traverse"]
+
+_MANY: Final = 64
+"""Open threads in one chain beyond which draws that lead to the same state are joined."""
+_ASSUMPTIONS: Final = 4
+"""How many unknowns an alternative's `because` spells out."""
+
+
+class _Link:
+    """A list that grows at its end and is shared by the threads that forked from it."""
+
+    __slots__ = ("before", "item")
+
+    def __init__(self, before: _Link | None, item: Step | str) -> None:
+        self.before, self.item = before, item
+
+
+class _Fork:
+    """An unknown match: what the thread was before, and whether anything went another way since."""
+
+    __slots__ = ("lost", "parent", "reason", "rule")
+
+    def __init__(self, parent: _Thread, rule: Rule, reason: str) -> None:
+        self.parent, self.rule, self.reason = parent, rule, reason
+        self.lost = False
+
+
+class _Thread:
+    """One way through the rules so far."""
+
+    __slots__ = ("assumed", "chance", "drawn", "forks", "missed", "state", "steps")
+
+    def __init__(self, state: PacketState) -> None:
+        self.state = state
+        self.steps: _Link | None = None
+        self.chance: Fraction | None = Fraction(1)
+        self.assumed: _Link | None = None
+        """What it hangs on, oldest first."""
+        self.drawn = ""
+        """The last draw that it won."""
+        self.missed = 0
+        """Draws lost since."""
+        self.forks: tuple[_Fork, ...] = ()
+
+    def copy(self) -> _Thread:
+        other = _Thread(self.state)
+        other.steps, other.chance, other.assumed = self.steps, self.chance, self.assumed
+        other.drawn, other.missed, other.forks = self.drawn, self.missed, self.forks
+        return other
+
+    def lose(self) -> None:
+        """It leaves the chain for good: its forks cannot be joined without a loss."""
+        for fork in self.forks:
+            fork.lost = True
+
+    def because(self) -> str:
+        parts = [str(item) for item in _items(self.assumed)]
+        if len(parts) > _ASSUMPTIONS:
+            more = len(parts) - _ASSUMPTIONS
+            parts = [f"{more} earlier assumptions", *parts[-_ASSUMPTIONS:]]
+        if self.drawn:
+            parts.append(self.drawn)
+        if self.missed:
+            parts.append(f"{self.missed} draw{'s' if self.missed > 1 else ''} lost")
+        return "; ".join(parts)
+
+
+def _items(link: _Link | None) -> list[Step | str]:
+    items: list[Step | str] = []
+    while link is not None:
+        items.append(link.item)
+        link = link.before
+    items.reverse()
+    return items
+
+
+class _Frame:
+    """A chain being run."""
+
+    __slots__ = ("active", "caller", "chain", "forks", "goto", "live", "returned", "rules")
+
+    def __init__(
+        self, chain: Chain, live: list[_Thread], caller: _Frame | None, *, goto: bool
+    ) -> None:
+        self.chain = chain
+        self.live = live
+        self.caller = caller
+        self.goto = goto
+        self.rules: Iterator[Rule] = chain.candidates(live[0].state.packet) if live else iter(())
+        self.returned: list[_Thread] = []
+        self.forks: list[_Fork] = []
+        """Those of the rule that is being run."""
+        self.active: frozenset[str] = (
+            frozenset((chain.name,)) if caller is None else caller.active | {chain.name}
+        )
+
+
+def traverse(
+    ruleset: Ruleset, base: BaseChain, state: PacketState, env: Environment
+) -> tuple[Alternative, ...]:
+    """All ways through `base` for a packet in `state`, in the order of the rules that decide.
+
+    The chances sum to 1 when all are known.  Addresses are not rewritten: a nat target gives
+    ``Verdict(ACCEPT, nat=…)``.  Raises `TypeError` for a rule set of another kind.
+    """
+    if not isinstance(ruleset, IptablesRuleset):
+        raise TypeError(f"{type(ruleset).__name__} is not an iptables rule set")
+    chain = ruleset.chain(base.table, base.chain)
+    if chain is None:
+        raise ValueError(f"no chain {base.chain} in table {base.table}")
+    return _Run(ruleset, base, env).run(chain, state)
+
+
+class _Run:
+    """One traversal."""
+
+    def __init__(self, ruleset: IptablesRuleset, base: BaseChain, env: Environment) -> None:
+        self.ruleset, self.base, self.env = ruleset, base, env
+        self.done: list[Alternative] = []
+
+    def run(self, chain: Chain, state: PacketState) -> tuple[Alternative, ...]:
+        frame: _Frame | None = _Frame(chain, [_Thread(state)], None, goto=False)
+        while frame is not None:
+            rule = next(frame.rules, None) if frame.live else None
+            frame = self._end(frame) if rule is None else self._rule(frame, rule)
+        return tuple(self.done)
+
+    # -- one rule ---------------------------------------------------------------------------
+
+    def _rule(self, frame: _Frame, rule: Rule) -> _Frame:
+        live: list[_Thread] = []
+        called: list[_Thread] = []
+        leaving: list[_Thread] = []
+        for thread in frame.live:
+            hit = self._ask(frame, rule, thread, live)
+            if hit is None:
+                continue
+            if rule.target is None:
+                self._step(hit, rule, StepAction.CONTINUE, hit.state)
+                live.append(hit)
+                continue
+            effect: Effect | None = rule.target.apply(hit.state, self.env)
+            while effect is not None:
+                branch = hit
+                if effect.otherwise is not None:
+                    branch = hit.copy()
+                    branch.chance = None
+                    branch.assumed = _Link(hit.assumed, effect.note)
+                    hit.chance = None
+                    hit.assumed = _Link(hit.assumed, effect.otherwise.note)
+                self._step(branch, rule, effect.action, effect.state, effect.note)
+                if effect.jump:
+                    (leaving if effect.goto else called).append(branch)
+                elif effect.returns:
+                    frame.returned.append(branch)
+                elif effect.verdict is not None:
+                    self._finish(branch, rule.citation, effect)
+                else:
+                    live.append(branch)
+                effect = effect.otherwise
+        if called or leaving:
+            frame.live = live
+            return self._call(frame, rule, called or leaving, goto=not called)
+        frame.live = self._meet(frame, live, rule)
+        return frame
+
+    def _ask(
+        self, frame: _Frame, rule: Rule, thread: _Thread, live: list[_Thread]
+    ) -> _Thread | None:
+        """The thread for which the rule matches, or None; where it does not match goes to `live`.
+
+        The matches are asked from left to right, as the kernel does, so that what has a side
+        effect happens only where all before it matched.
+        """
+        state = thread.state
+        chance: Fraction | None = Fraction(1)
+        drawn = ""
+        reasons: list[str] = []
+        # Where a draw or an unknown may leave the rule: with what chance, in which state.
+        exits: list[tuple[Fraction | None, PacketState]] = []
+        matched = True
+        for match in rule.matches:
+            answer = match.evaluate(state, self.env)
+            if answer.kind is Ternary.NO:
+                matched = False
+                if answer.state is not None:
+                    state = answer.state
+                break
+            if answer.kind is Ternary.UNKNOWN:
+                if answer.chance is None:
+                    exits.append((None, state))
+                    chance = None
+                    reasons.append(answer.reason)
+                else:
+                    lost = None if chance is None else chance * (1 - answer.chance)
+                    exits.append((lost, state))
+                    chance = None if chance is None else chance * answer.chance
+                    drawn = answer.reason
+            if answer.state is not None:
+                state = answer.state
+        if not exits:
+            if state is not thread.state:
+                thread.state = state
+            if matched:
+                return thread
+            live.append(thread)
+            return None
+        if not matched:
+            exits.append((chance, state))
+            if all(left == state for _, left in exits):
+                thread.state = state
+                live.append(thread)
+                return None
+            reasons = reasons or [drawn]
+        fork = None
+        if reasons:
+            fork = _Fork(thread.copy(), rule, "; ".join(reasons))
+            if matched:
+                frame.forks.append(fork)
+        hit = None
+        if matched:
+            hit = thread.copy()
+            hit.state = state
+            self._weigh(hit, chance, fork, rule, "matches" if fork else "")
+            if drawn:
+                hit.drawn, hit.missed = f"{drawn} in {rule.chain} rule {rule.position}", 0
+        for left, states in _joined(exits):
+            miss = thread.copy()
+            miss.state = states
+            self._weigh(miss, left, fork, rule, "does not match" if fork else "")
+            if drawn and not fork:
+                miss.missed += 1
+            live.append(miss)
+        return hit
+
+    @staticmethod
+    def _weigh(
+        thread: _Thread, chance: Fraction | None, fork: _Fork | None, rule: Rule, how: str
+    ) -> None:
+        thread.chance = None if chance is None or thread.chance is None else thread.chance * chance
+        if fork is not None:
+            text = f"if it {how} (not known: {fork.reason}): {rule.text}"
+            thread.assumed = _Link(thread.assumed, text)
+            thread.forks = (*thread.forks, fork)
+
+    def _step(
+        self, thread: _Thread, rule: Rule, action: StepAction, after: PacketState, note: str = ""
+    ) -> None:
+        step = Step(
+            kind=StepKind.RULE,
+            action=action,
+            before=thread.state.packet,
+            after=after.packet,
+            note=note,
+            hook=self.base.hook,
+            citation=rule.citation,
+        )
+        thread.steps = _Link(thread.steps, step)
+        thread.state = after
+
+    # -- chains -----------------------------------------------------------------------------
+
+    def _call(self, frame: _Frame, rule: Rule, threads: list[_Thread], *, goto: bool) -> _Frame:
+        name = getattr(rule.target, "chain", "")
+        chain = self.ruleset.chain(self.base.table, name)
+        if chain is None or name in frame.active:
+            why = "chains that call one another" if chain else "no such chain"
+            for thread in threads:
+                self._undecided(thread, rule, f"{why}: {name}")
+            frame.live = self._meet(frame, frame.live, rule)
+            return frame
+        return _Frame(chain, threads, frame, goto=goto)
+
+    def _end(self, frame: _Frame) -> _Frame | None:
+        """The chain is over for all its threads."""
+        over = frame.returned + frame.live
+        caller = frame.caller
+        if caller is None:
+            self._policy(over)
+            return None
+        if frame.goto:
+            caller.returned += over
+            caller.live = self._meet(caller, caller.live, None)
+        else:
+            caller.live = self._meet(caller, over + caller.live, None)
+        return caller
+
+    def _policy(self, threads: list[_Thread]) -> None:
+        base = self.base
+        citation = Citation(
+            source=Source.POLICY,
+            text=f":{base.chain} {base.policy}",
+            backend=self.ruleset.backend,
+            table=base.table,
+            chain=base.chain,
+            packets=base.packets,
+            bytes=base.bytes,
+        )
+        accept = base.policy == "ACCEPT"
+        for thread in threads:
+            packet = thread.state.packet
+            step = Step(
+                kind=StepKind.POLICY,
+                action=StepAction.ACCEPT if accept else StepAction.DROP,
+                before=packet,
+                after=packet,
+                hook=base.hook,
+                citation=citation,
+            )
+            thread.steps = _Link(thread.steps, step)
+            kind = VerdictKind.ACCEPT if accept else VerdictKind.DROP
+            self._emit(thread, Verdict(kind=kind, citation=citation))
+
+    # -- ends -------------------------------------------------------------------------------
+
+    def _finish(self, thread: _Thread, citation: Citation, effect: Effect) -> None:
+        assert effect.verdict is not None
+        nat = effect.nat
+        verdict = Verdict(
+            kind=effect.verdict,
+            citation=citation,
+            reject_with=effect.reject_with,
+            detail=effect.note,
+            nat=None if nat is None else replace(nat, citation=citation),
+        )
+        self._emit(thread, verdict)
+
+    def _undecided(self, thread: _Thread, rule: Rule, why: str) -> None:
+        verdict = Verdict(kind=VerdictKind.UNKNOWN, citation=rule.citation, detail=why)
+        self._emit(thread, verdict)
+
+    def _emit(self, thread: _Thread, verdict: Verdict) -> None:
+        thread.lose()
+        steps = tuple(item for item in _items(thread.steps) if isinstance(item, Step))
+        self.done.append(
+            Alternative(
+                state=thread.state,
+                steps=steps,
+                verdict=verdict,
+                chance=thread.chance,
+                because=thread.because(),
+            )
+        )
+
+    # -- threads that meet again --------------------------------------------------------------
+
+    def _meet(self, frame: _Frame, live: list[_Thread], rule: Rule | None) -> list[_Thread]:
+        """Joins what an unknown match split and what came to the same state since."""
+        for fork in frame.forks:
+            members = [thread for thread in live if fork in thread.forks]
+            if any(fork in thread.forks for thread in frame.returned):
+                fork.lost = True
+            if len(members) < 2 or any(m.state != members[0].state for m in members):
+                continue
+            live = self._joined_fork(fork, members, live)
+        frame.forks = []
+        if len(live) > _MANY and rule is not None:
+            live = self._joined_draws(live, rule)
+        return live
+
+    def _joined_fork(
+        self, fork: _Fork, members: list[_Thread], live: list[_Thread]
+    ) -> list[_Thread]:
+        joined = fork.parent.copy()
+        joined.state = members[0].state
+        if fork.lost:
+            # Some way through the rule decided the packet: this one holds if none of them did.
+            joined.chance = None
+            joined.assumed = members[-1].assumed
+        packet = joined.state.packet
+        step = Step(
+            kind=StepKind.RULE,
+            action=StepAction.UNKNOWN,
+            before=packet,
+            after=packet,
+            note=f"whether it matches is not known ({fork.reason}); the packet goes on the same",
+            hook=self.base.hook,
+            citation=fork.rule.citation,
+        )
+        joined.steps = _Link(joined.steps, step)
+        place = live.index(members[0])
+        rest = [thread for thread in live if fork not in thread.forks]
+        before = sum(1 for thread in live[:place] if fork not in thread.forks)
+        return [*rest[:before], joined, *rest[before:]]
+
+    def _joined_draws(self, live: list[_Thread], rule: Rule) -> list[_Thread]:
+        groups: dict[PacketState, list[_Thread]] = {}
+        for thread in live:
+            groups.setdefault(thread.state, []).append(thread)
+        joined: list[_Thread] = []
+        for group in groups.values():
+            first = group[0]
+            if len(group) > 1:
+                chances = [thread.chance for thread in group]
+                known = [chance for chance in chances if chance is not None]
+                first.chance = sum(known, Fraction(0)) if len(known) == len(chances) else None
+                common = _common([thread.steps for thread in group])
+                packet = first.state.packet
+                step = Step(
+                    kind=StepKind.RULE,
+                    action=StepAction.UNKNOWN,
+                    before=packet,
+                    after=packet,
+                    note=f"{len(group)} ways lead here with the same packet; which rules each met "
+                    "since the last common one is left out",
+                    hook=self.base.hook,
+                    citation=rule.citation,
+                )
+                first.steps = _Link(common, step)
+                for thread in group[1:]:
+                    first.forks += tuple(f for f in thread.forks if f not in first.forks)
+            joined.append(first)
+        return joined
+
+
+def _joined(
+    exits: list[tuple[Fraction | None, PacketState]],
+) -> Iterator[tuple[Fraction | None, PacketState]]:
+    """Exits that leave the packet the same are one."""
+    states: list[PacketState] = []
+    for _, state in exits:
+        if state not in states:
+            states.append(state)
+    for state in states:
+        total: Fraction | None = Fraction(0)
+        for chance, left in exits:
+            if left == state:
+                total = None if total is None or chance is None else total + chance
+        yield total, state
+
+
+def _common(links: list[_Link | None]) -> _Link | None:
+    """The longest list that all have in common at their beginning."""
+    chains: list[list[_Link]] = []
+    for link in links:
+        way: list[_Link] = []
+        while link is not None:
+            way.append(link)
+            link = link.before
+        chains.append(way[::-1])
+    last: _Link | None = None
+    for level in zip(*chains, strict=False):
+        if any(link is not level[0] for link in level):
+            break
+        last = level[0]
+    return last
