@@ -1,0 +1,264 @@
+"""gRPC to the agents: one channel per node, all nodes asked at the same time, never without a
+deadline.
+
+A node whose agent does not answer is a `Missing` in the answer, never a node without findings.
+Addresses come from ``--agent``, or from the agents' pods (label
+``app.kubernetes.io/name=gketrace-agent``, container port named ``grpc``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from gketrace.errors import (
+    GketraceError,
+    TimeoutExceeded,
+    UnavailableError,
+    UsageError,
+    error_from_status,
+)
+from gketrace.trace import Missing
+from gketrace_cli.objects import Pod
+from gketrace_cli.portforward import PortForwards, Target, Way
+from gketrace_proto.v1alpha1 import agent_pb2 as pb
+from gketrace_proto.v1alpha1.agent_pb2_grpc import AgentStub
+
+__all__ = ["PORT_NAME", "Agent", "Fleet", "agent_port"]
+
+PORT_NAME: Final = "grpc"
+
+_CHANNEL_OPTIONS: Final = (
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.max_receive_message_length", 64 << 20),
+    ("grpc.enable_retries", 0),
+)
+K = TypeVar("K")
+
+
+@dataclass(slots=True, kw_only=True)
+class Agent:
+    """One node's agent as it is reached."""
+
+    node: str
+    address: str
+    """The gRPC target."""
+    how: str
+    """``--agent``, ``direct``, ``port-forward`` or ``--local``, with the pod's name."""
+    channel: grpc.Channel
+    stub: AgentStub
+    way: Way | None = None
+    """The port-forward it goes through."""
+    info: pb.GetInfoReply | None = None
+    """Set once it has answered."""
+
+
+class Fleet:
+    """The agents of one command.  A context manager; `close` ends every channel and way."""
+
+    def __init__(self, *, timeout: float) -> None:
+        self._timeout = timeout
+        self._agents: dict[str, Agent] = {}
+        self._missing: dict[str, GketraceError] = {}
+        self._forwards: PortForwards | None = None
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for agent in self._agents.values():
+            agent.channel.close()
+        if self._forwards is not None:
+            self._forwards.close()
+
+    # reaching them
+
+    def add_address(self, node: str, address: str, how: str = "--agent") -> None:
+        """An agent at HOST:PORT or unix:///PATH.  Nothing is sent yet."""
+        self._add(node, address, how, None)
+
+    def add_pods(self, pods: Sequence[Pod], *, forwards: PortForwards | None) -> None:
+        """Agents' pods: through `forwards`, or directly at the pod's address when it is None.
+
+        A node that has an address already keeps it.  The fleet closes `forwards`.
+        """
+        self._forwards = forwards
+        chosen: dict[str, Pod] = {}
+        for pod in sorted(pods, key=lambda p: (not p.ready, bool(p.deletion_timestamp), p.name)):
+            if pod.node and pod.node not in self._agents:
+                chosen.setdefault(pod.node, pod)
+        targets: dict[str, Target] = {}
+        for node, pod in chosen.items():
+            port = agent_port(pod)
+            if pod.phase != "Running":
+                why = f"its pod {pod.key} is {pod.phase or 'not scheduled'}"
+                self._missing[node] = UnavailableError(why)
+            elif not port:
+                why = f"its pod {pod.key} has no container port named {PORT_NAME}"
+                self._missing[node] = UnavailableError(why)
+            else:
+                targets[node] = Target(namespace=pod.namespace, pod=pod.name, port=port)
+        if forwards is None:
+            for node, target in targets.items():
+                ip = next(iter(chosen[node].pod_ips), "")
+                address = f"[{ip}]:{target.port}" if ":" in ip else f"{ip}:{target.port}"
+                self._add(node, address, f"direct, pod {chosen[node].key}", None)
+            return
+        for node, way in zip(targets, forwards.open(list(targets.values())), strict=True):
+            self._add(node, way.address, f"port-forward, pod {chosen[node].key}", way)
+
+    def _add(self, node: str, address: str, how: str, way: Way | None) -> None:
+        target = address.replace("unix:///", "unix:/") if address.startswith("unix:") else address
+        channel = grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
+        self._missing.pop(node, None)
+        self._agents[node] = Agent(
+            node=node, address=address, how=how, channel=channel, stub=AgentStub(channel), way=way
+        )
+
+    def greet(self, nodes: Iterable[str] | None = None) -> None:
+        """Asks those not yet asked who they are, all at once.  Who fails becomes missing.
+
+        Raises: `UsageError` when an address given for one node is another node's agent.
+        """
+        wanted = [
+            name
+            for name in (self._agents if nodes is None else nodes)
+            if name in self._agents and self._agents[name].info is None
+        ]
+        answers = self.ask({name: (name, "GetInfo", pb.GetInfoRequest()) for name in wanted})
+        for name, answer in answers.items():
+            agent = self._agents[name]
+            if isinstance(answer, GketraceError):
+                self._drop(name, answer)
+            elif answer.node != name:
+                wrong = f"the agent at {agent.address} ({agent.how}) is node {answer.node}'s"
+                if agent.how == "--agent":
+                    raise UsageError(f"{wrong}, not {name}'s")
+                self._drop(name, UnavailableError(f"{wrong}, not this node's"))
+            else:
+                agent.info = answer
+
+    def _drop(self, node: str, why: GketraceError) -> None:
+        agent = self._agents.pop(node)
+        agent.channel.close()
+        self._missing[node] = why
+
+    # who is there
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Nodes with an agent that answered, or was not asked yet."""
+        return tuple(self._agents)
+
+    def agent(self, node: str) -> Agent:
+        """Raises: what stood in the way."""
+        if node in self._agents:
+            return self._agents[node]
+        raise self._missing.get(
+            node,
+            UnavailableError(
+                f"no agent on node {node}",
+                hint=f"is the DaemonSet's pod running there?  Or give --agent {node}=ADDR",
+            ),
+        )
+
+    def failure(self, node: str) -> GketraceError | None:
+        """Why the node has no agent; None when it has one."""
+        try:
+            self.agent(node)
+        except GketraceError as error:
+            return error
+        return None
+
+    def missing(self, nodes: Iterable[str]) -> tuple[Missing, ...]:
+        """A `Missing` for each of the nodes that has no answering agent."""
+        found = []
+        for node in nodes:
+            error = self.failure(node)
+            if error is not None:
+                found.append(Missing(what="agent", why=error.message, node=node))
+        return tuple(found)
+
+    # asking
+
+    def call(self, node: str, method: str, request: Message) -> Any:
+        """One call.  Raises: `GketraceError`."""
+        answer = self.ask({node: (node, method, request)})[node]
+        if isinstance(answer, GketraceError):
+            raise answer
+        return answer
+
+    def ask(self, calls: Mapping[K, tuple[str, str, Message]]) -> dict[K, Any]:
+        """Many calls (node, method, request) at the same time.
+
+        Each answer is the reply (a list of replies for a streaming method), or the `GketraceError`
+        that came instead.
+        """
+        started: dict[K, Any] = {}
+        answers: dict[K, Any] = {}
+        for key, (node, method, request) in calls.items():
+            try:
+                agent = self.agent(node)
+            except GketraceError as error:
+                answers[key] = error
+                continue
+            bound = getattr(agent.stub, method)
+            if hasattr(bound, "future"):
+                started[key] = bound.future(request, timeout=self._timeout)
+            else:
+                started[key] = bound(request, timeout=self._timeout)
+        begun = time.monotonic()
+        for key, running in started.items():
+            node, method, _ = calls[key]
+            try:
+                answers[key] = running.result() if hasattr(running, "result") else list(running)
+            except grpc.RpcError as error:
+                answers[key] = self._explain(node, error, time.monotonic() - begun)
+        return {key: answers[key] for key in calls}
+
+    def _explain(self, node: str, error: grpc.RpcError, seconds: float) -> GketraceError:
+        """A failed call as an exception of the one tree."""
+        call: Any = error  # every RpcError of a call is the call too, which grpc's types do not say
+        status, details = call.code().name, call.details() or ""
+        agent = self._agents.get(node)
+        reached = f"the agent of node {node}"
+        if agent is not None:
+            reached += f" ({agent.address}, {agent.how})"
+            if agent.way is not None:
+                reached = f"the agent of node {node} ({agent.how})"
+                if status == "UNAVAILABLE" and (broken := agent.way.error) is not None:
+                    return type(broken)(f"{reached}: {broken.message}", hint=broken.hint)
+        if status == "DEADLINE_EXCEEDED":
+            return TimeoutExceeded(
+                f"{reached} did not answer within {self._timeout:g} s",
+                hint="--timeout SECONDS waits longer",
+            )
+        if status == "UNAVAILABLE":
+            reason = details.rpartition("last error: ")[2] or "no answer"
+            for noise in ("UNKNOWN: ", "UNAVAILABLE: "):
+                reason = reason.replace(noise, "")
+            return UnavailableError(f"{reached} does not answer: {reason}")
+        return error_from_status(status, f"node {node}: {details or status}")
+
+
+def agent_port(pod: Pod) -> int:
+    """The container port named ``grpc``; 0: there is none."""
+    for container in pod.containers:
+        for port in container.ports:
+            if port.name == PORT_NAME:
+                return port.port
+    return 0

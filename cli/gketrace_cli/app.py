@@ -1,0 +1,61 @@
+"""The typer application: the commands, registered one by one.
+
+A command's module is imported when the program starts, so it must import little; what it works
+with (grpc, the cluster reader) it imports when it runs.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+import typer
+
+from gketrace_cli import __version__
+from gketrace_cli.commands import pod, service, trace
+from gketrace_cli.options import Options, with_options
+
+__all__ = ["app"]
+
+EPILOG: Final = (
+    "Exit status: 0 fine, 1 something is broken, 2 usage or not found, 3 could not tell, "
+    "4 forbidden, 5 nobody answered."
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gketrace {__version__}")
+        raise typer.Exit
+
+
+@with_options
+def _root(
+    ctx: typer.Context,
+    options: Options,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Explain why a packet does or does not arrive, from the nodes' own rules and routes.
+
+    It never guesses: each line cites the rule, route or entry that it was read from, and what
+    could not be seen is said.
+    """
+    ctx.obj = options
+
+
+app: Final = typer.Typer(
+    name="gketrace",
+    help=_root.__doc__,
+    epilog=EPILOG,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+)
+app.callback()(_root)
+app.command("pod", epilog=EPILOG)(with_options(pod.pod))
+app.command("service", epilog=EPILOG)(with_options(service.service))
+app.command("trace", epilog=EPILOG)(with_options(trace.trace))

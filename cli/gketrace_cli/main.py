@@ -1,0 +1,85 @@
+"""The program's entry: runs the application and turns every error into one line and a status."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Final
+
+import typer
+
+from gketrace.errors import ExitCode, GketraceError
+
+__all__ = ["main", "run"]
+
+INTERRUPTED: Final = 130
+"""128 + SIGINT, as shells have it."""
+
+# typer carries its own copy of click, or uses the installed one, by its version: this is the base
+# of all its complaints about the command line in both.
+_CommandLineError: Final[type[Exception]] = typer.BadParameter.__mro__[2]
+
+
+def main() -> None:
+    """Console script ``gketrace`` and ``kubectl-gketrace``."""
+    name = os.path.basename(sys.argv[0])
+    code = run(sys.argv[1:], program="kubectl gketrace" if name.startswith("kubectl-") else name)
+    # Not sys.exit(): threads that still wait for an agent must not delay the answer's end.
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:
+        code = code or int(ExitCode.OK)
+    os._exit(code)
+
+
+def run(arguments: Sequence[str], program: str = "gketrace") -> int:
+    """Runs one command line and returns the exit status.  Never raises, never prints a traceback
+    unless GKETRACE_DEBUG is set."""
+    try:
+        from gketrace_cli.app import app
+
+        result = app(list(arguments) or ["--help"], prog_name=program, standalone_mode=False)
+        sys.stdout.flush()
+    except _CommandLineError as error:
+        return _complain(_one_line(error, program), ExitCode.USAGE)
+    except GketraceError as error:
+        return _complain(f"error: {error}", error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough.  Python would complain once more at exit.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return ExitCode.OK
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else ExitCode.USAGE
+    except Exception as error:  # noqa: BLE001  the last resort: a bug must not look like an answer
+        if os.environ.get("GKETRACE_DEBUG"):
+            traceback.print_exc()
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        return _complain(
+            f"internal error: {line} (please report this; GKETRACE_DEBUG=1 shows the traceback)",
+            ExitCode.PARTIAL,
+        )
+    if not arguments:
+        return ExitCode.USAGE
+    return result if isinstance(result, int) else ExitCode.OK
+
+
+def _one_line(error: Exception, program: str) -> str:
+    """typer's complaint about the command line."""
+    text = " ".join(str(getattr(error, "format_message", error.__str__)()).split())
+    if not text:
+        return f"error: no command; see '{program} --help'"
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else program
+    return f"error: {text[0].lower()}{text[1:].rstrip('.')}; see '{path} --help'"
+
+
+def _complain(text: str, code: int) -> int:
+    with contextlib.suppress(BrokenPipeError):  # nobody reads it
+        print(text, file=sys.stderr, flush=True)  # noqa: T201
+    return int(code)

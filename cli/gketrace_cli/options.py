@@ -1,0 +1,197 @@
+"""The options that every command understands.
+
+They may stand before or after the command (``gketrace -n shop pod web-0`` and ``gketrace pod web-0
+-n shop`` are the same).  A command declares one parameter ``options: Options`` and is wrapped by
+`with_options`, which puts the options into its signature; so each is declared here, once.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from typing import Annotated, Any, Final
+
+import typer
+
+from gketrace.errors import UsageError
+
+__all__ = ["Color", "Connect", "Output", "Options", "parse_agents", "with_options"]
+
+DEFAULT_TIMEOUT: Final = 10.0
+"""Seconds for the whole answer of one API or agent call."""
+
+
+class Output(str, Enum):
+    """How the answer is written."""
+
+    TEXT = "text"
+    """For people, 80 columns."""
+    WIDE = "wide"
+    """For people: every rule with counters and its full text."""
+    JSON = "json"
+    YAML = "yaml"
+
+    @property
+    def machine(self) -> bool:
+        return self in (Output.JSON, Output.YAML)
+
+
+class Color(str, Enum):
+    """When text is coloured."""
+
+    AUTO = "auto"
+    """On a terminal, unless NO_COLOR is set."""
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+class Connect(str, Enum):
+    """How agents that were found as pods are reached."""
+
+    PORT_FORWARD = "port-forward"
+    """Through the API server."""
+    DIRECT = "direct"
+    """Straight to the agent pod's address."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The common options as given; None: not given."""
+
+    namespace: Annotated[
+        str | None,
+        typer.Option(
+            "--namespace",
+            "-n",
+            metavar="NAME",
+            help="Namespace (default: the context's).",
+        ),
+    ] = None
+    all_namespaces: Annotated[
+        bool | None,
+        typer.Option("--all-namespaces", "-A", help="Look in all namespaces."),
+    ] = None
+    context: Annotated[
+        str | None, typer.Option("--context", metavar="NAME", help="Context of the kubeconfig.")
+    ] = None
+    kubeconfig: Annotated[
+        str | None,
+        typer.Option(
+            "--kubeconfig",
+            metavar="FILE",
+            help="Default: $KUBECONFIG, ~/.kube/config.",
+        ),
+    ] = None
+    agent: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--agent",
+            metavar="NODE=ADDR",
+            help="Agent of a node at HOST:PORT or unix:///PATH; repeatable.",
+        ),
+    ] = None
+    connect: Annotated[
+        Connect | None,
+        typer.Option("--connect", help="How to reach agents (default: port-forward)."),
+    ] = None
+    local: Annotated[
+        bool | None,
+        typer.Option("--local", help="Start an agent on this node for this one command."),
+    ] = None
+    output: Annotated[
+        Output | None, typer.Option("--output", "-o", help="Output format (default: text).")
+    ] = None
+    color: Annotated[
+        Color | None, typer.Option("--color", help="Colour (default: auto; NO_COLOR is honoured).")
+    ] = None
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            "--timeout",
+            metavar="SECONDS",
+            min=0.1,
+            max=600.0,
+            help=f"For each call to the API server or an agent (default: {DEFAULT_TIMEOUT:g}).",
+        ),
+    ] = None
+
+    def over(self, outer: Options) -> Options:
+        """These, and where one is not given, the outer one (given before the command)."""
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(outer, **{name: value for name, value in given.items() if value is not None})
+
+    @property
+    def format(self) -> Output:
+        return self.output or Output.TEXT
+
+    @property
+    def seconds(self) -> float:
+        return DEFAULT_TIMEOUT if self.timeout is None else self.timeout
+
+    @property
+    def colored(self) -> bool:
+        """Whether what goes to standard output is coloured."""
+        if self.color in (Color.ALWAYS, Color.NEVER):
+            return self.color is Color.ALWAYS
+        if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+            return False
+        return sys.stdout.isatty()
+
+    def agents(self) -> Mapping[str, str]:
+        """``--agent`` as node → address.  Raises `UsageError`."""
+        return parse_agents(self.agent or [])
+
+
+def parse_agents(texts: list[str]) -> dict[str, str]:
+    """``["n1=10.0.0.1:9090"]`` → ``{"n1": "10.0.0.1:9090"}``.  Raises `UsageError`."""
+    agents: dict[str, str] = {}
+    for text in texts:
+        node, equals, address = text.partition("=")
+        if not (equals and node and address):
+            raise UsageError(
+                f"--agent {text}: not NODE=ADDR", hint="for example --agent n1=10.0.0.1:9090"
+            )
+        if node in agents:
+            raise UsageError(f"--agent {node} is given twice")
+        if not address.startswith("unix:"):
+            host, colon, port = address.rpartition(":")
+            if not (colon and host and port.isdigit() and 0 < int(port) < 65536):
+                raise UsageError(f"--agent {text}: {address} is not HOST:PORT or unix:///PATH")
+        agents[node] = address
+    return agents
+
+
+def with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives `command` the common options in place of its parameter ``options``.
+
+    The options before the command arrive as the typer context's object (see `app`).
+    """
+    own = typing.get_type_hints(command, include_extras=True)
+    common = typing.get_type_hints(Options, include_extras=True)
+    names = [f.name for f in fields(Options)]
+
+    @functools.wraps(command)
+    def wrapper(ctx: typer.Context, **values: Any) -> None:
+        given = Options(**{name: values.pop(name) for name in names})
+        outer = ctx.obj if isinstance(ctx.obj, Options) else Options()
+        if "ctx" in own:
+            values["ctx"] = ctx
+        command(options=given.over(outer), **values)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter("ctx", keyword, annotation=typer.Context)]
+    for parameter in inspect.signature(command).parameters.values():
+        if parameter.name not in ("options", "ctx"):
+            parameters.append(parameter.replace(kind=keyword, annotation=own[parameter.name]))
+    parameters += [
+        inspect.Parameter(name, keyword, default=None, annotation=common[name]) for name in names
+    ]
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapper

@@ -1,0 +1,204 @@
+"""What one command works with: the cluster, the agents, and the time it takes to reach both.
+
+The cluster's lists are read, the agents are found, and grpc is imported, all at the same time.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from gketrace.errors import (
+    ForbiddenError,
+    GketraceError,
+    NotFoundError,
+    UnavailableError,
+    UsageError,
+)
+from gketrace_cli.cluster import Cluster
+from gketrace_cli.names import close_names, find_node
+from gketrace_cli.objects import Node, Pod
+from gketrace_cli.options import Connect, Options
+
+if TYPE_CHECKING:
+    from gketrace_cli.agents import Fleet
+
+__all__ = ["LABEL", "Progress", "Session", "background"]
+
+LABEL: Final = "app.kubernetes.io/name=gketrace-agent"
+"""What the agents' pods are labelled with."""
+
+T = TypeVar("T")
+_GREET_ALL: Final = 32
+"""Up to so many agents are connected beforehand; beyond that, only those that are needed."""
+
+
+def background(call: Callable[[], T], name: str) -> Future[T]:
+    """Runs `call` in a daemon thread: one that hangs does not keep the program from ending."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # noqa: BLE001  raised in the thread that asks for the result
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
+
+
+class Progress:
+    """One line on standard error that says what is being done; only on a terminal."""
+
+    def __init__(self) -> None:
+        self._on = sys.stderr.isatty() and sys.stdout.isatty()
+
+    def say(self, text: str) -> None:
+        if self._on:
+            sys.stderr.write(f"\r\033[K{text} …")
+            sys.stderr.flush()
+
+    def clear(self) -> None:
+        if self._on:
+            sys.stderr.write("\r\033[K")
+            sys.stderr.flush()
+
+
+class Session:
+    """Opened cluster and agents of one command.  A context manager."""
+
+    def __init__(self, options: Options) -> None:
+        self.options: Final = options
+        self.progress: Final = Progress()
+        given = options.agents()
+        if options.local and given:
+            raise UsageError("--local and --agent exclude each other")
+        self._given = given
+        self.cluster: Final = Cluster.open(
+            kubeconfig=options.kubeconfig or "",
+            context=options.context or "",
+            timeout=options.seconds,
+        )
+        self.namespace: Final = options.namespace or self.cluster.namespace or "default"
+        self._fleet: Fleet | None = None
+        self._closers: list[Callable[[], None]] = []
+        self._nodes: Future[tuple[Node, ...]] = background(self.cluster.nodes, "nodes")
+        self._agents: Future[Fleet] = background(self._reach_agents, "agents")
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.progress.clear()
+        if self._fleet is not None:
+            self._fleet.close()
+        for closer in reversed(self._closers):
+            closer()
+        self.cluster.close()
+
+    # the cluster
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """Raises: `GketraceError`."""
+        return self._nodes.result()
+
+    def read(self, calls: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+        """Several API calls at once.  Raises the first failure in the order of `calls`."""
+        running = {name: background(call, name) for name, call in calls.items()}
+        return {name: future.result() for name, future in running.items()}
+
+    def check_namespace(self, namespace: str) -> NotFoundError | None:
+        """The error when the namespace does not exist; None when it does or cannot be told."""
+        try:
+            self.cluster.api.get(f"/api/v1/namespaces/{namespace}")
+        except NotFoundError:
+            try:
+                listed = self.cluster.api.get("/api/v1/namespaces").get("items") or []
+                names = [item["metadata"]["name"] for item in listed]
+            except GketraceError:
+                names = []
+            hint = close_names(namespace, names) if names else ""
+            return NotFoundError(f'namespace "{namespace}" not found', hint=hint)
+        except GketraceError:
+            return None
+        return None
+
+    # the agents
+
+    @property
+    def fleet(self) -> Fleet:
+        """Raises: `GketraceError`."""
+        if self._fleet is None:
+            self.progress.say("reaching the agents")
+            self._fleet = self._agents.result()
+        return self._fleet
+
+    def _reach_agents(self) -> Fleet:
+        """Runs in a thread of its own; imports grpc while the cluster answers."""
+        found = None
+        if not self.options.local:
+            found = background(lambda: self.cluster.pods(label_selector=LABEL), "agent-pods")
+        from gketrace_cli.agents import Fleet
+
+        fleet = Fleet(timeout=self.options.seconds)
+        try:
+            if found is None:
+                self._add_local(fleet)
+            else:
+                self._add_found(fleet, found)
+            if len(fleet.nodes) <= _GREET_ALL:
+                fleet.greet()
+        except BaseException:
+            fleet.close()
+            raise
+        return fleet
+
+    def _add_local(self, fleet: Fleet) -> None:
+        from gketrace_cli.local import start_local_agent
+
+        local = start_local_agent(self._nodes.result(), timeout=self.options.seconds)
+        self._closers.append(local.stop)
+        fleet.add_address(local.node, local.address, "--local")
+
+    def _add_found(self, fleet: Fleet, found: Future[tuple[Pod, ...]]) -> None:
+        """The agents named by ``--agent``, then those found as pods."""
+        if self._given:
+            nodes = self._nodes.result()
+            for name, address in self._given.items():
+                fleet.add_address(find_node(name, nodes).name, address)
+        pods: tuple[Pod, ...] = ()
+        try:
+            pods = found.result()
+        except (ForbiddenError, UnavailableError) as error:
+            if not self._given:
+                raise type(error)(
+                    f"cannot look for agents: {error.message}", hint="--agent NODE=ADDR names them"
+                ) from error
+        if not pods and not fleet.nodes:
+            raise UnavailableError(
+                f"no agent in the cluster (no pod labelled {LABEL})",
+                hint="install the DaemonSet, give --agent NODE=ADDR, or use --local on a node",
+            )
+        forwards = None
+        if pods and self.options.connect is not Connect.DIRECT:
+            from gketrace_cli.portforward import PortForwards
+
+            forwards = PortForwards(self.cluster.api)
+        fleet.add_pods(pods, forwards=forwards)
+
+    def reach(self, nodes: list[str]) -> None:
+        """Connects the agents of these nodes, where that has not been done."""
+        self.fleet.greet(nodes)

@@ -1,0 +1,247 @@
+"""Paths → one sentence and an exit code.
+
+Exit codes, strongest first: 3 when something was not seen or is not understood, 1 when something
+is proved to be broken, 0.  (2, 4 and 5 are raised before there is anything to judge.)  A drop that
+the Service's own configuration asks for is an outcome, and broken only when just that way was
+asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from gketrace.errors import ExitCode
+from gketrace.packet import protocol_name
+from gketrace.trace import FAILURE, SUCCESS, Disposition, Missing, Path
+from gketrace_cli.frontdoors import Question
+from gketrace_cli.podreport import PodReport
+
+__all__ = [
+    "Answer",
+    "Standing",
+    "Verdict",
+    "judge_pod",
+    "judge_service",
+    "judge_trace",
+    "path_standing",
+    "target_text",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """The first line of the answer."""
+
+    text: str
+    code: ExitCode
+
+    @property
+    def style(self) -> str:
+        return {ExitCode.OK: "green", ExitCode.BROKEN: "red"}.get(self.code, "yellow")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """All paths of one question."""
+
+    question: Question
+    paths: tuple[Path, ...]
+
+
+class Standing(Enum):
+    """What one path means for the verdict."""
+
+    FINE = "fine"
+    """It arrives, and the answer comes back as far as can be seen."""
+    CONFIGURED = "as configured"
+    """It is dropped because the Service says so."""
+    BROKEN = "broken"
+    UNKNOWN = "unknown"
+    """Not seen, or not understood."""
+
+
+_WORDS: Final = {
+    Disposition.DELIVERED: "delivered",
+    Disposition.TRANSMITTED: "leaves the cluster",
+    Disposition.REFUSED: "refused: nothing listens",
+    Disposition.DROPPED: "dropped",
+    Disposition.REJECTED: "rejected",
+    Disposition.UNREACHABLE: "unreachable",
+    Disposition.NO_NEIGHBOUR: "no neighbour",
+    Disposition.LOOPED: "loops",
+    Disposition.UNKNOWN: "UNKNOWN",
+}
+
+
+def target_text(question: Question) -> str:
+    """``10.43.246.223:80/tcp``."""
+    host = f"[{question.address}]" if question.address.version == 6 else str(question.address)
+    port = f":{question.port}" if question.port is not None else ""
+    return f"{host}{port}/{protocol_name(question.protocol)}"
+
+
+def path_standing(question: Question, path: Path) -> Standing:
+    """How one path counts."""
+    disposition = path.outcome.disposition
+    if path.missing or disposition is Disposition.UNKNOWN:
+        return Standing.UNKNOWN
+    if disposition in FAILURE:
+        dropped = disposition is Disposition.DROPPED and question.configured_drop
+        return Standing.CONFIGURED if dropped else Standing.BROKEN
+    if disposition not in SUCCESS:
+        return Standing.UNKNOWN
+    if path.reply is None:
+        return Standing.FINE
+    back = path.reply.outcome.disposition
+    if back in SUCCESS or (back is Disposition.TRANSMITTED and question.sender.outside):
+        return Standing.UNKNOWN if path.reply.missing else Standing.FINE
+    return Standing.BROKEN if back in FAILURE else Standing.UNKNOWN
+
+
+def outcome_text(path: Path) -> str:
+    """``delivered to pod/default/web-0 10.40.0.10:8080``, ``dropped: …``."""
+    outcome = path.outcome
+    word = _WORDS[outcome.disposition]
+    if outcome.disposition in SUCCESS:
+        return f"{word} to {path.endpoint}" if path.endpoint else word
+    return f"{word}: {outcome.detail}" if outcome.detail else word
+
+
+def _code(standings: Iterable[tuple[Question, Standing]], missing: Sequence[Missing]) -> ExitCode:
+    seen = list(standings)
+    if missing or not seen or any(s is Standing.UNKNOWN for _, s in seen):
+        return ExitCode.PARTIAL
+    if any(s is Standing.BROKEN or (s is Standing.CONFIGURED and q.asked) for q, s in seen):
+        return ExitCode.BROKEN
+    return ExitCode.OK
+
+
+def judge_service(name: str, answers: Sequence[Answer], missing: Sequence[Missing]) -> Verdict:
+    """For `gketrace service`."""
+    judged = [(a.question, p, path_standing(a.question, p)) for a in answers for p in a.paths]
+    code = _code(((q, s) for q, _, s in judged), missing)
+    ways = len(answers)
+    by_way = {
+        standing: sum(
+            1 for a in answers if any(path_standing(a.question, p) is standing for p in a.paths)
+        )
+        for standing in Standing
+    }
+    broken = [(q, p) for q, p, s in judged if s is Standing.BROKEN]
+    asked = [(q, p) for q, p, s in judged if s is Standing.CONFIGURED and q.asked]
+    unknown = [(q, p) for q, p, s in judged if s is Standing.UNKNOWN]
+    if broken:
+        question, path = broken[0]
+        text = (
+            f"{name} is broken: {by_way[Standing.BROKEN]} of {ways} ways fail; {_way(question)} "
+            f"is {_failure(path)}"
+        )
+    elif asked:
+        question, path = asked[0]
+        text = f"{name} does not answer this way, as configured: {question.configured_drop}"
+    elif unknown or not judged:
+        text = f"Could not tell whether {name} works"
+        if unknown:
+            question, path = unknown[0]
+            text += f": {_way(question)} is {_uncertain(question, path)}"
+    else:
+        ends = sorted({p.endpoint for _, p, s in judged if s is Standing.FINE and p.endpoint})
+        fine = by_way[Standing.FINE]
+        if not fine:
+            text = f"{name} drops all {ways} ways traced, as configured"
+        else:
+            count = f"all {ways} ways" if fine == ways else f"{fine} of {ways} ways"
+            count = "the way" if ways == 1 else count
+            where = ends[0] if len(ends) == 1 else f"{len(ends)} endpoints"
+            text = f"{name} works: {count} traced lead{'s' if ways == 1 else ''} to {where}"
+        dropped = by_way[Standing.CONFIGURED]
+        if dropped and fine:
+            text += f"; {dropped} {'is' if dropped == 1 else 'are'} dropped as configured"
+    return Verdict(text=_also_missing(text, missing), code=code)
+
+
+def judge_trace(answer: Answer, missing: Sequence[Missing]) -> Verdict:
+    """For `gketrace trace`: just this way was asked for."""
+    question = answer.question
+    judged = [(question, p, path_standing(question, p)) for p in answer.paths]
+    code = _code(((q, s) for q, _, s in judged), missing)
+    way = f"{question.sender.text} → {target_text(question)}"
+    bad = next((p for _, p, s in judged if s in (Standing.BROKEN, Standing.CONFIGURED)), None)
+    unsure = next((p for _, p, s in judged if s is Standing.UNKNOWN), None)
+    if bad is not None:
+        share = f" ({_percent(bad)} of new connections)" if len(answer.paths) > 1 else ""
+        text = f"{way} is {_failure(bad)}{share}"
+        if code is ExitCode.OK:
+            code = ExitCode.BROKEN
+    elif unsure is not None:
+        text = f"{way}: could not tell: {_uncertain(question, unsure)}"
+    elif not answer.paths:
+        text = f"{way}: could not tell"
+    else:
+        ends = list(dict.fromkeys(p.endpoint for p in answer.paths if p.endpoint))
+        where = ends[0] if len(ends) == 1 else f"{len(ends)} endpoints"
+        text = f"{way} is delivered to {where}" if ends else f"{way} is delivered"
+    return Verdict(text=_also_missing(text, missing), code=code)
+
+
+def judge_pod(report: PodReport) -> Verdict:
+    """For `gketrace pod`."""
+    pod = report.pod
+    code = ExitCode.OK
+    if report.problems:
+        code = ExitCode.BROKEN
+    if report.missing:
+        code = ExitCode.PARTIAL
+    if report.problems:
+        text = f"Pod {pod.key} is broken: {report.problems[0]}"
+    elif report.shared:
+        text = f"Pod {pod.key} uses the network of its node {pod.node} itself (hostNetwork)"
+    else:
+        wires = []
+        for at in report.attachments:
+            hangs = f"{at.link.name} to {at.host.name}" if at.host else at.link.name
+            wires.append(f"{hangs} on bridge {at.bridge.name}" if at.bridge else hangs)
+        text = (
+            f"Pod {pod.key} ({', '.join(pod.pod_ips)}) is wired: {', '.join(wires) or 'nothing'}, "
+            f"on node {pod.node}"
+        )
+    return Verdict(text=_also_missing(text, report.missing), code=code)
+
+
+def _way(question: Question) -> str:
+    return f"{question.door.value} {target_text(question)} from {question.sender.text}"
+
+
+def _failure(path: Path) -> str:
+    if path.outcome.disposition in SUCCESS and path.reply is not None:
+        return f"delivered to {path.endpoint}, and the answer is {outcome_text(path.reply)}"
+    return outcome_text(path)
+
+
+def _uncertain(question: Question, path: Path) -> str:
+    if path.missing:
+        return f"not seen whole ({path.missing[0]})"
+    if path.outcome.disposition in SUCCESS and path.reply is not None:
+        return f"delivered to {path.endpoint}, and the answer is {outcome_text(path.reply)}"
+    if path.outcome.disposition is Disposition.TRANSMITTED:
+        return f"sent out by {path.outcome.netns.node}; what comes after is not visible to agents"
+    return outcome_text(path)
+
+
+def _percent(path: Path) -> str:
+    return "a share that is not known" if path.chance is None else f"{float(path.chance):.1%}"
+
+
+def _also_missing(text: str, missing: Sequence[Missing]) -> str:
+    if not missing:
+        return f"{text}."
+    nodes = sorted({m.node for m in missing if m.what == "agent" and m.node})
+    if nodes:
+        return f"{text}; not everything was seen: no agent answers on {', '.join(nodes)}."
+    return f"{text}; not everything was seen: {missing[0]}."
+
+
+__all__ += ["outcome_text"]
