@@ -30,7 +30,8 @@ def is_broadcast(address: int) -> bool:
 
 
 def is_zeronet(address: int) -> bool:
-    return address >> 24 == 0
+    """0.0.0.0 alone since Linux 5.3, no longer all of 0.0.0.0/8 (ipv4_is_zeronet)."""
+    return address == 0
 
 
 def is_loopback(address: int) -> bool:

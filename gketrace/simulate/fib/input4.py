@@ -11,7 +11,7 @@ from gketrace.simulate.fib.ipv4 import Choice, Ipv4Tables
 from gketrace.simulate.fib.merge import assumed, evidence, failure, finish
 from gketrace.simulate.fib.rules import Flow, RuleOutcome
 from gketrace.simulate.fib.view import LOOPBACK, NetView, NotKnown, kernel_check
-from gketrace.snapshot import Link, RouteType
+from gketrace.snapshot import Link, Route, RouteType
 from gketrace.trace import Citation
 
 __all__ = ["input4", "received_flow"]
@@ -80,37 +80,45 @@ def _outcome(
 ) -> list[RouteDecision]:
     view, hit = tables.view, outcome.hit
     route = hit.route if hit is not None and not hit.error else None
-    if route is not None and route.type is RouteType.BROADCAST:
-        both = view.conf(4, "all", "bc_forwarding") and view.conf(4, device.name, "bc_forwarding")
-        if not both:
+    if hit is not None and route is not None and route.type is RouteType.BROADCAST:
+        if not _forwards_broadcasts(view, device):
             return [_broadcast(tables, packet, device, outcome)]
-    elif route is not None and route.type is RouteType.LOCAL:
-        check = _validate(tables, packet, flow.dst, device, None)
-        if check.refused is not None:
-            return [assumed(check.refused, outcome)]
-        return [
-            assumed(
-                RouteDecision(
-                    kind=RouteKind.LOCAL,
-                    interface=device.name,
-                    route=route,
-                    rule=outcome.rule,
-                    citations=(*evidence(outcome), *check.citations),
-                    detail=f"{packet.dst} is an address of this namespace",
-                ),
-                outcome,
-            )
-        ]
-    if not view.conf(4, device.name, "forwarding"):
+    elif hit is not None and route is not None and route.type is RouteType.LOCAL:
+        return [_local(tables, packet, device, outcome, hit.route)]
+    elif not view.conf(4, device.name, "forwarding"):
         return [_not_forwarding(view, device, outcome)]
-    if hit is None or hit.error or route is None:
+    elif hit is None or hit.error or route is None:
         return [failure(outcome)]
-    if route.type not in (RouteType.UNICAST, RouteType.BROADCAST):
+    elif route.type is not RouteType.UNICAST:
         return [assumed(_martian(f"{packet.dst} is {route.type.value}"), outcome)]
     return [
         assumed(_forward(tables, packet, flow, device, outcome, choice), outcome)
         for choice in tables.choices(hit, 0)
     ]
+
+
+def _forwards_broadcasts(view: NetView, device: Link) -> bool:
+    """IN_DEV_BFORWARD: directed broadcasts are sent on, whatever ``forwarding`` says."""
+    return bool(view.conf(4, "all", "bc_forwarding") and view.conf(4, device.name, "bc_forwarding"))
+
+
+def _local(
+    tables: Ipv4Tables, packet: Packet, device: Link, outcome: RuleOutcome, route: Route | None
+) -> RouteDecision:
+    check = _validate(tables, packet, int(packet.dst), device, None)
+    if check.refused is not None:
+        return assumed(check.refused, outcome)
+    return assumed(
+        RouteDecision(
+            kind=RouteKind.LOCAL,
+            interface=device.name,
+            route=route,
+            rule=outcome.rule,
+            citations=(*evidence(outcome), *check.citations),
+            detail=f"{packet.dst} is an address of this namespace",
+        ),
+        outcome,
+    )
 
 
 def _forward(
@@ -128,6 +136,7 @@ def _forward(
     if check.refused is not None:
         return replace(check.refused, chance=choice.chance, because=choice.because)
     mtu = choice.route.mtu or out.mtu
+    gateway = tables.gateway(choice.hop)
     forwarding = (
         *view.conf_citations(4, "forwarding", device.name),
         *check.citations,
@@ -135,15 +144,14 @@ def _forward(
     decision = RouteDecision(
         kind=RouteKind.FORWARD,
         interface=out.name,
-        next_hop=choice.hop.gateway,
+        next_hop=gateway,
         route=choice.route,
         rule=outcome.rule,
         mtu=mtu,
         chance=choice.chance,
         because=choice.because,
         citations=(*evidence(outcome), *forwarding),
-        detail=f"out of {out.name}, "
-        + (f"via {choice.hop.gateway}" if choice.hop.gateway else "on its link"),
+        detail=f"out of {out.name}, " + (f"via {gateway}" if gateway else "on its link"),
     )
     if packet.ttl is not None and packet.ttl <= 1:
         return replace(

@@ -197,7 +197,8 @@ class Ipv4Tables:
         if route is None or first is None:
             return []
         plain = [Choice(route, first)]
-        if route.dst.prefixlen or route.type is not RouteType.UNICAST or first.gateway is None:
+        gateway = self.gateway(first)
+        if route.dst.prefixlen or route.type is not RouteType.UNICAST or gateway is None:
             return plain
         equal = [
             other
@@ -206,15 +207,15 @@ class Ipv4Tables:
             and (other.tos, other.priority) == (route.tos, route.priority)
             and other.type is RouteType.UNICAST
             and other.scope == route.scope
-            and other.next_hops[0].gateway is not None
+            and self.gateway(other.next_hops[0]) is not None
             and "dead" not in other.next_hops[0].flags
         ]
         if len(equal) < 2 or equal[0] is not route or first.oif is None:
             return plain
-        neighbour = self.view.neighbour_of.get((first.oif, first.gateway))
+        neighbour = self.view.neighbour_of.get((first.oif, gateway))
         if neighbour is None or neighbour.state == "REACHABLE":
             return plain
-        text = f"several default routes; the gateway {first.gateway} is {neighbour.state}"
+        text = f"several default routes; the gateway {gateway} is {neighbour.state}"
         return [Choice(other, other.next_hops[0], None, text) for other in equal]
 
     def hop_source(self, hop: NextHop, scope: int) -> IPAddress | None:
@@ -233,6 +234,19 @@ class Ipv4Tables:
         if route.prefsrc is not None:
             return route.prefsrc
         return self.hop_source(hop, scope_number(route.scope))
+
+    def gateway(self, hop: NextHop) -> IPAddress | None:
+        """Who gets the packet next; None: the destination itself.
+
+        A gateway that is an address of this namespace makes a next hop of scope host, which
+        rt_set_nexthop does not take for a gateway.
+        """
+        gateway = hop.gateway
+        if gateway is None or gateway.version == 6 or "onlink" in hop.flags:
+            return gateway
+        hit = self.table(LOCAL, Flow(family=4, dst=int(gateway)))
+        local = hit is not None and hit.route is not None and hit.route.type is RouteType.LOCAL
+        return None if local else gateway
 
     def owner(self, address: int) -> Link | None:
         """__ip_dev_find(net, addr, false): the device that owns an address."""

@@ -16,7 +16,8 @@ from gketrace.snapshot import NextHop, PolicyRule, Route, RouteType
 
 __all__ = ["Ipv6Tables", "hop_text6"]
 
-LOCAL, MAIN = 255, 254
+PROTOCOL_KERNEL = 2
+"""RTPROT_KERNEL."""
 
 ROUTE_ERROR = {
     RouteType.BLACKHOLE: "EINVAL",
@@ -115,9 +116,18 @@ class Ipv6Tables:
         if rule.suppress_ifgroup is None or hit.hop is None or hit.route is None:
             return False
         link = self.view.device(hit.hop)
-        if hit.route.type in (RouteType.LOCAL, RouteType.ANYCAST):
+        if self.over_loopback(hit.route):
             link = self.view.link(LOOPBACK)
         return link.group == rule.suppress_ifgroup
+
+    def over_loopback(self, route: Route) -> bool:
+        """Whether packets made here for this route go over the loopback (ip6_rt_get_dev_rcu).
+
+        Anycast routes do if the kernel made them (RTF_ANYCAST); those of a user's do not.
+        """
+        if route.type is RouteType.ANYCAST:
+            return route.protocol == PROTOCOL_KERNEL
+        return route.type is RouteType.LOCAL
 
     def _nodes(self, index: PrefixIndex[_Leaf], flow: Flow) -> Iterator[list[_Leaf]]:
         """The leaves of each matching prefix, longest first; source-specific ones before."""

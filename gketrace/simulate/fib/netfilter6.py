@@ -11,7 +11,7 @@ from gketrace.simulate.fib.ipv6 import Ipv6Tables
 from gketrace.simulate.fib.path6 import needs_strict
 from gketrace.simulate.fib.rules import Flow
 from gketrace.simulate.fib.view import NotKnown
-from gketrace.snapshot import Address, RouteType
+from gketrace.snapshot import Address, NextHop, Route, RouteType
 
 __all__ = ["address_types", "redirect", "reverse_path"]
 
@@ -40,12 +40,21 @@ def address_types(tables: Ipv6Tables, address: int, interface: str | None) -> fr
             more.add("unreachable")
         elif hit.route.type is RouteType.LOCAL and interface is None:
             more.add("local")
-        elif hit.route.type is RouteType.ANYCAST:
+        elif _anycast(tables, hit.route, hit.hop, address):
             more.add("anycast")
         answers.add(frozenset(found | more))
     if len(answers) != 1:
         raise NotKnown("the type of the address hangs on a policy rule that is not decided")
     return answers.pop()
+
+
+def _anycast(tables: Ipv6Tables, route: Route, hop: NextHop | None, address: int) -> bool:
+    """ipv6_anycast_destination: an anycast route, or the subnet's own address on the link."""
+    if route.type is RouteType.ANYCAST and tables.over_loopback(route):
+        return True
+    if hop is None or hop.gateway is not None or route.dst.prefixlen >= 127:
+        return False
+    return int(route.dst.network_address) == address
 
 
 def reverse_path(

@@ -138,7 +138,7 @@ def _make(
             outcome,
         )
     route = choice.route if choice is not None else None
-    gateway = choice.hop.gateway if choice is not None else None
+    gateway = tables.gateway(choice.hop) if choice is not None else None
     kind = RouteKind.FORWARD
     if is_broadcast(flow.dst) or (route is not None and route.type is RouteType.BROADCAST):
         kind = RouteKind.BROADCAST

@@ -85,8 +85,7 @@ def _towards(tables: Ipv6Tables, outcome: RuleOutcome, choice: Choice) -> RouteD
     route, hop = choice.route, choice.hop
     link = tables.view.device(hop)
     kind = RouteKind.FORWARD
-    if route.type in (RouteType.LOCAL, RouteType.ANYCAST):
-        # Copies of local routes have the loopback as their device (ip6_rt_get_dev_rcu).
+    if tables.over_loopback(route):
         kind, link = RouteKind.LOCAL, tables.view.link(LOOPBACK)
     elif route.type is RouteType.MULTICAST:
         kind = RouteKind.MULTICAST
@@ -149,7 +148,8 @@ def _received(
 ) -> RouteDecision:
     view = tables.view
     decision = _towards(tables, outcome, choice)
-    if decision.kind is RouteKind.LOCAL:
+    if choice.route.type in (RouteType.LOCAL, RouteType.ANYCAST):
+        decision = replace(decision, kind=RouteKind.LOCAL, detail="an address of this namespace")
         return replace(decision, interface=device.name, next_hop=None, mtu=None)
     return _forward(view, packet, device, decision)
 

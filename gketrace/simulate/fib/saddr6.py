@@ -17,7 +17,7 @@ __all__ = ["select_address6"]
 _SCOPE_GLOBAL: Final = 14
 _SCOPE_SITE: Final = 5
 _SCOPE_LINK: Final = 2
-_SCOPE_NODE: Final = 1
+_SCOPE_INVALID: Final = -1
 
 _LABELS: Final[tuple[tuple[int, int, int], ...]] = (
     (0x1, 128, 0),
@@ -26,6 +26,8 @@ _LABELS: Final[tuple[tuple[int, int, int], ...]] = (
     (0x2001 << 112, 32, 6),
     ((0x2001 << 112) | (0x10 << 96), 28, 7),
     (0x2002 << 112, 16, 2),
+    (0x3FFE << 112, 16, 12),
+    (0xFEC0 << 112, 10, 11),
     (0xFC00 << 112, 7, 5),
     (0x0, 0, 1),
 )
@@ -106,6 +108,8 @@ def _score(
 
 def _scope(address: int) -> int:
     """__ipv6_addr_src_scope of the address's type."""
+    if not address:
+        return _SCOPE_INVALID
     if is_multicast6(address):
         return (address >> 112) & 0xF
     if address == LOOPBACK6 or is_link_local6(address):
