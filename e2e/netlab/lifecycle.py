@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 from e2e.netlab import linux
 from e2e.netlab.errors import LabError
-from e2e.netlab.state import check_name, locked, read_state, state_dir, teardown
+from e2e.netlab.state import check_name, lab_cgroup, locked, read_state, state_dir, teardown
 from e2e.netlab.world import TOPOLOGIES, default_backend, load_world
 
 __all__ = ["control", "down", "running_state", "up"]
@@ -62,16 +63,23 @@ def up(
             else:
                 progress(f"lab {name!r} was up already; checked")
                 return str(state["kubeconfig"])
-        folder = state_dir(name)
-        teardown(name)
-        folder.mkdir(parents=True, mode=0o700)
         complete = False
         try:
-            kubeconfig = _build({"name": name, "state_dir": str(folder), **wanted}, progress)
+            teardown(name, keep_folder=True)
+            # Made here and only joined by the supervisor: one that starts late cannot bring it
+            # back.
+            lab_cgroup(name).path.mkdir()
+            kubeconfig = _build(
+                {"name": name, "state_dir": str(state_dir(name)), **wanted}, progress
+            )
             complete = True
         finally:
             if not complete:
+                # A second Ctrl-C must not leave half of it.
+                blocked = {signal.SIGINT, signal.SIGTERM}
+                mask = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
                 teardown(name)
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return kubeconfig
 
 

@@ -162,6 +162,8 @@ class NodeInit:
         self.join("init.scope")
         linux.set_process_title("init", "/sbin/init")
         quiet_ipv6()
+        for scope in ("all", "default"):
+            sysctl(f"net.ipv4.conf.{scope}.send_redirects", "0")
         for pod in self.world.pods_on(self.node.name):
             self.sandboxes[pod.key] = self.sandbox(pod)
 
@@ -246,8 +248,6 @@ class NodeInit:
             if name in _READ_ONLY or (".cbr0." in name and self.topology != "bridge"):
                 continue
             sysctl(name, value)
-        for scope in ("all", "default", "eth0"):
-            sysctl(f"net.ipv4.conf.{scope}.send_redirects", "0")
         sysctl("net.ipv6.conf.all.forwarding", "1")
         # A forwarding interface also owns its subnet's all-zeros anycast address, which is the
         # unicast address of one of the captured nodes. all.forwarding alone decides forwarding

@@ -139,8 +139,11 @@ def write_json(path: Path, value: object) -> None:
     temporary.replace(path)
 
 
-def teardown(name: str) -> None:
-    """Removes everything that lab `name` has made, whatever state it is in."""
+def teardown(name: str, *, keep_folder: bool = False) -> None:
+    """Removes everything that lab `name` has made, whatever state it is in.
+
+    `keep_folder` leaves the empty folder, on which the caller holds its lock.
+    """
     cgroup = lab_cgroup(name)
     deadline = time.monotonic() + _KILL_SECONDS
     while cgroup.path.exists():
@@ -157,6 +160,10 @@ def teardown(name: str) -> None:
         if time.monotonic() > deadline:
             raise LabError(f"lab {name!r}: still there after {_KILL_SECONDS:.0f} s: {cgroup.path}")
         time.sleep(0.01)
+    if keep_folder:
+        for entry in state_dir(name).iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        return
     shutil.rmtree(state_dir(name), ignore_errors=True)
     with contextlib.suppress(OSError):  # another lab is there, or nothing was
         BASE.rmdir()

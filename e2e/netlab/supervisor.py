@@ -334,6 +334,7 @@ def main() -> None:
     if os.getppid() != config["up_pid"]:
         sys.exit(1)  # it died before the line above
     cgroup = lab_cgroup(config["name"])
+    (cgroup.path / "supervisor").mkdir()  # not its parent: `up` may be taking that down already
     cgroup.child("supervisor").join()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     supervisor = Supervisor(
