@@ -1,0 +1,202 @@
+"""One network namespace as a walk uses it: its hooks as data, its links, routing and sysctls."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+from gketrace.packet import IPAddress, Packet
+from gketrace.ruleset import BaseChain, Ruleset
+from gketrace.ruleset.iptables import IptablesRuleset
+from gketrace.ruleset.model import ChainType
+from gketrace.simulate.routing import Fib
+from gketrace.simulate.state import Ternary
+from gketrace.snapshot import (
+    IpSet,
+    Link,
+    Maybe,
+    NetnsSnapshot,
+    RecentEntry,
+    Unavailable,
+)
+from gketrace.trace import Citation, Hook, NetnsRef, Source
+
+__all__ = ["Namespace", "Station", "StationKind", "cite_link"]
+
+
+class StationKind(IntEnum):
+    """What stands on a hook; the numbers order stations of one priority."""
+
+    CONNTRACK = 0
+    """nf_conntrack_in."""
+    CHAIN = 1
+    """A base chain that filters or mangles."""
+    NAT_CHAIN = 2
+    """A base chain of type nat: asked until one of them has settled this side's NAT."""
+    NAT = 3
+    """nf_nat_packet: what was settled is carried out."""
+    CONFIRM = 4
+    """nf_conntrack_confirm: the entry enters the table."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Station:
+    """One thing that a packet meets on a hook."""
+
+    kind: StationKind
+    priority: int
+    """enum nf_ip_hook_priorities; for chains of type nat that of the nat hook itself."""
+    order: int = 0
+    """For NAT_CHAIN: the chain's own priority, which orders it among them."""
+    ruleset: Ruleset | None = None
+    chain: BaseChain | None = None
+
+
+_LAST: Final = 2**31 - 1
+BUILT_IN: Final[Mapping[Hook, tuple[tuple[StationKind, int], ...]]] = {
+    Hook.PREROUTING: ((StationKind.CONNTRACK, -200), (StationKind.NAT, -100)),
+    Hook.INPUT: ((StationKind.NAT, 100), (StationKind.CONFIRM, _LAST)),
+    Hook.FORWARD: (),
+    Hook.OUTPUT: ((StationKind.CONNTRACK, -200), (StationKind.NAT, -100)),
+    Hook.POSTROUTING: ((StationKind.NAT, 100), (StationKind.CONFIRM, _LAST)),
+}
+"""ipv4_conntrack_ops and nf_nat_ipv4_ops; all chains of type nat hang on the latter, whatever
+their own priority is (nf_nat_register_fn)."""
+
+_NEEDS_CONNTRACK: Final = re.compile(
+    rb" -m (?:conntrack|state|connmark|connbytes|connlimit|connlabel|helper|cluster)\b"
+    rb"| -j (?:DNAT|SNAT|MASQUERADE|REDIRECT|NETMAP|CT|NOTRACK|CONNMARK|CONNSECMARK|SYNPROXY"
+    rb"|CLUSTERIP)\b"
+)
+"""Extensions whose checkentry calls nf_ct_netns_get(): the namespace tracks while one is in use."""
+
+
+class Namespace:
+    """A `NetnsSnapshot` with its indexes; also the `Environment` that matches ask."""
+
+    def __init__(self, snapshot: NetnsSnapshot) -> None:
+        self.snapshot: Final = snapshot
+        self.fib: Final = Fib(snapshot)
+        links = () if isinstance(snapshot.links, Unavailable) else snapshot.links
+        self.links: Final = {link.name: link for link in links}
+        self.by_index: Final = {link.ifindex: link for link in links}
+        self._stations: dict[tuple[Hook, int], tuple[Station, ...]] = {}
+        self._tracks: dict[int, bool] = {}
+
+    @property
+    def netns(self) -> NetnsRef:
+        return self.snapshot.netns
+
+    @property
+    def unread(self) -> tuple[Unavailable, ...]:
+        """The rule sets that could not be read."""
+        return tuple(r for r in self.snapshot.rulesets if isinstance(r, Unavailable))
+
+    def rulesets(self, family: int) -> tuple[Ruleset, ...]:
+        return tuple(
+            r
+            for r in self.snapshot.rulesets
+            if not isinstance(r, Unavailable) and r.family in (0, family)
+        )
+
+    def stations(self, hook: Hook, family: int) -> tuple[Station, ...]:
+        """What stands on `hook`, in the order in which a packet of `family` meets it."""
+        known = self._stations.get((hook, family))
+        if known is None:
+            found = [Station(kind=kind, priority=at) for kind, at in BUILT_IN[hook]]
+            nat_at = next((s.priority for s in found if s.kind is StationKind.NAT), 0)
+            for ruleset in self.rulesets(family):
+                for chain in ruleset.base_chains(hook):
+                    nat = chain.type is ChainType.NAT
+                    found.append(
+                        Station(
+                            kind=StationKind.NAT_CHAIN if nat else StationKind.CHAIN,
+                            priority=nat_at if nat else chain.priority,
+                            order=chain.priority,
+                            ruleset=ruleset,
+                            chain=chain,
+                        )
+                    )
+            found.sort(key=lambda s: (s.priority, s.kind, s.order))
+            known = self._stations[hook, family] = tuple(found)
+        return known
+
+    def tracks(self, family: int) -> bool:
+        """Whether connection tracking is on here: it is while some rule needs it."""
+        known = self._tracks.get(family)
+        if known is None:
+            known = any(_needs_conntrack(r) for r in self.rulesets(family))
+            self._tracks[family] = known
+        return known
+
+    def bridge_netfilter(self, bridge: Link, family: int) -> Maybe[Citation | None]:
+        """Why frames on `bridge` pass iptables; None: they do not (br_nf_pre_routing)."""
+        own = bridge.bridge_nf_call_iptables if family == 4 else bridge.bridge_nf_call_ip6tables
+        if own:
+            suffix = "iptables" if family == 4 else "ip6tables"
+            return Citation(source=Source.LINK, text=f"{bridge.name}: nf_call_{suffix} 1")
+        name = f"net.bridge.bridge-nf-call-{'iptables' if family == 4 else 'ip6tables'}"
+        value = self.sysctl(name)
+        if isinstance(value, Unavailable):
+            return value
+        if value == "1":
+            return Citation(source=Source.SYSCTL, text=f"{name} = 1")
+        return None
+
+    # What matches ask (`Environment`).
+
+    @property
+    def now(self) -> float:
+        return self.snapshot.taken_at
+
+    def sysctl(self, name: str) -> Maybe[str | None]:
+        if isinstance(self.snapshot.sysctls, Unavailable):
+            return self.snapshot.sysctls
+        return self.snapshot.sysctls.get(name)
+
+    def address_type(self, address: IPAddress, interface: str | None) -> Maybe[str]:
+        found = self.fib.address_type(address, interface)
+        if found is None:
+            return Unavailable(reason=f"the type of {address} is not known")
+        return found.upper()
+
+    def reverse_path(
+        self, packet: Packet, interface: str, *, loose: bool, validmark: bool, accept_local: bool
+    ) -> Maybe[bool]:
+        answer = self.fib.reverse_path(
+            packet, interface, loose=loose, validmark=validmark, accept_local=accept_local
+        )
+        if answer is Ternary.UNKNOWN:
+            return Unavailable(reason=f"the reverse path to {packet.src} is not known")
+        return answer is Ternary.YES
+
+    def recent(self, name: str) -> Maybe[tuple[RecentEntry, ...]]:
+        if isinstance(self.snapshot.recent, Unavailable):
+            return self.snapshot.recent
+        return self.snapshot.recent.get(name, ())
+
+    def ipset(self, name: str) -> Maybe[IpSet]:
+        if isinstance(self.snapshot.ipsets, Unavailable):
+            return self.snapshot.ipsets
+        found = self.snapshot.ipsets.get(name)
+        return Unavailable(reason=f"the ipset {name} was not there") if found is None else found
+
+
+def _needs_conntrack(ruleset: Ruleset) -> bool:
+    if isinstance(ruleset, IptablesRuleset):
+        return _NEEDS_CONNTRACK.search(ruleset.text) is not None
+    return any(ruleset.base_chains(hook) for hook in Hook)
+
+
+def cite_link(link: Link) -> Citation:
+    """The link, roughly as ``ip -d link`` prints it."""
+    peer = ""
+    if link.peer is not None:
+        where = f" in {link.peer.netns}" if link.peer.netns is not None else ""
+        peer = f"@{link.peer.name or f'if{link.peer.ifindex}'}{where}"
+    kind = f" {link.kind}" if link.kind else ""
+    text = f"{link.ifindex}: {link.name}{peer}: <{','.join(link.flags)}> mtu {link.mtu}{kind}"
+    return Citation(source=Source.LINK, text=text)

@@ -1,0 +1,225 @@
+"""Network address translation: nf_nat_setup_info() and nf_nat_packet() over tuples.
+
+A connection's NAT is the difference between its original tuple and its inverted reply tuple.
+`set_up` changes the reply tuple for a request of a nat rule; `rewrite` applies the difference to
+a packet at one hook.  A port that only the kernel can know is None afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+from fractions import Fraction
+from ipaddress import ip_address
+from typing import Final
+
+from gketrace.conntrack import CtStatus
+from gketrace.packet import PORT_PROTOCOLS, IPAddress, Packet, Protocol, Tuple5
+from gketrace.simulate.state import CtInfo, Direction, NatRequest
+from gketrace.trace import Hook
+
+__all__ = ["MANIP_AT", "Manip", "NatSetup", "initialized", "null_binding", "rewrite", "set_up"]
+
+MAX_MEMBERS: Final = 16
+"""Ranges up to this many addresses or ports are followed one by one."""
+
+
+class Manip(Enum):
+    """Which side of the packet changes (enum nf_nat_manip_type)."""
+
+    SRC = "source"
+    DST = "destination"
+
+
+MANIP_AT: Final[dict[Hook, Manip]] = {
+    Hook.PREROUTING: Manip.DST,
+    Hook.OUTPUT: Manip.DST,
+    Hook.INPUT: Manip.SRC,
+    Hook.POSTROUTING: Manip.SRC,
+}
+"""HOOK2MANIP of nf_nat_core.c."""
+
+_DONE: Final = {Manip.SRC: CtStatus.SRC_NAT_DONE, Manip.DST: CtStatus.DST_NAT_DONE}
+_CHANGED: Final = {Manip.SRC: CtStatus.SRC_NAT, Manip.DST: CtStatus.DST_NAT}
+_OTHER: Final = {Manip.SRC: Manip.DST, Manip.DST: Manip.SRC}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NatSetup:
+    """One way that a request can be carried out."""
+
+    ct: CtInfo
+    chance: Fraction | None = Fraction(1)
+    because: str = ""
+    note: str = ""
+    """What is not known about the choice; empty when nothing."""
+    problem: str = ""
+    """Why the result is not known at all; `ct` is then unchanged."""
+
+
+def initialized(ct: CtInfo, manip: Manip) -> bool:
+    """nf_nat_initialized(): this side's NAT is settled, no nat rule is consulted."""
+    return ct.existing or bool(ct.status & _DONE[manip])
+
+
+def null_binding(ct: CtInfo, manip: Manip) -> CtInfo:
+    """nf_nat_alloc_null_binding(): nothing changes, and the side is settled."""
+    return replace(ct, status=ct.status | _DONE[manip])
+
+
+def rewrite(packet: Packet, ct: CtInfo, manip: Manip) -> Packet:
+    """The packet after nf_nat_packet() at a hook of `manip`; the same object if nothing changes."""
+    if ct.orig is None or ct.reply is None:
+        return packet
+    original = ct.direction is Direction.ORIGINAL
+    if not ct.status & _CHANGED[manip if original else _OTHER[manip]]:
+        return packet
+    target = (ct.reply if original else ct.orig).inverted()
+    if manip is Manip.SRC:
+        sport = target.sport if packet.has_ports else packet.sport
+        after = replace(packet, src=target.src, sport=sport)
+    else:
+        dport = target.dport if packet.has_ports else packet.dport
+        after = replace(packet, dst=target.dst, dport=dport)
+    if packet.protocol in (Protocol.ICMP, Protocol.ICMPV6):
+        after = replace(after, icmp_id=target.sport)
+    return packet if after == packet else after
+
+
+def set_up(
+    ct: CtInfo,
+    request: NatRequest,
+    *,
+    address: IPAddress | None,
+    taken: Callable[[Tuple5], bool],
+) -> tuple[NatSetup, ...]:
+    """Carry out `request` on a connection whose side is not settled (nf_nat_setup_info).
+
+    `address` is the one that MASQUERADE or REDIRECT selected; `taken` says whether a tuple's
+    answer already belongs to another connection.  Several answers: the kernel picks one address
+    of a range by a hash.
+    """
+    if ct.orig is None or ct.reply is None:
+        raise ValueError("only a tracked packet can be translated")
+    manip = Manip.SRC if request.source else Manip.DST
+    current = ct.reply.inverted()
+    old = current.src if manip is Manip.SRC else current.dst
+    addresses = _addresses(request, old, address)
+    if isinstance(addresses, str):
+        return (NatSetup(ct=ct, problem=addresses),)
+    setups: list[NatSetup] = []
+    for new in addresses:
+        several = len(addresses) > 1
+        ports = _ports(request, _with(current, manip, new), current, manip, taken)
+        for port, note in ports:
+            because = []
+            if several:
+                because.append(f"address {new} of the range")
+            if len(ports) > 1:
+                because.append(f"port {port} of the range")
+            forked = several or len(ports) > 1
+            setups.append(
+                NatSetup(
+                    ct=_bound(ct, current, _with(current, manip, new), port, request, manip),
+                    chance=None if forked else Fraction(1),
+                    because=", ".join(because),
+                    note=note,
+                )
+            )
+    return tuple(setups)
+
+
+def _with(current: Tuple5, manip: Manip, address: IPAddress) -> Tuple5:
+    if manip is Manip.SRC:
+        return replace(current, src=address)
+    return replace(current, dst=address)
+
+
+def _addresses(
+    request: NatRequest, old: IPAddress, selected: IPAddress | None
+) -> tuple[IPAddress, ...] | str:
+    if request.masquerade or request.redirect:
+        if selected is None:
+            what = "MASQUERADE" if request.masquerade else "REDIRECT"
+            return f"the address that {what} selects is not known"
+        return (selected,)
+    if request.addresses is None:
+        return (old,)
+    low, high = request.addresses
+    if request.netmap:
+        bits = 32 if low.version == 4 else 128
+        if request.prefixlen is not None:
+            host = (1 << (bits - request.prefixlen)) - 1
+        else:
+            host = int(low) ^ int(high)
+        return (_address((int(old) & host) | (int(low) & ~host), low.version),)
+    size = int(high) - int(low) + 1
+    if size > MAX_MEMBERS:
+        return f"the kernel picks one of the {size} addresses {low}-{high} by a hash"
+    return tuple(_address(value, low.version) for value in range(int(low), int(high) + 1))
+
+
+def _address(value: int, version: int) -> IPAddress:
+    size = 4 if version == 4 else 16
+    return ip_address(value.to_bytes(size, "big"))
+
+
+def _ports(
+    request: NatRequest,
+    wanted: Tuple5,
+    current: Tuple5,
+    manip: Manip,
+    taken: Callable[[Tuple5], bool],
+) -> tuple[tuple[int | None, str], ...]:
+    """The port on the side of `manip` (nf_nat_l4proto_unique_tuple), and what is not known."""
+    icmp = current.protocol in (Protocol.ICMP, Protocol.ICMPV6)
+    if not icmp and current.protocol not in PORT_PROTOCOLS:
+        return ((None, ""),)
+    own = current.sport if manip is Manip.SRC or icmp else current.dport
+    random = request.random or request.random_fully
+    if request.ports is None:
+        if manip is Manip.DST:
+            # get_unique_tuple(): without a port range a destination port is never changed.
+            return ((own, ""),)
+        if random:
+            return ((None, "the kernel picks a random source port"),)
+        if own is not None and taken(wanted):
+            return ((None, f"port {own} is taken by another connection; the kernel picks one"),)
+        return ((own, ""),)
+    low, high = request.ports
+    if low == high:
+        return ((low, ""),)
+    if not random and own is not None and low <= own <= high and not taken(wanted):
+        return ((own, ""),)
+    if manip is Manip.SRC:
+        return ((None, f"the kernel picks a free port of {low}-{high}"),)
+    if not random:
+        # For destinations the search begins at a fixed offset: 0, or that of a shifted map.
+        offset = 0 if request.base_port is None or own is None else own - request.base_port
+        first = low + offset % (high - low + 1)
+        if not taken(replace(wanted, dport=first)):
+            return ((first, ""),)
+    if high - low + 1 <= MAX_MEMBERS:
+        return tuple((port, "") for port in range(low, high + 1))
+    return ((None, f"the kernel picks a port of {low}-{high}"),)
+
+
+def _bound(
+    ct: CtInfo,
+    current: Tuple5,
+    wanted: Tuple5,
+    port: int | None,
+    request: NatRequest,
+    manip: Manip,
+) -> CtInfo:
+    icmp = current.protocol in (Protocol.ICMP, Protocol.ICMPV6)
+    if icmp or manip is Manip.SRC:
+        new = replace(wanted, sport=port)
+    else:
+        new = replace(wanted, dport=port)
+    random = manip is Manip.SRC and (request.random or request.random_fully)
+    status = ct.status | _DONE[manip]
+    if new != current or (random and port is None and current.protocol in PORT_PROTOCOLS):
+        status |= _CHANGED[manip]
+    return replace(ct, reply=new.inverted(), status=status)

@@ -1,0 +1,370 @@
+"""What a packet meets on a hook: base chains, connection tracking, NAT, confirmation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
+from typing import Final
+
+from gketrace.conntrack import CtState, CtStatus
+from gketrace.packet import IPAddress, Tuple5
+from gketrace.ruleset.model import ChainType
+from gketrace.simulate import nat, tracking
+from gketrace.simulate.chains import traverse
+from gketrace.simulate.cursor import Context, Cursor, Way, end, on, step, unknown
+from gketrace.simulate.namespace import Station, StationKind
+from gketrace.simulate.routes import reroute
+from gketrace.simulate.state import (
+    Alternative,
+    CtInfo,
+    Direction,
+    NatRequest,
+    PacketState,
+    VerdictKind,
+)
+from gketrace.snapshot import Unavailable
+from gketrace.trace import (
+    Citation,
+    Disposition,
+    Flow,
+    Hook,
+    Missing,
+    Source,
+    Step,
+    StepAction,
+    StepKind,
+)
+
+__all__ = ["run_station"]
+
+
+def run_station(context: Context, cursor: Cursor) -> tuple[Way, ...]:
+    """The ways on from the next station of the cursor's hook."""
+    unread = cursor.space.unread
+    if unread and not cursor.guessed_rules:
+        return _without(cursor, unread)
+    station = cursor.stations[0]
+    return _RUN[station.kind](context, replace(cursor, stations=cursor.stations[1:]), station)
+
+
+def _without(cursor: Cursor, unread: tuple[Unavailable, ...]) -> tuple[Way, ...]:
+    """A rule set was not read: it may stop or change the packet, or do nothing to it."""
+    why = "; ".join(gap.reason for gap in unread)
+    netns = cursor.space.netns
+    missing = Missing(what="rules", why=why, node=netns.node, netns=str(netns))
+    return (
+        Way(
+            cursor=replace(cursor, guessed_rules=True),
+            missing=(missing,),
+            chance=None,
+            because=f"if rules that could not be read do nothing to it: {why}",
+        ),
+        unknown(
+            cursor,
+            f"rules could not be read: {why}",
+            what="rules",
+            chance=None,
+            because="if rules that could not be read stop or change it",
+        ),
+    )
+
+
+def _chain(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...]:
+    assert station.ruleset is not None
+    assert station.chain is not None
+    ways: list[Way] = []
+    alternatives = traverse(station.ruleset, station.chain, cursor.state, cursor.space)
+    for alternative in alternatives:
+        after = replace(cursor, state=alternative.state)
+        if alternative.verdict.kind is not VerdictKind.ACCEPT:
+            ways.append(_stopped(after, alternative))
+            continue
+        way = Way(
+            cursor=after,
+            steps=alternative.steps,
+            chance=alternative.chance,
+            because=alternative.because,
+        )
+        if (
+            station.chain.type is ChainType.ROUTE
+            and station.chain.hook is Hook.OUTPUT
+            and _routes_differently(cursor.state, alternative.state)
+        ):
+            ways += [_after(way, further) for further in reroute(after)]
+        else:
+            ways.append(way)
+    return tuple(ways)
+
+
+def _routes_differently(before: PacketState, after: PacketState) -> bool:
+    """ipt_mangle_out() and nf_route_table_hook4(): what makes them call ip_route_me_harder()."""
+    old, new = before.packet, after.packet
+    return (old.src, old.dst, old.mark, old.dscp) != (new.src, new.dst, new.mark, new.dscp)
+
+
+def _after(first: Way, then: Way) -> Way:
+    """`then` as it follows on `first`."""
+    chance: Fraction | None = None
+    if first.chance is not None and then.chance is not None:
+        chance = first.chance * then.chance
+    return replace(
+        then,
+        steps=first.steps + then.steps,
+        flows=first.flows + then.flows,
+        missing=first.missing + then.missing,
+        chance=chance,
+        because=", ".join(part for part in (first.because, then.because) if part),
+    )
+
+
+_STOPS: Final = {
+    VerdictKind.DROP: Disposition.DROPPED,
+    VerdictKind.REJECT: Disposition.REJECTED,
+}
+
+
+def _stopped(cursor: Cursor, alternative: Alternative) -> Way:
+    verdict = alternative.verdict
+    disposition = _STOPS.get(verdict.kind)
+    if disposition is not None:
+        return end(
+            cursor,
+            disposition,
+            verdict.detail,
+            *alternative.steps,
+            citation=verdict.citation,
+            reject_with=verdict.reject_with,
+            chance=alternative.chance,
+            because=alternative.because,
+        )
+    detail = verdict.detail or {
+        VerdictKind.QUEUE: "handed to a program in user space; what that does is not known",
+        VerdictKind.STOLEN: "taken by the rule's target; what becomes of it is not known",
+    }.get(verdict.kind, "the rule is not understood")
+    return unknown(
+        cursor,
+        detail,
+        *alternative.steps,
+        citation=verdict.citation,
+        chance=alternative.chance,
+        because=alternative.because,
+    )
+
+
+def _conntrack(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...]:
+    space, state = cursor.space, cursor.state
+    local = state.hook is Hook.OUTPUT
+    if state.ct is not None:
+        # nf_conntrack_in(): "Previously seen (loopback or untracked)? Ignore."
+        return on(cursor)
+    if not space.tracks(cursor.packet.family):
+        return (_opened(cursor) if local else Way(cursor=cursor),)
+    if state.notrack:
+        ct = CtInfo(state=CtState.UNTRACKED)
+        after = replace(cursor, state=replace(state, ct=ct))
+        return (_opened(after) if local else Way(cursor=after),)
+    loose = space.sysctl("net.netfilter.nf_conntrack_tcp_loose")
+    ways = []
+    for seen in tracking.track(
+        cursor.packet,
+        netns=space.netns,
+        flows=cursor.flows,
+        conntrack=context.conntrack(space),
+        tcp_loose=loose != "0",
+    ):
+        after = replace(cursor, state=replace(state, ct=seen.ct), flow=seen.flow)
+        way = _opened(after) if local and seen.ct.orig is None else Way(cursor=after)
+        ways.append(
+            replace(
+                way,
+                steps=_tracking_steps(cursor, seen),
+                flows=way.flows + _kernel_flow(seen.flow),
+                missing=_conntrack_missing(cursor, seen),
+                chance=seen.chance,
+                because=seen.because,
+            )
+        )
+    return tuple(ways)
+
+
+def _opened(cursor: Cursor) -> Way:
+    """A local process begins a connection that is not tracked here: remember who waits for it."""
+    flow = tracking.opening(cursor.packet, cursor.space.netns)
+    return Way(cursor=replace(cursor, flows=(*cursor.flows, flow)), flows=(flow,))
+
+
+def _kernel_flow(flow: Flow | None) -> tuple[Flow, ...]:
+    return () if flow is None or flow.assumed else (flow,)
+
+
+def _tracking_steps(cursor: Cursor, seen: tracking.Tracking) -> tuple[Step, ...]:
+    """A plain new connection is not worth a step; all else is."""
+    if seen.flow is not None:
+        way = "answer" if seen.ct.direction is Direction.REPLY else "packet"
+        whose = "that this trace makes" if seen.flow.assumed else "in the kernel's table"
+        note = f"{way} of a connection {whose}: no nat rule is consulted"
+        citation = Citation(source=Source.CONNTRACK, text=str(seen.flow.entry))
+    elif seen.note:
+        note = f"{seen.ct.state.value}: {seen.note}"
+        citation = Citation(source=Source.KERNEL, text="nf_conntrack_in")
+    else:
+        return ()
+    return (
+        step(
+            cursor,
+            StepKind.CONNTRACK,
+            StepAction.CONTINUE,
+            citation=citation,
+            note=note,
+            in_hook=True,
+        ),
+    )
+
+
+def _conntrack_missing(cursor: Cursor, seen: tracking.Tracking) -> tuple[Missing, ...]:
+    if not seen.unavailable:
+        return ()
+    netns = cursor.space.netns
+    why = f"an existing connection would decide before the rules: {seen.unavailable}"
+    return (Missing(what="conntrack", why=why, node=netns.node, netns=str(netns)),)
+
+
+def _nat_chain(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...]:
+    """nf_nat_inet_fn(): chains are asked until one has settled this side of the connection."""
+    assert station.ruleset is not None
+    assert station.chain is not None
+    ct = cursor.state.ct
+    manip = nat.MANIP_AT[cursor.state.hook]
+    if ct is None or ct.orig is None or nat.initialized(ct, manip):
+        return on(cursor)
+    ways: list[Way] = []
+    for alternative in traverse(station.ruleset, station.chain, cursor.state, cursor.space):
+        after = replace(cursor, state=alternative.state)
+        if alternative.verdict.kind is not VerdictKind.ACCEPT:
+            ways.append(_stopped(after, alternative))
+            continue
+        way = Way(
+            cursor=after,
+            steps=alternative.steps,
+            chance=alternative.chance,
+            because=alternative.because,
+        )
+        request = alternative.verdict.nat
+        if request is None:
+            ways.append(way)
+        else:
+            citation = request.citation or alternative.verdict.citation
+            ways += [_after(way, further) for further in _settle(context, after, request, citation)]
+    return tuple(ways)
+
+
+def _settle(context: Context, cursor: Cursor, request: NatRequest, citation: Citation) -> list[Way]:
+    ct = cursor.state.ct
+    assert ct is not None
+    space = cursor.space
+
+    def taken(tuple5: Tuple5) -> bool:
+        return tracking.tuple_taken(tuple5, space.netns, cursor.flows, context.conntrack(space))
+
+    ways = []
+    for setup in nat.set_up(ct, request, address=_selected(cursor, request), taken=taken):
+        if setup.problem:
+            ways.append(unknown(cursor, setup.problem, citation=citation))
+            continue
+        ways.append(
+            Way(
+                cursor=replace(
+                    cursor,
+                    state=replace(cursor.state, ct=setup.ct),
+                    nat_citation=citation,
+                    nat_note=setup.note,
+                ),
+                chance=setup.chance,
+                because=setup.because,
+            )
+        )
+    return ways
+
+
+def _selected(cursor: Cursor, request: NatRequest) -> IPAddress | None:
+    """The address that the kernel selects for MASQUERADE and REDIRECT; None: not known."""
+    state = cursor.state
+    if request.masquerade:
+        gateway = cursor.decision.next_hop if cursor.decision is not None else None
+        return cursor.space.fib.masquerade_address(state.out_iface, state.packet, gateway)
+    if request.redirect:
+        packet = state.packet
+        return cursor.space.fib.redirect_address(packet.family, state.in_iface, packet.dst)
+    return None
+
+
+def _nat(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...]:
+    """Carry out what is settled; a connection that no rule claimed is bound as it is."""
+    state = cursor.state
+    ct = state.ct
+    if ct is not None and ct.state is CtState.RELATED and ct.orig is None:
+        return (
+            unknown(
+                cursor,
+                "the translation of an ICMP error depends on the packet that it quotes",
+                citation=Citation(source=Source.KERNEL, text="nf_nat_icmp_reply_translation"),
+            ),
+        )
+    if ct is None or ct.orig is None:
+        return on(cursor)
+    manip = nat.MANIP_AT[state.hook]
+    if not nat.initialized(ct, manip):
+        ct = nat.null_binding(ct, manip)
+    packet = nat.rewrite(state.packet, ct, manip)
+    after = replace(
+        cursor,
+        state=replace(state, packet=packet, ct=ct),
+        nat_citation=None,
+        nat_note="",
+    )
+    if packet == state.packet:
+        return on(after)
+    citation = cursor.nat_citation
+    if citation is None:
+        entry = cursor.flow.entry if cursor.flow is not None else None
+        text = f"orig {ct.orig}, reply {ct.reply}" if entry is None else str(entry)
+        citation = Citation(source=Source.CONNTRACK, text=text)
+    done = step(
+        cursor,
+        StepKind.NAT,
+        StepAction.REWRITE,
+        citation=citation,
+        note=cursor.nat_note or f"{manip.value} rewritten",
+        after=packet,
+        in_hook=True,
+    )
+    way = Way(cursor=after, steps=(done,))
+    if state.hook is Hook.OUTPUT and packet.dst != state.packet.dst:
+        # nf_nat_ipv4_local_fn(): a new destination is routed anew.
+        return tuple(_after(way, further) for further in reroute(after))
+    return (way,)
+
+
+def _confirm(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...]:
+    ct = cursor.state.ct
+    if ct is None or ct.orig is None or ct.existing:
+        return on(cursor)
+    flow = tracking.new_flow(ct, cursor.space.netns)
+    settled = replace(ct, status=ct.status | CtStatus.CONFIRMED, existing=True)
+    after = replace(
+        cursor,
+        state=replace(cursor.state, ct=settled),
+        flow=flow,
+        flows=(*cursor.flows, flow),
+    )
+    return (Way(cursor=after, flows=(flow,)),)
+
+
+_RUN: Final[dict[StationKind, Callable[[Context, Cursor, Station], tuple[Way, ...]]]] = {
+    StationKind.CONNTRACK: _conntrack,
+    StationKind.CHAIN: _chain,
+    StationKind.NAT_CHAIN: _nat_chain,
+    StationKind.NAT: _nat,
+    StationKind.CONFIRM: _confirm,
+}
