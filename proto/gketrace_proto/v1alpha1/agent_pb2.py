@@ -27,53 +27,53 @@ from gketrace_proto.v1alpha1 import snapshot_pb2 as gketrace__proto_dot_v1alpha1
 from gketrace_proto.v1alpha1 import trace_pb2 as gketrace__proto_dot_v1alpha1_dot_trace__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#gketrace_proto/v1alpha1/agent.proto\x12\x11gketrace.v1alpha1\x1a$gketrace_proto/v1alpha1/packet.proto\x1a&gketrace_proto/v1alpha1/snapshot.proto\x1a#gketrace_proto/v1alpha1/trace.proto\"t\n\x06PodRef\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03uid\x18\x03 \x01(\t\x12\x15\n\rcontainer_ids\x18\x04 \x03(\t\x12\x0f\n\x07pod_ips\x18\x05 \x03(\t\x12\x14\n\x0chost_network\x18\x06 \x01(\x08\"L\n\x06Target\x12\x0e\n\x04host\x18\x01 \x01(\x08H\x00\x12(\n\x03pod\x18\x02 \x01(\x0b\x32\x19.gketrace.v1alpha1.PodRefH\x00\x42\x08\n\x06target\"\x10\n\x0eGetInfoRequest\"\xcd\x02\n\x0cGetInfoReply\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0b\x61pi_version\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0e\n\x06kernel\x18\x04 \x01(\t\x12\x12\n\nstarted_at\x18\x05 \x01(\x01\x12\x12\n\ndata_plane\x18\x06 \x01(\t\x12\x19\n\x11\x64\x61ta_plane_reason\x18\x07 \x01(\t\x12\x18\n\x10iptables_backend\x18\x08 \x01(\t\x12\x33\n\x08rulesets\x18\t \x03(\x0b\x32!.gketrace.v1alpha1.RulesetSummary\x12\x0f\n\x07runtime\x18\n \x01(\t\x12\x1c\n\x14\x61llow_system_changes\x18\x0b \x01(\x08\x12+\n\x07missing\x18\x0c \x03(\x0b\x32\x1a.gketrace.v1alpha1.Missing\x12\x0b\n\x03now\x18\r \x01(\x01\";\n\x11ResolvePodRequest\x12&\n\x03pod\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.PodRef\"f\n\tContainer\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\r\n\x05state\x18\x04 \x01(\t\x12\x12\n\nstart_time\x18\x05 \x01(\x04\x12\x0f\n\x07\x63ommand\x18\x06 \x01(\t\"7\n\x0bResolveStep\x12\x0c\n\x04step\x18\x01 \x01(\t\x12\n\n\x02ok\x18\x02 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\xea\x02\n\x0bResolvedPod\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03uid\x18\x03 \x01(\t\x12*\n\x05netns\x18\x04 \x01(\x0b\x32\x1b.gketrace.v1alpha1.NetnsRef\x12\x12\n\nsandbox_id\x18\x05 \x01(\t\x12\x13\n\x0bsandbox_pid\x18\x06 \x01(\r\x12\x30\n\ncontainers\x18\x07 \x03(\x0b\x32\x1c.gketrace.v1alpha1.Container\x12\x14\n\x0chost_network\x18\x08 \x01(\x08\x12\x17\n\x0fruntime_handler\x18\t \x01(\t\x12\x0e\n\x06method\x18\n \x01(\t\x12-\n\x05steps\x18\x0b \x03(\x0b\x32\x1e.gketrace.v1alpha1.ResolveStep\x12\x12\n\nnetns_path\x18\x0c \x01(\t\x12\x0b\n\x03ips\x18\r \x03(\t\x12\x17\n\x0fother_sandboxes\x18\x0e \x01(\r\">\n\x0fResolvePodReply\x12+\n\x03pod\x18\x01 \x01(\x0b\x32\x1e.gketrace.v1alpha1.ResolvedPod\"<\n\x0fGetNetnsRequest\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.Target\"}\n\rGetNetnsReply\x12\x32\n\x08snapshot\x18\x01 \x01(\x0b\x32 .gketrace.v1alpha1.NetnsSnapshot\x12\x30\n\x03pod\x18\x02 \x01(\x0b\x32\x1e.gketrace.v1alpha1.ResolvedPodH\x00\x88\x01\x01\x42\x06\n\x04_pod\"Z\n\x0fGetRulesRequest\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.Target\x12\r\n\x05table\x18\x02 \x01(\t\x12\r\n\x05\x63hain\x18\x03 \x01(\t\"e\n\rGetRulesReply\x12\x0f\n\x07\x62\x61\x63kend\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\x0c\x12\x13\n\x0bunavailable\x18\x04 \x01(\t\x12\x10\n\x08taken_at\x18\x05 \x01(\x01\"\xfd\x02\n\x0f\x43onntrackFilter\x12\x0e\n\x06\x66\x61mily\x18\x01 \x01(\r\x12\x10\n\x08protocol\x18\x02 \x01(\r\x12\x10\n\x08orig_src\x18\x03 \x01(\t\x12\x10\n\x08orig_dst\x18\x04 \x01(\t\x12\x11\n\treply_src\x18\x05 \x01(\t\x12\x11\n\treply_dst\x18\x06 \x01(\t\x12\x17\n\norig_sport\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x17\n\norig_dport\x18\x08 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0breply_sport\x18\t \x01(\rH\x02\x88\x01\x01\x12\x18\n\x0breply_dport\x18\n \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04mark\x18\x0b \x01(\rH\x04\x88\x01\x01\x12\x11\n\tmark_mask\x18\x0c \x01(\r\x12\x11\n\x04zone\x18\r \x01(\rH\x05\x88\x01\x01\x12\x0f\n\x07\x61\x64\x64ress\x18\x0e \x01(\tB\r\n\x0b_orig_sportB\r\n\x0b_orig_dportB\x0e\n\x0c_reply_sportB\x0e\n\x0c_reply_dportB\x07\n\x05_markB\x07\n\x05_zone\"\x84\x01\n\x14ListConntrackRequest\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.Target\x12\x32\n\x06\x66ilter\x18\x02 \x01(\x0b\x32\".gketrace.v1alpha1.ConntrackFilter\x12\r\n\x05limit\x18\x03 \x01(\r\"\x8f\x01\n\x12ListConntrackReply\x12\x32\n\x07\x65ntries\x18\x01 \x03(\x0b\x32!.gketrace.v1alpha1.ConntrackEntry\x12\x39\n\x07summary\x18\x02 \x01(\x0b\x32#.gketrace.v1alpha1.ConntrackSummaryH\x00\x88\x01\x01\x42\n\n\x08_summary\"\xa6\x01\n\x10\x43onntrackSummary\x12\x0c\n\x04sent\x18\x01 \x01(\x04\x12\x12\n\nconsistent\x18\x02 \x01(\x08\x12\x0c\n\x04lost\x18\x03 \x01(\x04\x12\x11\n\ttruncated\x18\x04 \x01(\x08\x12\x0f\n\x07tracked\x18\x05 \x01(\x08\x12\x12\n\naccounting\x18\x06 \x01(\x08\x12*\n\x05netns\x18\x07 \x01(\x0b\x32\x1b.gketrace.v1alpha1.NetnsRef\"\xef\x01\n\x0bWalkRequest\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.Target\x12\x11\n\tinterface\x18\x02 \x01(\t\x12)\n\x06packet\x18\x03 \x01(\x0b\x32\x19.gketrace.v1alpha1.Packet\x12&\n\x05\x66lows\x18\x04 \x03(\x0b\x32\x17.gketrace.v1alpha1.Flow\x12\'\n\x04pods\x18\x05 \x03(\x0b\x32\x19.gketrace.v1alpha1.PodRef\x12\x0f\n\x07\x61rrives\x18\x06 \x01(\x08\x12\x15\n\ruse_conntrack\x18\x07 \x01(\x08\"f\n\tWalkReply\x12%\n\x04walk\x18\x01 \x01(\x0b\x32\x17.gketrace.v1alpha1.Walk\x12\x32\n\x07timings\x18\x02 \x01(\x0b\x32!.gketrace.v1alpha1.GetWalkTimings\"@\n\x0eGetWalkTimings\x12\x0f\n\x07resolve\x18\x01 \x01(\x01\x12\x0f\n\x07observe\x18\x02 \x01(\x01\x12\x0c\n\x04walk\x18\x03 \x01(\x01\x32\xfd\x03\n\x05\x41gent\x12M\n\x07GetInfo\x12!.gketrace.v1alpha1.GetInfoRequest\x1a\x1f.gketrace.v1alpha1.GetInfoReply\x12V\n\nResolvePod\x12$.gketrace.v1alpha1.ResolvePodRequest\x1a\".gketrace.v1alpha1.ResolvePodReply\x12P\n\x08GetNetns\x12\".gketrace.v1alpha1.GetNetnsRequest\x1a .gketrace.v1alpha1.GetNetnsReply\x12R\n\x08GetRules\x12\".gketrace.v1alpha1.GetRulesRequest\x1a .gketrace.v1alpha1.GetRulesReply0\x01\x12\x61\n\rListConntrack\x12\'.gketrace.v1alpha1.ListConntrackRequest\x1a%.gketrace.v1alpha1.ListConntrackReply0\x01\x12\x44\n\x04Walk\x12\x1e.gketrace.v1alpha1.WalkRequest\x1a\x1c.gketrace.v1alpha1.WalkReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#gketrace_proto/v1alpha1/agent.proto\x12\x11gketrace.v1alpha1\x1a$gketrace_proto/v1alpha1/packet.proto\x1a&gketrace_proto/v1alpha1/snapshot.proto\x1a#gketrace_proto/v1alpha1/trace.proto\"\x89\x01\n\x06PodRef\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03uid\x18\x03 \x01(\t\x12\x15\n\rcontainer_ids\x18\x04 \x03(\t\x12\x0f\n\x07pod_ips\x18\x05 \x03(\t\x12\x14\n\x0chost_network\x18\x06 \x01(\x08\x12\x13\n\x0b\x63onfig_hash\x18\x07 \x01(\t\"L\n\x06Target\x12\x0e\n\x04host\x18\x01 \x01(\x08H\x00\x12(\n\x03pod\x18\x02 \x01(\x0b\x32\x19.gketrace.v1alpha1.PodRefH\x00\x42\x08\n\x06target\"\x10\n\x0eGetInfoRequest\"\xcd\x02\n\x0cGetInfoReply\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0b\x61pi_version\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0e\n\x06kernel\x18\x04 \x01(\t\x12\x12\n\nstarted_at\x18\x05 \x01(\x01\x12\x12\n\ndata_plane\x18\x06 \x01(\t\x12\x19\n\x11\x64\x61ta_plane_reason\x18\x07 \x01(\t\x12\x18\n\x10iptables_backend\x18\x08 \x01(\t\x12\x33\n\x08rulesets\x18\t \x03(\x0b\x32!.gketrace.v1alpha1.RulesetSummary\x12\x0f\n\x07runtime\x18\n \x01(\t\x12\x1c\n\x14\x61llow_system_changes\x18\x0b \x01(\x08\x12+\n\x07missing\x18\x0c \x03(\x0b\x32\x1a.gketrace.v1alpha1.Missing\x12\x0b\n\x03now\x18\r \x01(\x01\";\n\x11ResolvePodRequest\x12&\n\x03pod\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.PodRef\"f\n\tContainer\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\r\n\x05state\x18\x04 \x01(\t\x12\x12\n\nstart_time\x18\x05 \x01(\x04\x12\x0f\n\x07\x63ommand\x18\x06 \x01(\t\"7\n\x0bResolveStep\x12\x0c\n\x04step\x18\x01 \x01(\t\x12\n\n\x02ok\x18\x02 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\xea\x02\n\x0bResolvedPod\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03uid\x18\x03 \x01(\t\x12*\n\x05netns\x18\x04 \x01(\x0b\x32\x1b.gketrace.v1alpha1.NetnsRef\x12\x12\n\nsandbox_id\x18\x05 \x01(\t\x12\x13\n\x0bsandbox_pid\x18\x06 \x01(\r\x12\x30\n\ncontainers\x18\x07 \x03(\x0b\x32\x1c.gketrace.v1alpha1.Container\x12\x14\n\x0chost_network\x18\x08 \x01(\x08\x12\x17\n\x0fruntime_handler\x18\t \x01(\t\x12\x0e\n\x06method\x18\n \x01(\t\x12-\n\x05steps\x18\x0b \x03(\x0b\x32\x1e.gketrace.v1alpha1.ResolveStep\x12\x12\n\nnetns_path\x18\x0c \x01(\t\x12\x0b\n\x03ips\x18\r \x03(\t\x12\x17\n\x0fother_sandboxes\x18\x0e \x01(\r\">\n\x0fResolvePodReply\x12+\n\x03pod\x18\x01 \x01(\x0b\x32\x1e.gketrace.v1alpha1.ResolvedPod\"e\n\x0fGetNetnsRequest\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.Target\x12\'\n\x04pods\x18\x02 \x03(\x0b\x32\x19.gketrace.v1alpha1.PodRef\"}\n\rGetNetnsReply\x12\x32\n\x08snapshot\x18\x01 \x01(\x0b\x32 .gketrace.v1alpha1.NetnsSnapshot\x12\x30\n\x03pod\x18\x02 \x01(\x0b\x32\x1e.gketrace.v1alpha1.ResolvedPodH\x00\x88\x01\x01\x42\x06\n\x04_pod\"Z\n\x0fGetRulesRequest\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.Target\x12\r\n\x05table\x18\x02 \x01(\t\x12\r\n\x05\x63hain\x18\x03 \x01(\t\"\x84\x01\n\rGetRulesReply\x12\x0f\n\x07\x62\x61\x63kend\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\x0c\x12\x13\n\x0bunavailable\x18\x04 \x01(\t\x12\x10\n\x08taken_at\x18\x05 \x01(\x01\x12\r\n\x05table\x18\x06 \x01(\t\x12\x0e\n\x06source\x18\x07 \x01(\t\"\xfd\x02\n\x0f\x43onntrackFilter\x12\x0e\n\x06\x66\x61mily\x18\x01 \x01(\r\x12\x10\n\x08protocol\x18\x02 \x01(\r\x12\x10\n\x08orig_src\x18\x03 \x01(\t\x12\x10\n\x08orig_dst\x18\x04 \x01(\t\x12\x11\n\treply_src\x18\x05 \x01(\t\x12\x11\n\treply_dst\x18\x06 \x01(\t\x12\x17\n\norig_sport\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x17\n\norig_dport\x18\x08 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0breply_sport\x18\t \x01(\rH\x02\x88\x01\x01\x12\x18\n\x0breply_dport\x18\n \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04mark\x18\x0b \x01(\rH\x04\x88\x01\x01\x12\x11\n\tmark_mask\x18\x0c \x01(\r\x12\x11\n\x04zone\x18\r \x01(\rH\x05\x88\x01\x01\x12\x0f\n\x07\x61\x64\x64ress\x18\x0e \x01(\tB\r\n\x0b_orig_sportB\r\n\x0b_orig_dportB\x0e\n\x0c_reply_sportB\x0e\n\x0c_reply_dportB\x07\n\x05_markB\x07\n\x05_zone\"\x84\x01\n\x14ListConntrackRequest\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.Target\x12\x32\n\x06\x66ilter\x18\x02 \x01(\x0b\x32\".gketrace.v1alpha1.ConntrackFilter\x12\r\n\x05limit\x18\x03 \x01(\r\"\x8f\x01\n\x12ListConntrackReply\x12\x32\n\x07\x65ntries\x18\x01 \x03(\x0b\x32!.gketrace.v1alpha1.ConntrackEntry\x12\x39\n\x07summary\x18\x02 \x01(\x0b\x32#.gketrace.v1alpha1.ConntrackSummaryH\x00\x88\x01\x01\x42\n\n\x08_summary\"\xa6\x01\n\x10\x43onntrackSummary\x12\x0c\n\x04sent\x18\x01 \x01(\x04\x12\x12\n\nconsistent\x18\x02 \x01(\x08\x12\x0c\n\x04lost\x18\x03 \x01(\x04\x12\x11\n\ttruncated\x18\x04 \x01(\x08\x12\x0f\n\x07tracked\x18\x05 \x01(\x08\x12\x12\n\naccounting\x18\x06 \x01(\x08\x12*\n\x05netns\x18\x07 \x01(\x0b\x32\x1b.gketrace.v1alpha1.NetnsRef\"\xef\x01\n\x0bWalkRequest\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.Target\x12\x11\n\tinterface\x18\x02 \x01(\t\x12)\n\x06packet\x18\x03 \x01(\x0b\x32\x19.gketrace.v1alpha1.Packet\x12&\n\x05\x66lows\x18\x04 \x03(\x0b\x32\x17.gketrace.v1alpha1.Flow\x12\'\n\x04pods\x18\x05 \x03(\x0b\x32\x19.gketrace.v1alpha1.PodRef\x12\x0f\n\x07\x61rrives\x18\x06 \x01(\x08\x12\x15\n\ruse_conntrack\x18\x07 \x01(\x08\"\xb1\x01\n\tWalkReply\x12%\n\x04walk\x18\x01 \x01(\x0b\x32\x17.gketrace.v1alpha1.Walk\x12\x32\n\x07timings\x18\x02 \x01(\x0b\x32!.gketrace.v1alpha1.GetWalkTimings\x12\x0f\n\x07\x61rrival\x18\x03 \x01(\t\x12\x30\n\x03pod\x18\x04 \x01(\x0b\x32\x1e.gketrace.v1alpha1.ResolvedPodH\x00\x88\x01\x01\x42\x06\n\x04_pod\"@\n\x0eGetWalkTimings\x12\x0f\n\x07resolve\x18\x01 \x01(\x01\x12\x0f\n\x07observe\x18\x02 \x01(\x01\x12\x0c\n\x04walk\x18\x03 \x01(\x01\x32\xfd\x03\n\x05\x41gent\x12M\n\x07GetInfo\x12!.gketrace.v1alpha1.GetInfoRequest\x1a\x1f.gketrace.v1alpha1.GetInfoReply\x12V\n\nResolvePod\x12$.gketrace.v1alpha1.ResolvePodRequest\x1a\".gketrace.v1alpha1.ResolvePodReply\x12P\n\x08GetNetns\x12\".gketrace.v1alpha1.GetNetnsRequest\x1a .gketrace.v1alpha1.GetNetnsReply\x12R\n\x08GetRules\x12\".gketrace.v1alpha1.GetRulesRequest\x1a .gketrace.v1alpha1.GetRulesReply0\x01\x12\x61\n\rListConntrack\x12\'.gketrace.v1alpha1.ListConntrackRequest\x1a%.gketrace.v1alpha1.ListConntrackReply0\x01\x12\x44\n\x04Walk\x12\x1e.gketrace.v1alpha1.WalkRequest\x1a\x1c.gketrace.v1alpha1.WalkReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'gketrace_proto.v1alpha1.agent_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PODREF']._serialized_start=173
-  _globals['_PODREF']._serialized_end=289
-  _globals['_TARGET']._serialized_start=291
-  _globals['_TARGET']._serialized_end=367
-  _globals['_GETINFOREQUEST']._serialized_start=369
-  _globals['_GETINFOREQUEST']._serialized_end=385
-  _globals['_GETINFOREPLY']._serialized_start=388
-  _globals['_GETINFOREPLY']._serialized_end=721
-  _globals['_RESOLVEPODREQUEST']._serialized_start=723
-  _globals['_RESOLVEPODREQUEST']._serialized_end=782
-  _globals['_CONTAINER']._serialized_start=784
-  _globals['_CONTAINER']._serialized_end=886
-  _globals['_RESOLVESTEP']._serialized_start=888
-  _globals['_RESOLVESTEP']._serialized_end=943
-  _globals['_RESOLVEDPOD']._serialized_start=946
-  _globals['_RESOLVEDPOD']._serialized_end=1308
-  _globals['_RESOLVEPODREPLY']._serialized_start=1310
-  _globals['_RESOLVEPODREPLY']._serialized_end=1372
-  _globals['_GETNETNSREQUEST']._serialized_start=1374
-  _globals['_GETNETNSREQUEST']._serialized_end=1434
-  _globals['_GETNETNSREPLY']._serialized_start=1436
-  _globals['_GETNETNSREPLY']._serialized_end=1561
-  _globals['_GETRULESREQUEST']._serialized_start=1563
-  _globals['_GETRULESREQUEST']._serialized_end=1653
-  _globals['_GETRULESREPLY']._serialized_start=1655
-  _globals['_GETRULESREPLY']._serialized_end=1756
-  _globals['_CONNTRACKFILTER']._serialized_start=1759
-  _globals['_CONNTRACKFILTER']._serialized_end=2140
-  _globals['_LISTCONNTRACKREQUEST']._serialized_start=2143
-  _globals['_LISTCONNTRACKREQUEST']._serialized_end=2275
-  _globals['_LISTCONNTRACKREPLY']._serialized_start=2278
-  _globals['_LISTCONNTRACKREPLY']._serialized_end=2421
-  _globals['_CONNTRACKSUMMARY']._serialized_start=2424
-  _globals['_CONNTRACKSUMMARY']._serialized_end=2590
-  _globals['_WALKREQUEST']._serialized_start=2593
-  _globals['_WALKREQUEST']._serialized_end=2832
-  _globals['_WALKREPLY']._serialized_start=2834
-  _globals['_WALKREPLY']._serialized_end=2936
-  _globals['_GETWALKTIMINGS']._serialized_start=2938
-  _globals['_GETWALKTIMINGS']._serialized_end=3002
-  _globals['_AGENT']._serialized_start=3005
-  _globals['_AGENT']._serialized_end=3514
+  _globals['_PODREF']._serialized_start=174
+  _globals['_PODREF']._serialized_end=311
+  _globals['_TARGET']._serialized_start=313
+  _globals['_TARGET']._serialized_end=389
+  _globals['_GETINFOREQUEST']._serialized_start=391
+  _globals['_GETINFOREQUEST']._serialized_end=407
+  _globals['_GETINFOREPLY']._serialized_start=410
+  _globals['_GETINFOREPLY']._serialized_end=743
+  _globals['_RESOLVEPODREQUEST']._serialized_start=745
+  _globals['_RESOLVEPODREQUEST']._serialized_end=804
+  _globals['_CONTAINER']._serialized_start=806
+  _globals['_CONTAINER']._serialized_end=908
+  _globals['_RESOLVESTEP']._serialized_start=910
+  _globals['_RESOLVESTEP']._serialized_end=965
+  _globals['_RESOLVEDPOD']._serialized_start=968
+  _globals['_RESOLVEDPOD']._serialized_end=1330
+  _globals['_RESOLVEPODREPLY']._serialized_start=1332
+  _globals['_RESOLVEPODREPLY']._serialized_end=1394
+  _globals['_GETNETNSREQUEST']._serialized_start=1396
+  _globals['_GETNETNSREQUEST']._serialized_end=1497
+  _globals['_GETNETNSREPLY']._serialized_start=1499
+  _globals['_GETNETNSREPLY']._serialized_end=1624
+  _globals['_GETRULESREQUEST']._serialized_start=1626
+  _globals['_GETRULESREQUEST']._serialized_end=1716
+  _globals['_GETRULESREPLY']._serialized_start=1719
+  _globals['_GETRULESREPLY']._serialized_end=1851
+  _globals['_CONNTRACKFILTER']._serialized_start=1854
+  _globals['_CONNTRACKFILTER']._serialized_end=2235
+  _globals['_LISTCONNTRACKREQUEST']._serialized_start=2238
+  _globals['_LISTCONNTRACKREQUEST']._serialized_end=2370
+  _globals['_LISTCONNTRACKREPLY']._serialized_start=2373
+  _globals['_LISTCONNTRACKREPLY']._serialized_end=2516
+  _globals['_CONNTRACKSUMMARY']._serialized_start=2519
+  _globals['_CONNTRACKSUMMARY']._serialized_end=2685
+  _globals['_WALKREQUEST']._serialized_start=2688
+  _globals['_WALKREQUEST']._serialized_end=2927
+  _globals['_WALKREPLY']._serialized_start=2930
+  _globals['_WALKREPLY']._serialized_end=3107
+  _globals['_GETWALKTIMINGS']._serialized_start=3109
+  _globals['_GETWALKTIMINGS']._serialized_end=3173
+  _globals['_AGENT']._serialized_start=3176
+  _globals['_AGENT']._serialized_end=3685
 # @@protoc_insertion_point(module_scope)

@@ -35,10 +35,15 @@ class PodRef(_message.Message):
     CONTAINER_IDS_FIELD_NUMBER: _builtins.int
     POD_IPS_FIELD_NUMBER: _builtins.int
     HOST_NETWORK_FIELD_NUMBER: _builtins.int
+    CONFIG_HASH_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     name: _builtins.str
     uid: _builtins.str
     host_network: _builtins.bool
+    config_hash: _builtins.str
+    """Annotation kubernetes.io/config.hash of a static pod's mirror: the UID that its cgroup and
+    sandbox carry in place of the API's.
+    """
     @_builtins.property
     def container_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Without the "containerd://" scheme; any one of the pod's containers."""
@@ -56,10 +61,11 @@ class PodRef(_message.Message):
         container_ids: _abc.Iterable[_builtins.str] | None = ...,
         pod_ips: _abc.Iterable[_builtins.str] | None = ...,
         host_network: _builtins.bool = ...,
+        config_hash: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["container_ids", b"container_ids", "host_network", b"host_network", "name", b"name", "namespace", b"namespace", "pod_ips", b"pod_ips", "uid", b"uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_hash", b"config_hash", "container_ids", b"container_ids", "host_network", b"host_network", "name", b"name", "namespace", b"namespace", "pod_ips", b"pod_ips", "uid", b"uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -345,16 +351,22 @@ class GetNetnsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TARGET_FIELD_NUMBER: _builtins.int
+    PODS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def target(self) -> Global___Target: ...
+    @_builtins.property
+    def pods(self) -> _containers.RepeatedCompositeFieldContainer[Global___PodRef]:
+        """Pods of this node, so that the peers of the host's veths can be named."""
+
     def __init__(
         self,
         *,
         target: Global___Target | None = ...,
+        pods: _abc.Iterable[Global___PodRef] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pods", b"pods", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -424,6 +436,8 @@ class GetRulesReply(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     UNAVAILABLE_FIELD_NUMBER: _builtins.int
     TAKEN_AT_FIELD_NUMBER: _builtins.int
+    TABLE_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
     backend: _builtins.str
     family: _builtins.int
     text: _builtins.bytes
@@ -432,6 +446,10 @@ class GetRulesReply(_message.Message):
     """Why this rule set could not be read."""
     taken_at: _builtins.float
     """Seconds since the epoch."""
+    table: _builtins.str
+    """nftables: the table that `text` is part of, "ip kube-proxy"; each is a document of its own."""
+    source: _builtins.str
+    """The command that printed it."""
     def __init__(
         self,
         *,
@@ -440,10 +458,12 @@ class GetRulesReply(_message.Message):
         text: _builtins.bytes = ...,
         unavailable: _builtins.str = ...,
         taken_at: _builtins.float = ...,
+        table: _builtins.str = ...,
+        source: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "family", b"family", "taken_at", b"taken_at", "text", b"text", "unavailable", b"unavailable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "family", b"family", "source", b"source", "table", b"table", "taken_at", b"taken_at", "text", b"text", "unavailable", b"unavailable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -689,21 +709,33 @@ class WalkReply(_message.Message):
 
     WALK_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    ARRIVAL_FIELD_NUMBER: _builtins.int
+    POD_FIELD_NUMBER: _builtins.int
+    arrival: _builtins.str
+    """Why this interface, where the agent found it (WalkRequest.arrives)."""
     @_builtins.property
     def walk(self) -> _trace_pb2.Walk: ...
     @_builtins.property
     def timings(self) -> Global___GetWalkTimings: ...
+    @_builtins.property
+    def pod(self) -> Global___ResolvedPod:
+        """Set when the packet started in a pod: how that was resolved."""
+
     def __init__(
         self,
         *,
         walk: _trace_pb2.Walk | None = ...,
         timings: Global___GetWalkTimings | None = ...,
+        arrival: _builtins.str = ...,
+        pod: Global___ResolvedPod | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "walk", b"walk"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_pod", b"_pod", "pod", b"pod", "timings", b"timings", "walk", b"walk"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "walk", b"walk"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pod", b"_pod", "arrival", b"arrival", "pod", b"pod", "timings", b"timings", "walk", b"walk"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__pod: _TypeAlias = _typing.Literal["pod"]  # noqa: Y015
+    _WhichOneofArgType__pod: _TypeAlias = _typing.Literal["_pod", b"_pod"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pod) -> _WhichOneofReturnType__pod | None: ...
 
 Global___WalkReply: _TypeAlias = WalkReply  # noqa: Y015
 

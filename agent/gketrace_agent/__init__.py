@@ -1,0 +1,16 @@
+"""The node agent: observes one node's kernel, walks packets over what it sees, serves gRPC.
+
+    main, config   the command line, checked and turned into one `Config`
+    server         sockets, health, reflection, signals: the process from start to stop
+    interceptor    one place where calls are logged and exceptions become gRPC statuses
+    service        the RPCs, each a few lines over the packages below
+    info           what data plane this node has, and by which signs
+    walks          a packet's walk on this node: the view it walks over, the uplink it comes in by
+    messages       requests → the agent's own types, and back
+    resolve/       pod → sandbox, containers, PIDs, network namespace
+    observe/       what one namespace's kernel says, as the core's data
+    kernel/        the only place that touches the kernel
+
+A call runs in one pool thread; whatever must happen inside another network namespace runs in a
+short-lived thread of its own (`gketrace_agent.kernel.netns`).  Nothing here forks without exec.
+"""

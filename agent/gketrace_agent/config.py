@@ -1,0 +1,226 @@
+"""The agent's command line, checked and turned into one `Config`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, NoReturn
+
+from gketrace.errors import UsageError
+from gketrace_agent.kernel.hostpaths import HostPaths
+
+__all__ = ["Config", "Limits", "Listen", "parse_arguments"]
+
+_SUN_PATH: Final = 107
+"""Bytes of a unix socket's path that the kernel takes (struct sockaddr_un)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listen:
+    """One address to serve on."""
+
+    path: Path | None = None
+    """A unix socket."""
+    host: str = ""
+    port: int = 0
+    """TCP; 0: the kernel picks one."""
+
+    def __str__(self) -> str:
+        if self.path is not None:
+            return f"unix://{self.path}"
+        return f"tcp://{self.grpc}"
+
+    @property
+    def grpc(self) -> str:
+        """As gRPC names it."""
+        if self.path is not None:
+            return f"unix:{self.path}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The server's bounds; a client can only lower them."""
+
+    concurrent_calls: int = 32
+    """Calls in progress; one more is refused with RESOURCE_EXHAUSTED."""
+    request_bytes: int = 4 << 20
+    reply_bytes: int = 64 << 20
+    """Of one message; streams have many."""
+    conntrack_entries: int = 100_000
+    """Sent by one ListConntrack call."""
+    call_seconds: float = 60.0
+    """The longest that a call may take, whatever deadline its client set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """All that an agent is told at its start."""
+
+    node: str
+    listen: tuple[Listen, ...]
+    insecure: bool = False
+    """TCP without TLS and without access control was asked for."""
+    log_file: Path | None = None
+    """None: standard error."""
+    log_debug: bool = False
+    paths: HostPaths = field(default_factory=HostPaths)
+    runtime_sockets: tuple[Path, ...] | None = None
+    """None: look at the usual places."""
+    limits: Limits = field(default_factory=Limits)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint=f"see {self.prog} --help")
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
+    """The command line → `Config`.  Raises `UsageError`; ``--help`` exits with 0."""
+    parser = _Parser(
+        prog="gketrace-agent", description="Observes one node and answers gketrace's questions."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    serve = commands.add_parser("serve", help="serve gRPC until told to stop (SIGTERM, SIGINT)")
+    defaults = Limits()
+    add = serve.add_argument
+    add(
+        "--node-name",
+        default=os.environ.get("NODE_NAME") or socket.gethostname(),
+        metavar="NAME",
+        help="this node's Kubernetes name (default: $NODE_NAME, then the host name)",
+    )
+    add(
+        "--listen",
+        action="append",
+        default=[],
+        metavar="ADDRESS",
+        help="unix:///PATH or tcp://HOST:PORT; may be given again "
+        "(default: unix:///run/gketrace/agent.sock)",
+    )
+    add(
+        "--insecure",
+        action="store_true",
+        help="allow TCP without TLS: whoever reaches the port reads this node's network state",
+    )
+    add("--log-file", type=Path, metavar="FILE", help="append the log here, not to stderr")
+    add(
+        "--log-level",
+        choices=("info", "debug"),
+        default="info",
+        help="debug adds health checks (default: info)",
+    )
+    add(
+        "--runtime-endpoint",
+        action="append",
+        metavar="ENDPOINT",
+        help="container runtime, unix:///PATH, or 'none' for the cgroup scan only; "
+        "may be given again (default: the usual sockets of containerd, CRI-O and cri-dockerd)",
+    )
+    for name in ("proc", "sys", "run"):
+        add(
+            f"--{name}",
+            type=Path,
+            default=Path(f"/{name}"),
+            metavar="DIR",
+            help=f"where the host's /{name} is (default: /{name})",
+        )
+    add(
+        "--max-concurrent-calls",
+        type=_positive,
+        default=defaults.concurrent_calls,
+        metavar="N",
+        help="calls in progress (default: %(default)s)",
+    )
+    add(
+        "--max-request-bytes",
+        type=_positive,
+        default=defaults.request_bytes,
+        metavar="N",
+        help="size of one request (default: %(default)s)",
+    )
+    add(
+        "--max-reply-bytes",
+        type=_positive,
+        default=defaults.reply_bytes,
+        metavar="N",
+        help="size of one reply message (default: %(default)s)",
+    )
+    add(
+        "--max-conntrack-entries",
+        type=_positive,
+        default=defaults.conntrack_entries,
+        metavar="N",
+        help="entries that one call may list (default: %(default)s)",
+    )
+    add(
+        "--max-call-seconds",
+        type=_positive,
+        default=int(defaults.call_seconds),
+        metavar="N",
+        help="the longest that a call may take (default: %(default)s)",
+    )
+    given = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
+    paths = HostPaths(proc=given.proc, sys=given.sys, run=given.run)
+    listen = tuple(_listen(text) for text in given.listen) or (
+        Listen(path=Path("/run/gketrace/agent.sock")),
+    )
+    for address in listen:
+        if address.path is None and not given.insecure:
+            raise UsageError(
+                f"{address} would be served without TLS and without access control",
+                hint="use a unix socket, or say --insecure",
+            )
+    return Config(
+        node=given.node_name,
+        listen=listen,
+        insecure=given.insecure,
+        log_file=given.log_file,
+        log_debug=given.log_level == "debug",
+        paths=paths,
+        runtime_sockets=_runtime_sockets(given.runtime_endpoint),
+        limits=Limits(
+            concurrent_calls=given.max_concurrent_calls,
+            request_bytes=given.max_request_bytes,
+            reply_bytes=given.max_reply_bytes,
+            conntrack_entries=given.max_conntrack_entries,
+            call_seconds=float(given.max_call_seconds),
+        ),
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _listen(text: str) -> Listen:
+    scheme, _, rest = text.partition("://")
+    if scheme == "unix" and rest.startswith("/"):
+        if len(os.fsencode(rest)) > _SUN_PATH:
+            raise UsageError(f"{rest} is longer than the {_SUN_PATH} bytes of a unix socket's path")
+        return Listen(path=Path(rest))
+    host, colon, port = rest.rpartition(":")
+    if scheme == "tcp" and colon and host and port.isdigit() and int(port) <= 65535:
+        return Listen(host=host.removeprefix("[").removesuffix("]"), port=int(port))
+    raise UsageError(f"cannot listen on {text!r}", hint="use unix:///PATH or tcp://HOST:PORT")
+
+
+def _runtime_sockets(given: list[str] | None) -> tuple[Path, ...] | None:
+    if given is None:
+        return None
+    if given == ["none"]:
+        return ()
+    for endpoint in given:
+        if not endpoint.startswith("unix:///"):
+            raise UsageError(f"no such runtime endpoint: {endpoint!r}", hint="use unix:///PATH")
+    return tuple(Path(endpoint.removeprefix("unix://")) for endpoint in given)

@@ -1,0 +1,116 @@
+"""The agent's own types ↔ the messages that the codec does not know, and requests as text."""
+
+from __future__ import annotations
+
+from ipaddress import ip_network
+from typing import Any
+
+from gketrace.errors import UsageError
+from gketrace.snapshot import IPNetwork
+from gketrace_agent.observe.conntrack import ConntrackFilter
+from gketrace_agent.resolve.model import PodRef, ResolvedPod
+from gketrace_proto import codec
+from gketrace_proto.v1alpha1 import agent_pb2
+
+__all__ = ["conntrack_filter", "describe_request", "pod_ref", "resolved_to_proto", "target_pod"]
+
+
+def pod_ref(message: agent_pb2.PodRef) -> PodRef:
+    """A request's pod.  A runtime's scheme before a container id is taken off."""
+    return PodRef(
+        namespace=message.namespace,
+        name=message.name,
+        uid=message.uid.lower(),
+        container_ids=tuple(cid.rpartition("://")[2].lower() for cid in message.container_ids),
+        pod_ips=tuple(message.pod_ips),
+        host_network=message.host_network,
+        config_hash=message.config_hash.lower(),
+    )
+
+
+def target_pod(target: agent_pb2.Target) -> PodRef | None:
+    """The pod that a target names; None: the host.  Raises `UsageError` when it names neither."""
+    which = target.WhichOneof("target")
+    if which == "pod":
+        return pod_ref(target.pod)
+    if which == "host" and target.host:
+        return None
+    raise UsageError("the request names no target: the host or a pod")
+
+
+def conntrack_filter(message: agent_pb2.ConntrackFilter) -> ConntrackFilter:
+    """Raises `UsageError` for what cannot be meant."""
+    if message.family not in (0, 4, 6):
+        raise UsageError(f"no such address family: {message.family}", hint="4, 6, or 0 for both")
+
+    def number(name: str) -> int | None:
+        return getattr(message, name) if message.HasField(name) else None
+
+    return ConntrackFilter(
+        family=message.family,
+        protocol=message.protocol or None,
+        orig_src=_network(message.orig_src),
+        orig_dst=_network(message.orig_dst),
+        reply_src=_network(message.reply_src),
+        reply_dst=_network(message.reply_dst),
+        orig_sport=number("orig_sport"),
+        orig_dport=number("orig_dport"),
+        reply_sport=number("reply_sport"),
+        reply_dport=number("reply_dport"),
+        mark=number("mark"),
+        mark_mask=message.mark_mask or 0xFFFFFFFF,
+        zone=number("zone"),
+        address=_network(message.address),
+    )
+
+
+def _network(text: str) -> IPNetwork | None:
+    if not text:
+        return None
+    try:
+        return ip_network(text, strict=False)
+    except ValueError:
+        raise UsageError(f"not an address or network: {text!r}") from None
+
+
+def resolved_to_proto(pod: ResolvedPod) -> agent_pb2.ResolvedPod:
+    return agent_pb2.ResolvedPod(
+        namespace=pod.namespace,
+        name=pod.name,
+        uid=pod.uid,
+        netns=codec.encode(pod.netns),
+        sandbox_id=pod.sandbox_id,
+        sandbox_pid=pod.sandbox_pid,
+        containers=[
+            agent_pb2.Container(
+                id=c.id,
+                name=c.name,
+                pid=c.pid,
+                state=c.state,
+                start_time=c.start_time,
+                command=c.command,
+            )
+            for c in pod.containers
+        ],
+        host_network=pod.host_network,
+        runtime_handler=pod.runtime_handler,
+        method=pod.method,
+        steps=[agent_pb2.ResolveStep(step=s.step, ok=s.ok, detail=s.detail) for s in pod.steps],
+        netns_path=pod.netns_path,
+        ips=pod.ips,
+        other_sandboxes=pod.other_sandboxes,
+    )
+
+
+def describe_request(request: Any) -> str:
+    """What a request is about, for the log: ``host``, ``pod default/web``, or nothing."""
+    if isinstance(request, agent_pb2.ResolvePodRequest):
+        return str(pod_ref(request.pod))
+    target = getattr(request, "target", None)
+    if not isinstance(target, agent_pb2.Target):
+        return ""
+    where = str(pod_ref(target.pod)) if target.WhichOneof("target") == "pod" else "host"
+    if isinstance(request, agent_pb2.WalkRequest):
+        packet = request.packet
+        return f"{where} {packet.src} → {packet.dst}:{packet.dport}/{packet.protocol}"
+    return where

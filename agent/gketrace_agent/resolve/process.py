@@ -1,0 +1,51 @@
+"""What /proc says of one process, guarded against PID re-use."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from gketrace.errors import ForbiddenError, GoneError
+from gketrace_agent.kernel.hostpaths import HostPaths
+from gketrace_agent.kernel.netns import process_starttime
+
+__all__ = ["Process", "read_process"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """One process; PID and start time together name it for good."""
+
+    pid: int
+    start_time: int
+    """Clock ticks after boot."""
+    command: str
+    """Base name of its first argument, or the kernel's name for it where it has none."""
+    netns_inode: int
+
+
+def read_process(paths: HostPaths, pid: int) -> Process:
+    """Raises `GoneError` when the process has ended or its PID went to another meanwhile,
+    `ForbiddenError` when its namespace may not be read."""
+    before = process_starttime(paths, pid)
+    try:
+        inode = os.stat(paths.pid(pid, "ns", "net")).st_ino
+        arguments = paths.pid(pid, "cmdline").read_bytes()
+        name = paths.pid(pid, "comm").read_text(errors="replace").strip()
+    except (FileNotFoundError, ProcessLookupError):
+        # A zombie keeps /proc/PID and has no namespaces any more.
+        raise GoneError(f"process {pid} has ended") from None
+    except PermissionError:
+        raise ForbiddenError(
+            f"may not read the network namespace of process {pid}",
+            hint="the agent needs SYS_PTRACE",
+        ) from None
+    if process_starttime(paths, pid) != before:
+        raise GoneError(f"process {pid} ended while it was being read")
+    first = arguments.split(b"\0", 1)[0].decode(errors="replace")
+    return Process(
+        pid=pid,
+        start_time=before,
+        command=os.path.basename(first) or name,
+        netns_inode=inode,
+    )

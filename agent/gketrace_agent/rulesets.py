@@ -1,0 +1,160 @@
+"""Rule sets as text: chunks for the wire, one table or chain of them, counts.  Pure."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, Final
+
+from gketrace.snapshot import Maybe, Unavailable
+from gketrace_agent.observe.iptables import IptablesDump, IptablesDumps
+from gketrace_agent.observe.nftables import NftablesDump
+from gketrace_proto.v1alpha1 import agent_pb2, snapshot_pb2
+
+__all__ = ["cut_iptables", "cut_nftables", "rule_chunks", "summaries"]
+
+_CHUNK: Final = 64 << 10
+"""Bytes of text in one message."""
+_RULE: Final = re.compile(rb"^(?:\[\d+:\d+\] )?-A ", re.M)
+_CHAIN: Final = re.compile(rb"^:", re.M)
+_TABLE: Final = re.compile(rb"^\*(\S+)", re.M)
+_NFT_FAMILIES: Final = {"ip": 4, "ip6": 6}
+"""Others (``inet``, ``bridge``, …) are 0."""
+
+
+def summaries(
+    iptables: Maybe[IptablesDumps], nftables: Maybe[NftablesDump | None]
+) -> Iterator[snapshot_pb2.RulesetSummary]:
+    """One line for each rule set; one without a backend's name says why nothing was read."""
+    if isinstance(iptables, Unavailable):
+        yield snapshot_pb2.RulesetSummary(backend="iptables", unavailable=iptables.reason)
+    else:
+        for dump in iptables.dumps:
+            if isinstance(dump, Unavailable):
+                yield snapshot_pb2.RulesetSummary(backend="iptables", unavailable=dump.reason)
+            else:
+                yield _iptables_summary(dump)
+    if isinstance(nftables, Unavailable):
+        yield snapshot_pb2.RulesetSummary(backend="nftables", unavailable=nftables.reason)
+    elif nftables is not None:
+        for table, text in nftables.tables:
+            summary = snapshot_pb2.RulesetSummary(
+                backend="nftables",
+                family=_NFT_FAMILIES.get(table.family, 0),
+                tables=[str(table)],
+            )
+            if isinstance(text, Unavailable):
+                summary.unavailable = text.reason
+            else:
+                kinds = [kind for item in _nft_items(text) for kind in item]
+                summary.rules, summary.chains = kinds.count("rule"), kinds.count("chain")
+            yield summary
+
+
+def _iptables_summary(dump: IptablesDump) -> snapshot_pb2.RulesetSummary:
+    return snapshot_pb2.RulesetSummary(
+        backend=dump.backend,
+        family=dump.family,
+        rules=sum(1 for _ in _RULE.finditer(dump.text)),
+        chains=sum(1 for _ in _CHAIN.finditer(dump.text)),
+        tables=[name.decode() for name in _TABLE.findall(dump.text)],
+    )
+
+
+def rule_chunks(
+    iptables: Maybe[IptablesDumps],
+    nftables: Maybe[NftablesDump | None],
+    *,
+    table: str = "",
+    chain: str = "",
+) -> Iterator[agent_pb2.GetRulesReply]:
+    """Every rule set's text, or its `table` and `chain` only, in messages of 64 KiB."""
+    if isinstance(iptables, Unavailable):
+        yield agent_pb2.GetRulesReply(backend="iptables", unavailable=iptables.reason)
+    else:
+        for dump in iptables.dumps:
+            if isinstance(dump, Unavailable):
+                yield agent_pb2.GetRulesReply(backend="iptables", unavailable=dump.reason)
+                continue
+            head = agent_pb2.GetRulesReply(
+                backend=dump.backend,
+                family=dump.family,
+                taken_at=dump.taken_at,
+                source=dump.source,
+            )
+            yield from _chunks(head, cut_iptables(dump.text, table, chain))
+    if isinstance(nftables, Unavailable):
+        yield agent_pb2.GetRulesReply(backend="nftables", unavailable=nftables.reason)
+    elif nftables is not None:
+        for one, text in nftables.tables:
+            if table and table not in (one.name, str(one)):
+                continue
+            head = agent_pb2.GetRulesReply(
+                backend="nftables",
+                family=_NFT_FAMILIES.get(one.family, 0),
+                table=str(one),
+                taken_at=nftables.taken_at,
+                source=f"{nftables.source} {one}",
+            )
+            if isinstance(text, Unavailable):
+                head.unavailable = text.reason
+                yield head
+            else:
+                yield from _chunks(head, cut_nftables(text, chain))
+
+
+def _chunks(head: agent_pb2.GetRulesReply, text: bytes) -> Iterator[agent_pb2.GetRulesReply]:
+    """At least one message, so that a rule set without rules is there too."""
+    for start in range(0, max(len(text), 1), _CHUNK):
+        message = agent_pb2.GetRulesReply()
+        message.CopyFrom(head)
+        message.text = text[start : start + _CHUNK]
+        yield message
+
+
+def cut_iptables(text: bytes, table: str, chain: str) -> bytes:
+    """The lines of one table, of one chain, or both; what is left can still be restored."""
+    if not table and not chain:
+        return text
+    kept: list[bytes] = []
+    section: list[bytes] = []
+    wanted = False
+    for line in text.splitlines(keepends=True):
+        if line.startswith(b"*"):
+            wanted = not table or line[1:].strip() == table.encode()
+            section = [line]
+        elif line.startswith(b"COMMIT"):
+            # A table that does not have the chain says nothing about it.
+            if wanted and (not chain or len(section) > 1):
+                kept += [*section, line]
+        elif not chain or _of_chain(line, chain.encode()):
+            section.append(line)
+    return b"".join(kept)
+
+
+def _of_chain(line: bytes, chain: bytes) -> bool:
+    if line.startswith(b":"):
+        return line[1:].split(b" ", 1)[0] == chain
+    found = _RULE.match(line)
+    return found is not None and line[found.end() :].split(None, 1)[0] == chain
+
+
+def cut_nftables(text: bytes, chain: str) -> bytes:
+    """The JSON with no other chain's definition and rules."""
+    if not chain:
+        return text
+    items = [item for item in _nft_items(text) if _of_nft_chain(item, chain)]
+    return json.dumps({"nftables": items}).encode()
+
+
+def _nft_items(text: bytes) -> list[dict[str, Any]]:
+    return list(json.loads(text)["nftables"])
+
+
+def _of_nft_chain(item: dict[str, Any], chain: str) -> bool:
+    if "chain" in item:
+        return bool(item["chain"]["name"] == chain)
+    if "rule" in item:
+        return bool(item["rule"]["chain"] == chain)
+    return True

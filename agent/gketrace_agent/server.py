@@ -1,0 +1,185 @@
+"""The process: sockets, health, reflection, signals."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import signal
+import socket
+import stat
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from gketrace.errors import ExitCode, ForbiddenError, UnavailableError
+from gketrace_agent.config import Config, Listen
+from gketrace_agent.interceptor import CallInterceptor
+from gketrace_agent.kernel.conntrack import preload
+from gketrace_agent.log import logger, start_logging
+from gketrace_agent.service import AgentService
+from gketrace_proto.v1alpha1 import agent_pb2, agent_pb2_grpc
+
+__all__ = ["AgentServer", "serve"]
+
+_GRACE: Final = 3.0
+"""Seconds that calls in progress get to end."""
+_LAST: Final = 1.0
+"""Seconds that the threads of cancelled calls get after that."""
+_SERVICE: Final = agent_pb2.DESCRIPTOR.services_by_name["Agent"].full_name
+
+
+class AgentServer:
+    """One running server.  `start`, then `stop`, once each."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._service = AgentService(config)
+        self._health = health.HealthServicer()
+        self._sockets: list[tuple[Path, int]] = []
+        limits = config.limits
+        self._pool = ThreadPoolExecutor(limits.concurrent_calls, thread_name_prefix="call")
+        self._server = grpc.server(
+            self._pool,
+            interceptors=[CallInterceptor()],
+            maximum_concurrent_rpcs=limits.concurrent_calls,
+            options=(
+                ("grpc.max_receive_message_length", limits.request_bytes),
+                ("grpc.max_send_message_length", limits.reply_bytes),
+                ("grpc.so_reuseport", 0),
+            ),
+        )
+        agent_pb2_grpc.add_AgentServicer_to_server(self._service, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+
+    def start(self) -> tuple[Listen, ...]:
+        """Binds and serves.  Returns the addresses, ports filled in.
+
+        Raises `UnavailableError` when an address is taken, `ForbiddenError` when it may not be
+        bound.
+        """
+        self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        bound = tuple(self._bind(address) for address in self._config.listen)
+        self._server.start()
+        self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        return bound
+
+    def stop(self, grace: float = _GRACE) -> bool:
+        """Says NOT_SERVING, lets calls in progress end for `grace` seconds, removes the sockets.
+
+        False: some call is still running in its thread, its client already told CANCELLED.
+        """
+        self._health.enter_graceful_shutdown()
+        self._server.stop(grace).wait()
+        for path, inode in self._sockets:
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_ino == inode:
+                    path.unlink()
+        ending = threading.Thread(target=self._pool.shutdown, daemon=True)
+        ending.start()
+        ending.join(_LAST)
+        self._service.close()
+        return not ending.is_alive()
+
+    def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in ("", _SERVICE):
+            self._health.set(name, status)
+
+    def _bind(self, address: Listen) -> Listen:
+        if address.path is not None:
+            self._bind_unix(address, address.path)
+            return address
+        return Listen(host=address.host, port=self._add_port(address))
+
+    def _bind_unix(self, address: Listen, path: Path) -> None:
+        try:
+            path.parent.mkdir(mode=0o755, exist_ok=True)
+            _remove_stale(path)
+        except PermissionError as error:
+            raise ForbiddenError(f"cannot make {path}: {error.strerror}") from None
+        except OSError as error:
+            raise UnavailableError(f"cannot make {path}: {error.strerror}") from None
+        # The mode must be right from the first moment, so it is not set after the bind.
+        before = os.umask(0o177)
+        try:
+            self._add_port(address)
+        finally:
+            os.umask(before)
+        self._sockets.append((path, path.stat().st_ino))
+
+    def _add_port(self, address: Listen) -> int:
+        try:
+            return self._server.add_insecure_port(address.grpc)
+        except RuntimeError:
+            raise UnavailableError(
+                f"cannot listen on {address}", hint="is the address taken, or not this machine's?"
+            ) from None
+
+
+def _remove_stale(path: Path) -> None:
+    """Removes a socket that nobody listens on any more.  Raises `UnavailableError` otherwise."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise UnavailableError(f"{path} is there and is no socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1)
+        try:
+            probe.connect(str(path))
+        except OSError as error:
+            if error.errno not in (errno.ECONNREFUSED, errno.ENOENT):
+                raise
+        else:
+            raise UnavailableError(f"another process serves on {path}")
+    path.unlink(missing_ok=True)
+
+
+def serve(config: Config) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    started = time.monotonic()
+    try:
+        start_logging(config.log_file, debug=config.log_debug)
+    except OSError as error:
+        raise UnavailableError(f"cannot log to {config.log_file}: {error.strerror}") from None
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    server = AgentServer(config)
+    for address in server.start():
+        if address.path is None:
+            warning = f"INSECURE: {address} is served without TLS and without access control"
+            print(f"gketrace-agent: WARNING: {warning}", file=sys.stderr, flush=True)  # noqa: T201
+            logger.warning(warning)
+        logger.info("listening", extra={"fields": {"address": str(address)}})
+    # pyroute2 takes 0.2 s to import; the first call that needs it shall not wait for that.
+    threading.Thread(target=preload, name="preload", daemon=True).start()
+    startup = round((time.monotonic() - started) * 1000, 1)
+    logger.info(
+        "serving",
+        extra={"fields": {"node": config.node, "pid": os.getpid(), "startup_ms": startup}},
+    )
+    stop.wait()
+    logger.info("stopping")
+    ended = server.stop()
+    logger.info("stopped" if ended else "stopped; calls that did not end in time are abandoned")
+    if not ended:
+        logging.shutdown()
+        # Python would wait for the pool's threads, however long their calls take.
+        os._exit(ExitCode.OK)

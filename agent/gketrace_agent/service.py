@@ -1,0 +1,213 @@
+"""The RPCs: each unpacks its request, asks the packages below, packs the reply."""
+
+# ruff: noqa: N802 - the generated base class names the methods
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Final
+
+import grpc
+
+from gketrace.errors import GketraceError, UnavailableError, UsageError
+from gketrace.packet import Packet
+from gketrace.snapshot import Unavailable
+from gketrace.trace import Flow
+from gketrace_agent.config import Config
+from gketrace_agent.info import NOUNS as INFO_NOUNS
+from gketrace_agent.info import detect_data_plane
+from gketrace_agent.messages import (
+    conntrack_filter,
+    pod_ref,
+    resolved_to_proto,
+    target_pod,
+)
+from gketrace_agent.namespaces import NodeNamespaces
+from gketrace_agent.observe.conntrack import Conntrack
+from gketrace_agent.observe.snapshot import Observer
+from gketrace_agent.resolve.resolver import Resolver
+from gketrace_agent.rulesets import rule_chunks, summaries
+from gketrace_agent.walks import walk_here
+from gketrace_proto import codec
+from gketrace_proto.v1alpha1 import agent_pb2, agent_pb2_grpc
+
+__all__ = ["AgentService"]
+
+_API_VERSION: Final = "gketrace.dev/v1alpha1"
+_VERSION: Final = metadata.version("gketrace")
+_BATCH: Final = 500
+"""Conntrack entries in one message: about 100 KiB."""
+_RUNTIME_TIMEOUT: Final = 0.5
+"""Seconds for a runtime's version in GetInfo."""
+
+
+class AgentService(agent_pb2_grpc.AgentServicer):
+    """All calls; any thread may be in any of them."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._resolver = Resolver(config.paths, config.node, runtime_sockets=config.runtime_sockets)
+        self._namespaces = NodeNamespaces(config.paths, config.node, self._resolver)
+        self._observer = Observer(paths=config.paths)
+        self._started_at = time.time()
+
+    def close(self) -> None:
+        self._resolver.close()
+
+    def GetInfo(
+        self, request: agent_pb2.GetInfoRequest, context: grpc.ServicerContext
+    ) -> agent_pb2.GetInfoReply:
+        with (
+            self._namespaces.open(None, timeout=self._remaining(context)) as target,
+            self._observer.observe(target.here, only=INFO_NOUNS) as host,
+        ):
+            plane = detect_data_plane(host, self._config.paths)
+            return agent_pb2.GetInfoReply(
+                version=_VERSION,
+                api_version=_API_VERSION,
+                node=self._config.node,
+                kernel=os.uname().release,
+                started_at=self._started_at,
+                data_plane=plane.name,
+                data_plane_reason=plane.reason,
+                iptables_backend=plane.iptables_backend,
+                rulesets=summaries(host.iptables, host.nftables),
+                runtime=self._runtime(),
+                missing=[codec.encode(missing) for missing in plane.missing],
+                now=time.time(),
+            )
+
+    def ResolvePod(
+        self, request: agent_pb2.ResolvePodRequest, context: grpc.ServicerContext
+    ) -> agent_pb2.ResolvePodReply:
+        pod = pod_ref(request.pod)
+        with self._resolver.resolve(pod, timeout=self._remaining(context)) as found:
+            return agent_pb2.ResolvePodReply(pod=resolved_to_proto(found))
+
+    def GetNetns(
+        self, request: agent_pb2.GetNetnsRequest, context: grpc.ServicerContext
+    ) -> agent_pb2.GetNetnsReply:
+        with (
+            self._namespaces.open(
+                target_pod(request.target),
+                pods=map(pod_ref, request.pods),
+                timeout=self._remaining(context),
+                owners=True,
+            ) as target,
+            self._observer.observe(target.here, known=target.known) as observation,
+        ):
+            snapshot = codec.snapshot_to_proto(observation.snapshot)
+            snapshot.rulesets.extend(summaries(observation.iptables, observation.nftables))
+            pod = None if target.pod is None else resolved_to_proto(target.pod)
+            return agent_pb2.GetNetnsReply(snapshot=snapshot, pod=pod)
+
+    def GetRules(
+        self, request: agent_pb2.GetRulesRequest, context: grpc.ServicerContext
+    ) -> Iterator[agent_pb2.GetRulesReply]:
+        with (
+            self._namespaces.open(
+                target_pod(request.target), timeout=self._remaining(context)
+            ) as target,
+            # Fresh, as whoever asks for rules wants their counters.
+            self._observer.observe(
+                target.here, only=frozenset({"rulesets"}), fresh=True
+            ) as observation,
+        ):
+            yield from rule_chunks(
+                observation.iptables,
+                observation.nftables,
+                table=request.table,
+                chain=request.chain,
+            )
+
+    def ListConntrack(
+        self, request: agent_pb2.ListConntrackRequest, context: grpc.ServicerContext
+    ) -> Iterator[agent_pb2.ListConntrackReply]:
+        wanted = conntrack_filter(request.filter)
+        bound = self._config.limits.conntrack_entries
+        limit = min(request.limit, bound) if request.limit else bound
+        nouns = frozenset({"rulesets", "conntrack", "sysctls"})
+        with (
+            self._namespaces.open(
+                target_pod(request.target), timeout=self._remaining(context)
+            ) as target,
+            self._observer.observe(target.here, only=nouns) as observation,
+        ):
+            tracking = observation.conntrack
+            if not isinstance(tracking, Conntrack):
+                raise UnavailableError(f"conntrack: {tracking.reason}")
+            found = tracking.entries(wanted, limit=limit)
+            if isinstance(found, Unavailable):
+                raise UnavailableError(f"conntrack: {found.reason}")
+            for start in range(0, len(found.entries), _BATCH):
+                if not context.is_active():
+                    return
+                batch = found.entries[start : start + _BATCH]
+                yield agent_pb2.ListConntrackReply(entries=map(codec.encode, batch))
+            sysctls = observation.snapshot.sysctls
+            accounting = (
+                not isinstance(sysctls, Unavailable)
+                and sysctls.get("net.netfilter.nf_conntrack_acct") == "1"
+            )
+            yield agent_pb2.ListConntrackReply(
+                summary=agent_pb2.ConntrackSummary(
+                    sent=len(found.entries),
+                    consistent=found.consistent,
+                    truncated=found.truncated,
+                    tracked=tracking.tracked,
+                    accounting=accounting,
+                    netns=codec.encode(target.here.ref),
+                )
+            )
+
+    def Walk(
+        self, request: agent_pb2.WalkRequest, context: grpc.ServicerContext
+    ) -> agent_pb2.WalkReply:
+        packet = codec.decode(Packet, request.packet)
+        flows = tuple(codec.decode(Flow, flow) for flow in request.flows)
+        pod = target_pod(request.target)
+        if request.arrives and pod is not None:
+            raise UsageError("a packet arrives at the node from the network, not at a pod")
+        started = time.monotonic()
+        with self._namespaces.open(
+            pod,
+            pods=map(pod_ref, request.pods),
+            timeout=self._remaining(context),
+            quick=True,
+        ) as target:
+            resolved = time.monotonic() - started
+            walked = walk_here(
+                target,
+                self._observer,
+                packet,
+                interface=request.interface,
+                arrives=request.arrives,
+                flows=flows,
+                use_conntrack=request.use_conntrack,
+            )
+            return agent_pb2.WalkReply(
+                walk=codec.encode(walked.walk),
+                timings=agent_pb2.GetWalkTimings(
+                    resolve=resolved, observe=walked.observe_seconds, walk=walked.walk_seconds
+                ),
+                arrival=walked.arrival,
+                pod=None if target.pod is None else resolved_to_proto(target.pod),
+            )
+
+    def _runtime(self) -> str:
+        """The first runtime that answers; empty: none."""
+        for client in self._resolver.runtimes():
+            try:
+                return f"{client.version(_RUNTIME_TIMEOUT)} at {client.endpoint}"
+            except GketraceError:
+                continue  # ResolvePod says why, step by step
+        return ""
+
+    def _remaining(self, context: grpc.ServicerContext) -> float:
+        """Seconds that this call may still take."""
+        left = context.time_remaining()
+        bound = self._config.limits.call_seconds
+        return bound if left is None else min(left, bound)

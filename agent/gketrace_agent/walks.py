@@ -1,0 +1,155 @@
+"""A packet's walk on this node: where it comes in, the walk itself, what it rests on."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, fields, replace
+from typing import Final
+
+from gketrace.errors import UnavailableError, UnsupportedError
+from gketrace.packet import Packet
+from gketrace.simulate.routing import Fib, RouteKind
+from gketrace.simulate.walk import WalkQuery, walk
+from gketrace.snapshot import Link, NetnsSnapshot, Unavailable
+from gketrace.trace import Disposition, Flow, Ingress, Missing, NetnsKind, Walk
+from gketrace_agent.namespaces import OpenTarget
+from gketrace_agent.observe.snapshot import Observation, Observer
+from gketrace_agent.observe.view import LiveNodeView
+
+__all__ = ["Arrival", "Walked", "find_arrival", "walk_here"]
+
+_ABSENT: Final = 10
+"""Pods that were not found and are named in one reply."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrival:
+    """The interface that a packet from the network comes in by."""
+
+    interface: str
+    because: str
+    """One sentence with the route that says so."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Walked:
+    """A walk, and what it took."""
+
+    walk: Walk
+    arrival: str
+    observe_seconds: float
+    walk_seconds: float
+
+
+def walk_here(
+    target: OpenTarget,
+    observer: Observer,
+    packet: Packet,
+    *,
+    interface: str,
+    arrives: bool,
+    flows: tuple[Flow, ...],
+    use_conntrack: bool,
+) -> Walked:
+    """Walks `packet` from `target` over the node as it is now."""
+    started = time.monotonic()
+    observing = 0.0
+
+    def observed(observation: Observation) -> None:
+        nonlocal observing
+        observing += observation.seconds["total"]
+
+    node = target.host.ref.node
+    with LiveNodeView(node, observer, target.known, observed=observed) as view:
+        arrival = ""
+        if arrives and not interface:
+            host = view.snapshot(target.here.ref)
+            if isinstance(host, Unavailable):
+                raise UnavailableError(f"{target.here.ref}: {host.reason}")
+            found = find_arrival(host, packet)
+            interface, arrival = found.interface, found.because
+        query = WalkQuery(
+            ingress=Ingress(netns=target.here.ref, interface=interface),
+            packet=packet,
+            flows=flows,
+            use_conntrack=use_conntrack,
+        )
+        walked = walk(view, query)
+        missing = walked.missing + tuple(
+            one
+            for observation in view.observations.values()
+            for one in _unreported(observation.snapshot)
+        )
+    if any(leaf.outcome.disposition is Disposition.UNKNOWN for leaf in walked.leaves()):
+        missing += _absent(target, node)
+    return Walked(
+        walk=replace(walked, missing=missing),
+        arrival=arrival,
+        observe_seconds=observing,
+        walk_seconds=time.monotonic() - started - observing,
+    )
+
+
+def _unreported(snapshot: NetnsSnapshot) -> tuple[Missing, ...]:
+    """What is missing and cannot be seen in the data: tables that changed under the reader.
+
+    What could not be read at all is `Unavailable` there, and the walk says so where it matters.
+    """
+    values = (getattr(snapshot, f.name) for f in fields(snapshot) if f.name != "rulesets")
+    reasons = {v.reason for v in (*values, *snapshot.rulesets) if isinstance(v, Unavailable)}
+    return tuple(missing for missing in snapshot.missing if missing.why not in reasons)
+
+
+def _absent(target: OpenTarget, node: str) -> tuple[Missing, ...]:
+    """Pods whose namespaces the packet may have met without our knowing."""
+    shown = [
+        Missing(what="pod", why=why, node=node) for _, why in list(target.absent.items())[:_ABSENT]
+    ]
+    if more := len(target.absent) - len(shown):
+        shown.append(Missing(what="pod", why=f"{more} more pods were not found", node=node))
+    return tuple(shown)
+
+
+def find_arrival(host: NetnsSnapshot, packet: Packet) -> Arrival:
+    """The interface by which `packet` comes in from the network.
+
+    That of the route back to its source, unless this leads to this node's own pods or addresses:
+    then that of the default route, as only the network can have brought it.  Raises
+    `UnsupportedError` when there is none or more than one, `UnavailableError` when the links could
+    not be read.
+    """
+    if isinstance(host.links, Unavailable):
+        raise UnavailableError(f"links: {host.links.reason}")
+    links = {link.name: link for link in host.links}
+    fib = Fib(host)
+    tried: list[str] = []
+    anywhere = type(packet.src)(0)
+    for what, dst in ((f"route to {packet.src}", packet.src), ("default route", anywhere)):
+        ways = fib.output(dst)
+        names = {w.interface if w.kind is RouteKind.FORWARD else w.kind.value for w in ways}
+        name = ways[0].interface
+        if len(names) != 1 or ways[0].kind is not RouteKind.FORWARD:
+            tried.append(f"{what}: {' or '.join(sorted(names))}")
+            continue
+        if _leads_to_pods(links.get(name)):
+            tried.append(f"{what}: {name}, which leads to pods of this node")
+            continue
+        route = ways[0].route
+        cited = f" ({route.text})" if route is not None and route.text else ""
+        return Arrival(interface=name, because=f"{name}: the {what} goes out of it{cited}")
+    raise UnsupportedError(
+        f"cannot tell by which interface {packet} comes in: {'; '.join(tried)}",
+        hint="name the interface",
+    )
+
+
+def _leads_to_pods(link: Link | None) -> bool:
+    if link is None:
+        return False
+    if link.kind == "bridge":
+        return True
+    return (
+        link.peer is not None
+        and link.peer.netns is not None
+        and link.peer.netns.kind is NetnsKind.POD
+    )
