@@ -6,7 +6,7 @@ that jumped to it; a goto leaves no place to come back to; RETURN or the end of 
 its policy.
 
 The kernel follows one packet; this follows all that it may become.  Each way that is still open in
-a chain is a `_Thread`; where a draw or an unknown match decides, a thread becomes two.  A jump
+a chain is a `Thread`; where a draw or an unknown match decides, a thread becomes two.  A jump
 runs the called chain with its threads to the end before the caller goes on, so ways that come back
 equal meet again there.  Nothing recurses: 1,000 endpoints or a deep stack of jumps do no harm.
 """
@@ -29,82 +29,13 @@ from gketrace.simulate.state import (
     VerdictKind,
 )
 from gketrace.simulate.targets.base import Effect
+from gketrace.simulate.threads import Fork, Link, Thread, common_start, items_of, joined_exits
 from gketrace.trace import Citation, Source, Step, StepAction, StepKind
 
 __all__ = ["traverse"]
 
 _MANY: Final = 64
 """Open threads in one chain beyond which draws that lead to the same state are joined."""
-_ASSUMPTIONS: Final = 4
-"""How many unknowns an alternative's `because` spells out."""
-
-
-class _Link:
-    """A list that grows at its end and is shared by the threads that forked from it."""
-
-    __slots__ = ("before", "item")
-
-    def __init__(self, before: _Link | None, item: Step | str) -> None:
-        self.before, self.item = before, item
-
-
-class _Fork:
-    """An unknown match: what the thread was before, and whether anything went another way since."""
-
-    __slots__ = ("lost", "parent", "reason", "rule")
-
-    def __init__(self, parent: _Thread, rule: Rule, reason: str) -> None:
-        self.parent, self.rule, self.reason = parent, rule, reason
-        self.lost = False
-
-
-class _Thread:
-    """One way through the rules so far."""
-
-    __slots__ = ("assumed", "chance", "drawn", "forks", "missed", "state", "steps")
-
-    def __init__(self, state: PacketState) -> None:
-        self.state = state
-        self.steps: _Link | None = None
-        self.chance: Fraction | None = Fraction(1)
-        self.assumed: _Link | None = None
-        """What it hangs on, oldest first."""
-        self.drawn = ""
-        """The last draw that it won."""
-        self.missed = 0
-        """Draws lost since."""
-        self.forks: tuple[_Fork, ...] = ()
-
-    def copy(self) -> _Thread:
-        other = _Thread(self.state)
-        other.steps, other.chance, other.assumed = self.steps, self.chance, self.assumed
-        other.drawn, other.missed, other.forks = self.drawn, self.missed, self.forks
-        return other
-
-    def lose(self) -> None:
-        """It leaves the chain for good: its forks cannot be joined without a loss."""
-        for fork in self.forks:
-            fork.lost = True
-
-    def because(self) -> str:
-        parts = [str(item) for item in _items(self.assumed)]
-        if len(parts) > _ASSUMPTIONS:
-            more = len(parts) - _ASSUMPTIONS
-            parts = [f"{more} earlier assumptions", *parts[-_ASSUMPTIONS:]]
-        if self.drawn:
-            parts.append(self.drawn)
-        if self.missed:
-            parts.append(f"{self.missed} draw{'s' if self.missed > 1 else ''} lost")
-        return "; ".join(parts)
-
-
-def _items(link: _Link | None) -> list[Step | str]:
-    items: list[Step | str] = []
-    while link is not None:
-        items.append(link.item)
-        link = link.before
-    items.reverse()
-    return items
 
 
 class _Frame:
@@ -113,15 +44,15 @@ class _Frame:
     __slots__ = ("active", "caller", "chain", "forks", "goto", "live", "returned", "rules")
 
     def __init__(
-        self, chain: Chain, live: list[_Thread], caller: _Frame | None, *, goto: bool
+        self, chain: Chain, live: list[Thread], caller: _Frame | None, *, goto: bool
     ) -> None:
         self.chain = chain
         self.live = live
         self.caller = caller
         self.goto = goto
         self.rules: Iterator[Rule] = chain.candidates(live[0].state.packet) if live else iter(())
-        self.returned: list[_Thread] = []
-        self.forks: list[_Fork] = []
+        self.returned: list[Thread] = []
+        self.forks: list[Fork] = []
         """Those of the rule that is being run."""
         self.active: frozenset[str] = (
             frozenset((chain.name,)) if caller is None else caller.active | {chain.name}
@@ -152,7 +83,7 @@ class _Run:
         self.done: list[Alternative] = []
 
     def run(self, chain: Chain, state: PacketState) -> tuple[Alternative, ...]:
-        frame: _Frame | None = _Frame(chain, [_Thread(state)], None, goto=False)
+        frame: _Frame | None = _Frame(chain, [Thread(state)], None, goto=False)
         while frame is not None:
             rule = next(frame.rules, None) if frame.live else None
             frame = self._end(frame) if rule is None else self._rule(frame, rule)
@@ -161,9 +92,9 @@ class _Run:
     # -- one rule ---------------------------------------------------------------------------
 
     def _rule(self, frame: _Frame, rule: Rule) -> _Frame:
-        live: list[_Thread] = []
-        called: list[_Thread] = []
-        leaving: list[_Thread] = []
+        live: list[Thread] = []
+        called: list[Thread] = []
+        leaving: list[Thread] = []
         for thread in frame.live:
             hit = self._ask(frame, rule, thread, live)
             if hit is None:
@@ -178,9 +109,9 @@ class _Run:
                 if effect.otherwise is not None:
                     branch = hit.copy()
                     branch.chance = None
-                    branch.assumed = _Link(hit.assumed, effect.note)
+                    branch.assumed = Link(hit.assumed, effect.note)
                     hit.chance = None
-                    hit.assumed = _Link(hit.assumed, effect.otherwise.note)
+                    hit.assumed = Link(hit.assumed, effect.otherwise.note)
                 self._step(branch, rule, effect.action, effect.state, effect.note)
                 if effect.jump:
                     (leaving if effect.goto else called).append(branch)
@@ -197,9 +128,7 @@ class _Run:
         frame.live = self._meet(frame, live, rule)
         return frame
 
-    def _ask(
-        self, frame: _Frame, rule: Rule, thread: _Thread, live: list[_Thread]
-    ) -> _Thread | None:
+    def _ask(self, frame: _Frame, rule: Rule, thread: Thread, live: list[Thread]) -> Thread | None:
         """The thread for which the rule matches, or None; where it does not match goes to `live`.
 
         The matches are asked from left to right, as the kernel does, so that what has a side
@@ -247,7 +176,7 @@ class _Run:
             reasons = reasons or [drawn]
         fork = None
         if reasons:
-            fork = _Fork(thread.copy(), rule, "; ".join(reasons))
+            fork = Fork(thread.copy(), rule, "; ".join(reasons))
             if matched:
                 frame.forks.append(fork)
         hit = None
@@ -257,7 +186,7 @@ class _Run:
             self._weigh(hit, chance, fork, rule, "matches" if fork else "")
             if drawn:
                 hit.drawn, hit.missed = f"{drawn} in {rule.chain} rule {rule.position}", 0
-        for left, states in _joined(exits):
+        for left, states in joined_exits(exits):
             miss = thread.copy()
             miss.state = states
             self._weigh(miss, left, fork, rule, "does not match" if fork else "")
@@ -268,16 +197,16 @@ class _Run:
 
     @staticmethod
     def _weigh(
-        thread: _Thread, chance: Fraction | None, fork: _Fork | None, rule: Rule, how: str
+        thread: Thread, chance: Fraction | None, fork: Fork | None, rule: Rule, how: str
     ) -> None:
         thread.chance = None if chance is None or thread.chance is None else thread.chance * chance
         if fork is not None:
             text = f"if it {how} (not known: {fork.reason}): {rule.text}"
-            thread.assumed = _Link(thread.assumed, text)
+            thread.assumed = Link(thread.assumed, text)
             thread.forks = (*thread.forks, fork)
 
     def _step(
-        self, thread: _Thread, rule: Rule, action: StepAction, after: PacketState, note: str = ""
+        self, thread: Thread, rule: Rule, action: StepAction, after: PacketState, note: str = ""
     ) -> None:
         step = Step(
             kind=StepKind.RULE,
@@ -288,12 +217,12 @@ class _Run:
             hook=self.base.hook,
             citation=rule.citation,
         )
-        thread.steps = _Link(thread.steps, step)
+        thread.steps = Link(thread.steps, step)
         thread.state = after
 
     # -- chains -----------------------------------------------------------------------------
 
-    def _call(self, frame: _Frame, rule: Rule, threads: list[_Thread], *, goto: bool) -> _Frame:
+    def _call(self, frame: _Frame, rule: Rule, threads: list[Thread], *, goto: bool) -> _Frame:
         name = getattr(rule.target, "chain", "")
         chain = self.ruleset.chain(self.base.table, name)
         if chain is None or name in frame.active:
@@ -318,7 +247,7 @@ class _Run:
             caller.live = self._meet(caller, over + caller.live, None)
         return caller
 
-    def _policy(self, threads: list[_Thread]) -> None:
+    def _policy(self, threads: list[Thread]) -> None:
         base = self.base
         citation = Citation(
             source=Source.POLICY,
@@ -340,13 +269,13 @@ class _Run:
                 hook=base.hook,
                 citation=citation,
             )
-            thread.steps = _Link(thread.steps, step)
+            thread.steps = Link(thread.steps, step)
             kind = VerdictKind.ACCEPT if accept else VerdictKind.DROP
             self._emit(thread, Verdict(kind=kind, citation=citation))
 
     # -- ends -------------------------------------------------------------------------------
 
-    def _finish(self, thread: _Thread, citation: Citation, effect: Effect) -> None:
+    def _finish(self, thread: Thread, citation: Citation, effect: Effect) -> None:
         assert effect.verdict is not None
         nat = effect.nat
         verdict = Verdict(
@@ -358,13 +287,13 @@ class _Run:
         )
         self._emit(thread, verdict)
 
-    def _undecided(self, thread: _Thread, rule: Rule, why: str) -> None:
+    def _undecided(self, thread: Thread, rule: Rule, why: str) -> None:
         verdict = Verdict(kind=VerdictKind.UNKNOWN, citation=rule.citation, detail=why)
         self._emit(thread, verdict)
 
-    def _emit(self, thread: _Thread, verdict: Verdict) -> None:
+    def _emit(self, thread: Thread, verdict: Verdict) -> None:
         thread.lose()
-        steps = tuple(item for item in _items(thread.steps) if isinstance(item, Step))
+        steps = tuple(item for item in items_of(thread.steps) if isinstance(item, Step))
         self.done.append(
             Alternative(
                 state=thread.state,
@@ -377,7 +306,7 @@ class _Run:
 
     # -- threads that meet again --------------------------------------------------------------
 
-    def _meet(self, frame: _Frame, live: list[_Thread], rule: Rule | None) -> list[_Thread]:
+    def _meet(self, frame: _Frame, live: list[Thread], rule: Rule | None) -> list[Thread]:
         """Joins what an unknown match split and what came to the same state since."""
         for fork in frame.forks:
             members = [thread for thread in live if fork in thread.forks]
@@ -391,9 +320,7 @@ class _Run:
             live = self._joined_draws(live, rule)
         return live
 
-    def _joined_fork(
-        self, fork: _Fork, members: list[_Thread], live: list[_Thread]
-    ) -> list[_Thread]:
+    def _joined_fork(self, fork: Fork, members: list[Thread], live: list[Thread]) -> list[Thread]:
         joined = fork.parent.copy()
         joined.state = members[0].state
         if fork.lost:
@@ -410,24 +337,24 @@ class _Run:
             hook=self.base.hook,
             citation=fork.rule.citation,
         )
-        joined.steps = _Link(joined.steps, step)
+        joined.steps = Link(joined.steps, step)
         place = live.index(members[0])
         rest = [thread for thread in live if fork not in thread.forks]
         before = sum(1 for thread in live[:place] if fork not in thread.forks)
         return [*rest[:before], joined, *rest[before:]]
 
-    def _joined_draws(self, live: list[_Thread], rule: Rule) -> list[_Thread]:
-        groups: dict[PacketState, list[_Thread]] = {}
+    def _joined_draws(self, live: list[Thread], rule: Rule) -> list[Thread]:
+        groups: dict[PacketState, list[Thread]] = {}
         for thread in live:
             groups.setdefault(thread.state, []).append(thread)
-        joined: list[_Thread] = []
+        joined: list[Thread] = []
         for group in groups.values():
             first = group[0]
             if len(group) > 1:
                 chances = [thread.chance for thread in group]
                 known = [chance for chance in chances if chance is not None]
                 first.chance = sum(known, Fraction(0)) if len(known) == len(chances) else None
-                common = _common([thread.steps for thread in group])
+                common = common_start([thread.steps for thread in group])
                 packet = first.state.packet
                 step = Step(
                     kind=StepKind.RULE,
@@ -439,41 +366,8 @@ class _Run:
                     hook=self.base.hook,
                     citation=rule.citation,
                 )
-                first.steps = _Link(common, step)
+                first.steps = Link(common, step)
                 for thread in group[1:]:
                     first.forks += tuple(f for f in thread.forks if f not in first.forks)
             joined.append(first)
         return joined
-
-
-def _joined(
-    exits: list[tuple[Fraction | None, PacketState]],
-) -> Iterator[tuple[Fraction | None, PacketState]]:
-    """Exits that leave the packet the same are one."""
-    states: list[PacketState] = []
-    for _, state in exits:
-        if state not in states:
-            states.append(state)
-    for state in states:
-        total: Fraction | None = Fraction(0)
-        for chance, left in exits:
-            if left == state:
-                total = None if total is None or chance is None else total + chance
-        yield total, state
-
-
-def _common(links: list[_Link | None]) -> _Link | None:
-    """The longest list that all have in common at their beginning."""
-    chains: list[list[_Link]] = []
-    for link in links:
-        way: list[_Link] = []
-        while link is not None:
-            way.append(link)
-            link = link.before
-        chains.append(way[::-1])
-    last: _Link | None = None
-    for level in zip(*chains, strict=False):
-        if any(link is not level[0] for link in level):
-            break
-        last = level[0]
-    return last

@@ -15,6 +15,14 @@ from gketrace.simulate.matches.always import CommentMatch, NfacctMatch
 from gketrace.simulate.matches.base import UnknownMatch
 from gketrace.simulate.matches.conntrack import ConntrackMatch, StateMatch
 from gketrace.simulate.matches.device import MacMatch, OwnerMatch, PhysdevMatch, RpfilterMatch
+from gketrace.simulate.matches.fields import (
+    DscpMatch,
+    EcnMatch,
+    HlMatch,
+    LengthMatch,
+    TosMatch,
+    TtlMatch,
+)
 from gketrace.simulate.matches.header import (
     Destination,
     Fragment,
@@ -23,6 +31,8 @@ from gketrace.simulate.matches.header import (
     ProtocolIs,
     Source,
 )
+from gketrace.simulate.matches.icmp import Icmp6Match, IcmpMatch
+from gketrace.simulate.matches.ipset import SetMatch
 from gketrace.simulate.matches.mark import ConnmarkMatch, MarkMatch
 from gketrace.simulate.matches.ports import (
     DccpMatch,
@@ -34,6 +44,7 @@ from gketrace.simulate.matches.ports import (
 )
 from gketrace.simulate.matches.recent import RecentMatch
 from gketrace.simulate.matches.statistic import StatisticMatch
+from gketrace.simulate.matches.undecided import UNDECIDED
 
 __all__ = ["HEADER", "MATCHES", "Match", "UnknownMatch", "implied_match"]
 
@@ -53,7 +64,13 @@ MATCHES: Final[tuple[type[Match], ...]] = (
     ConnmarkMatch,
     ConntrackMatch,
     DccpMatch,
+    DscpMatch,
+    EcnMatch,
+    HlMatch,
+    Icmp6Match,
+    IcmpMatch,
     IprangeMatch,
+    LengthMatch,
     MacMatch,
     MarkMatch,
     MultiportMatch,
@@ -63,11 +80,15 @@ MATCHES: Final[tuple[type[Match], ...]] = (
     RecentMatch,
     RpfilterMatch,
     SctpMatch,
+    SetMatch,
     StateMatch,
     StatisticMatch,
     TcpMatch,
+    TosMatch,
+    TtlMatch,
     UdpMatch,
     UdpliteMatch,
+    *UNDECIDED,
 )
 """Every match that is understood, by its name after ``-m``."""
 

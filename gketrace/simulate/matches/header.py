@@ -29,6 +29,7 @@ __all__ = [
     "Source",
     "masked_address",
     "masked_text",
+    "protocol_number_of",
     "protocol_text",
 ]
 
@@ -181,6 +182,12 @@ _PRINTED: Final[dict[int, str]] = {
 }  # fmt: skip
 
 
+def protocol_number_of(text: str) -> int:
+    """A name of /etc/protocols or a number.  Raises `ValueError`."""
+    number = _PROTOCOLS.get(text.lower())
+    return integer(text, 0, 255) if number is None else number
+
+
 def protocol_text(number: int) -> str:
     """As ``-p`` takes it on every machine: a well-known name, else the number."""
     return _PRINTED.get(number, str(number))
@@ -199,12 +206,7 @@ class ProtocolIs(Match):
 
     @classmethod
     def parse(cls, options: tuple[Option, ...], family: int) -> Self:
-        text = options[0].value.lower()
-        number = _PROTOCOLS.get(text)
-        return cls(
-            number=integer(text, 0, 255) if number is None else number,
-            negated=options[0].negated,
-        )
+        return cls(number=protocol_number_of(options[0].value), negated=options[0].negated)
 
     def evaluate(self, state: PacketState, env: Environment) -> Answer:
         if not self.number:

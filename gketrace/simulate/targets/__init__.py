@@ -11,6 +11,8 @@ from typing import Final
 
 from gketrace.ruleset.model import Target
 from gketrace.simulate.targets.base import Effect, UnknownTarget
+from gketrace.simulate.targets.elsewhere import ELSEWHERE, TproxyTarget
+from gketrace.simulate.targets.ipset import SetTarget
 from gketrace.simulate.targets.mark import ConnmarkTarget, MarkTarget
 from gketrace.simulate.targets.nat import (
     DnatTarget,
@@ -19,18 +21,39 @@ from gketrace.simulate.targets.nat import (
     RedirectTarget,
     SnatTarget,
 )
+from gketrace.simulate.targets.passing import (
+    PASSING,
+    CtTarget,
+    DscpTarget,
+    EcnTarget,
+    HlTarget,
+    NotrackTarget,
+    TosTarget,
+    TtlTarget,
+)
 from gketrace.simulate.targets.standard import Jump, RejectTarget, Verdict
 
 __all__ = ["TARGETS", "Effect", "Jump", "Target", "UnknownTarget", "Verdict"]
 
 TARGETS: Final[tuple[type[Target], ...]] = (
     ConnmarkTarget,
+    CtTarget,
     DnatTarget,
+    DscpTarget,
+    EcnTarget,
+    HlTarget,
     MarkTarget,
     MasqueradeTarget,
     NetmapTarget,
+    NotrackTarget,
     RedirectTarget,
     RejectTarget,
+    SetTarget,
     SnatTarget,
+    TosTarget,
+    TproxyTarget,
+    TtlTarget,
+    *ELSEWHERE,
+    *PASSING,
 )
 """Every target that is understood, by its name after ``-j``."""
