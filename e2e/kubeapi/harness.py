@@ -56,7 +56,7 @@ class KubeApi:
         document = json.loads(kubeconfig.read_text())
         self.url: str = document["clusters"][0]["cluster"]["server"]
         self.tokens: dict[str, str] = {u["name"]: u["user"]["token"] for u in document["users"]}
-        self._context = ssl.create_default_context()
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         self._context.check_hostname = False
         self._context.verify_mode = ssl.CERT_NONE
 
