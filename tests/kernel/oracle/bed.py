@@ -16,7 +16,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from ipaddress import ip_interface
+from ipaddress import ip_address, ip_interface
 from typing import Any, TypeVar
 
 from tests.kernel.oracle.inject import raw_socket
@@ -62,7 +62,7 @@ class Bed:
         self.peers = f"{self.prefix}-p"
         self.macs: dict[str, str] = {}
         self._senders: dict[str, socket.socket] = {}
-        self._raw: dict[tuple[int, int], socket.socket] = {}
+        self._raw: dict[tuple[str, int], socket.socket] = {}
         self.trace: TraceSocket
         self.log: LegacyLog
 
@@ -105,7 +105,7 @@ class Bed:
         self.batch(self.peers, [f"link set {name} up" for name in links.values()])
         self._learn_macs(links)
         lines = [f"route add default via {gateway}" for gateway in self.node.gateway]
-        for address in (*self.node.gateway, *self.node.neighbours):
+        for address in dict.fromkeys((*self.node.gateway, *self.node.neighbours)):
             lines.append(f"neigh add {address} lladdr {self.macs['p-eth0']} dev eth0 nud permanent")
         for i, addresses in enumerate(self.node.pods):
             mac = self.macs[f"p-pod{i}"]
@@ -198,22 +198,31 @@ class Bed:
                 positions[(*chain, rule["handle"])] = count[chain]
         return positions
 
-    def send(self, ingress: str, data: bytes, *, to_bridge: bool = True, mark: int = 0) -> None:
+    def send(self, ingress: str, data: bytes, *, mark: int = 0) -> None:
         """One IP packet into the node: through an interface, or made by a local process ("").
 
-        From a pod it goes to the bridge's own address (to be routed) unless `to_bridge` is False.
+        A pod's frame to another pod of the node goes to that pod's MAC, as its on-link route says;
+        all else to the bridge's own.
         """
         family = data[0] >> 4
+        kind = socket.AF_INET if family == 4 else socket.AF_INET6
+        sizes = (12, 4) if family == 4 else (8, 16)
+        src, dst = (
+            socket.inet_ntop(kind, data[at : at + sizes[1]]) for at in (sizes[0], sum(sizes))
+        )
         if not ingress:
-            if (family, mark) not in self._raw:
-                self._raw[family, mark] = self.in_dut(lambda: raw_socket(family, mark))
-            at = slice(16, 20) if family == 4 else slice(24, 40)
-            kind = socket.AF_INET if family == 4 else socket.AF_INET6
-            self._raw[family, mark].sendto(data, (socket.inet_ntop(kind, data[at]), 0))
+            if (src, mark) not in self._raw:
+                self._raw[src, mark] = self.in_dut(lambda: raw_socket(family, src, mark))
+            self._raw[src, mark].sendto(data, (dst, 0))
             return
-        peer = f"p-pod{ingress[4:]}" if ingress.startswith("veth") else f"p-{ingress}"
-        receiver = "cbr0" if ingress.startswith("veth") else ingress
-        head = _mac(self.macs[receiver]) + _mac(self.macs[peer])
+        pod = ingress.startswith("veth")
+        peer = f"p-pod{ingress[4:]}" if pod else f"p-{ingress}"
+        receiver = self.macs["cbr0" if pod else ingress]
+        if pod:
+            for index, addresses in enumerate(self.node.pods):
+                if dst in {str(ip_address(address)) for address in addresses}:
+                    receiver = self.macs[f"p-pod{index}"]
+        head = _mac(receiver) + _mac(self.macs[peer])
         self._senders[peer].send(head + (b"\x08\x00" if family == 4 else b"\x86\xdd") + data)
 
 

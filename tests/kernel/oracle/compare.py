@@ -166,7 +166,7 @@ def _flow_differs(flow: Flow, conntrack: ConntrackView) -> str:
     return ""
 
 
-def _leaf_differs(leaf: Leaf, seen: Observed) -> str:
+def _leaf_differs(leaf: Leaf, seen: Observed, masters: Mapping[str, str]) -> str:
     nft, legacy = _predicted_rules(leaf)
     for name, mine, its in (("nft", nft, seen.nft), ("legacy", legacy, seen.legacy)):
         if mine != its:
@@ -177,8 +177,8 @@ def _leaf_differs(leaf: Leaf, seen: Observed) -> str:
         )
     if seen.seen is None:
         return ""
-    routes = [s.interface for b in leaf.branches for s in b.steps if s.kind is StepKind.ROUTE]
-    if seen.end == "sent" and seen.interface not in (leaf.outcome.interface, *routes[-1:]):
+    out = leaf.outcome.interface
+    if seen.end == "sent" and seen.interface != masters.get(out, out):
         return f"leaves by {leaf.outcome.interface} but kernel {seen.interface}"
     return _packet_differs(leaf.outcome.packet, seen.seen, seen.mark)
 
@@ -199,13 +199,23 @@ def _unknown_fits(leaf: Leaf, seen: Observed) -> bool:
     return nft_known[:-1] == nft[:-1] and legacy_known[:-1] == legacy[:-1]
 
 
-def judge(walk: Walk, seen: Observed, conntrack: ConntrackView | None) -> Judgement:
-    """Does some branch of the walk tell the kernel's story?  `conntrack` checks its flows too."""
+def judge(
+    walk: Walk,
+    seen: Observed,
+    conntrack: ConntrackView | None,
+    masters: Mapping[str, str],
+) -> Judgement:
+    """Does some branch of the walk tell the kernel's story?  `conntrack` checks its flows too.
+
+    `masters`: bridge port → bridge; the kernel's trace names the bridge, the walk the port.
+    """
     reasons: list[tuple[int, str]] = []
     unknown = False
     for leaf in walk.leaves():
-        reason = _leaf_differs(leaf, seen)
-        if not reason and seen.end != "gone" and conntrack is not None:
+        reason = _leaf_differs(leaf, seen, masters)
+        # A RST from the node's own stack takes the entry away again at once.
+        lasting = seen.end == "sent" or leaf.outcome.disposition is Disposition.DELIVERED
+        if not reason and lasting and conntrack is not None:
             reason = "; ".join(
                 filter(None, (_flow_differs(f, conntrack) for f in leaf.flows if f.assumed))
             )

@@ -139,7 +139,10 @@ class World:
         """Endless cases: each door from each source first, then variations of them."""
         doors = self.doors()
         full = [
-            (door, source) for door in doors for source in self.sources(ip_address(door[0]).version)
+            (door, source)
+            for door in doors
+            for source in self.sources(ip_address(door[0]).version)
+            if not _to_itself(source, door[0])
         ]
         rng.shuffle(full)
         for door, source in full:
@@ -153,7 +156,9 @@ class World:
                 address = rng.choice([a for a in _ELSEWHERE if ip_address(a).version == family])
             if rng.random() < 0.2:
                 protocol = rng.choice((Protocol.TCP, Protocol.UDP, Protocol.SCTP, Protocol.ICMP))
-            yield self._case(rng, (address, port, protocol), rng.choice(self.sources(family)), True)
+            source = rng.choice(self.sources(family))
+            if not _to_itself(source, address):
+                yield self._case(rng, (address, port, protocol), source, True)
 
     @staticmethod
     def _case(
@@ -188,6 +193,11 @@ class World:
             ),
             label=f"{src} ({ingress or 'local'}) to {address}:{port}/{protocol}",
         )
+
+
+def _to_itself(source: tuple[str, str], address: str) -> bool:
+    """A pod's packet to its own address, which never leaves the pod."""
+    return source[0].startswith("veth") and ip_address(source[1]) == ip_address(address)
 
 
 _OUTSIDE = ("203.0.113.10", "192.0.2.10", "198.51.100.7", "10.142.0.2", "10.40.1.10", "10.40.2.10",

@@ -174,10 +174,21 @@ def parse(header: bytes) -> Seen:
     )
 
 
-def raw_socket(family: int, mark: int = 0) -> socket.socket:
-    """A raw socket of the calling thread's namespace that takes whole IP packets."""
+_IP_FREEBIND, _IPV6_FREEBIND = 15, 78
+
+
+def raw_socket(family: int, source: str, mark: int = 0) -> socket.socket:
+    """A raw socket of the calling thread's namespace that takes whole IP packets.
+
+    It is bound, so that routing knows the source, as it does for a program's bound socket.
+    """
     kind = socket.AF_INET if family == 4 else socket.AF_INET6
     made = socket.socket(kind, socket.SOCK_RAW, socket.IPPROTO_RAW)
+    if family == 4:
+        made.setsockopt(socket.IPPROTO_IP, _IP_FREEBIND, 1)
+    else:
+        made.setsockopt(socket.IPPROTO_IPV6, _IPV6_FREEBIND, 1)
+    made.bind((source, 0))
     if mark:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
     return made

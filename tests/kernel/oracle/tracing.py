@@ -14,7 +14,6 @@ import select
 import socket
 import struct
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 __all__ = ["Event", "LegacyLog", "Story", "TraceSocket", "packet_key"]
@@ -201,18 +200,19 @@ class LegacyLog:
 
 
 def gather(
-    keys: Iterable[Key],
+    stories: dict[Key, Story],
     sockets: TraceSocket,
     log: LegacyLog | None,
     done: int,
     deadline: float,
     quiet: float = 0.02,
-) -> dict[Key, Story]:
-    """Reads until `quiet` seconds pass without an event, or `deadline` (time.monotonic()).
+) -> None:
+    """Fills `stories` until `quiet` seconds pass without an event.
+
+    `deadline` is a time.monotonic().
 
     `done` is how many stories are expected to have an event; waits longer for the first.
     """
-    stories = {key: Story(key=key) for key in keys}
     last = time.monotonic()
     while (now := time.monotonic()) < deadline:
         more = sockets.read(stories)
@@ -227,7 +227,6 @@ def gather(
         if now - last > quiet * 10:
             break
         select.select([sockets], [], [], quiet / 4)
-    return stories
 
 
 __all__ += ["Key", "gather"]
