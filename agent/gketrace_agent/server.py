@@ -24,7 +24,6 @@ from grpc_reflection.v1alpha import reflection
 from gketrace.errors import ExitCode, ForbiddenError, UnavailableError
 from gketrace_agent.config import Config, Listen
 from gketrace_agent.interceptor import CallInterceptor
-from gketrace_agent.kernel.conntrack import preload
 from gketrace_agent.log import logger, start_logging
 from gketrace_agent.service import AgentService
 from gketrace_proto.v1alpha1 import agent_pb2, agent_pb2_grpc
@@ -168,8 +167,7 @@ def serve(config: Config) -> None:
             print(f"gketrace-agent: WARNING: {warning}", file=sys.stderr, flush=True)  # noqa: T201
             logger.warning(warning)
         logger.info("listening", extra={"fields": {"address": str(address)}})
-    # pyroute2 takes 0.2 s to import; the first call that needs it shall not wait for that.
-    threading.Thread(target=preload, name="preload", daemon=True).start()
+    threading.Thread(target=AgentService.preload, name="preload", daemon=True).start()
     startup = round((time.monotonic() - started) * 1000, 1)
     logger.info(
         "serving",

@@ -19,6 +19,7 @@ from gketrace.trace import Flow
 from gketrace_agent.config import Config
 from gketrace_agent.info import NOUNS as INFO_NOUNS
 from gketrace_agent.info import detect_data_plane
+from gketrace_agent.kernel.conntrack import preload as preload_conntrack
 from gketrace_agent.messages import (
     conntrack_filter,
     pod_ref,
@@ -30,7 +31,6 @@ from gketrace_agent.observe.conntrack import Conntrack
 from gketrace_agent.observe.snapshot import Observer
 from gketrace_agent.resolve.resolver import Resolver
 from gketrace_agent.rulesets import rule_chunks, summaries
-from gketrace_agent.walks import walk_here
 from gketrace_proto import codec
 from gketrace_proto.v1alpha1 import agent_pb2, agent_pb2_grpc
 
@@ -46,6 +46,16 @@ _RUNTIME_TIMEOUT: Final = 0.5
 
 class AgentService(agent_pb2_grpc.AgentServicer):
     """All calls; any thread may be in any of them."""
+
+    @staticmethod
+    def preload() -> None:
+        """Imports what only some calls need, and what takes long; to be run in the background.
+
+        The simulator has a class for each match and target: they take as long to make as all
+        the rest of the agent to start.
+        """
+        preload_conntrack()
+        import gketrace_agent.walks  # noqa: F401 - imported to be there
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -166,6 +176,8 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     def Walk(
         self, request: agent_pb2.WalkRequest, context: grpc.ServicerContext
     ) -> agent_pb2.WalkReply:
+        from gketrace_agent.walks import walk_here  # see `preload`
+
         packet = codec.decode(Packet, request.packet)
         flows = tuple(codec.decode(Flow, flow) for flow in request.flows)
         pod = target_pod(request.target)
