@@ -166,6 +166,11 @@ def _flow_differs(flow: Flow, conntrack: ConntrackView) -> str:
     return ""
 
 
+def _tracked(flow: Flow) -> bool:
+    """An entry that the walk says the kernel would make."""
+    return flow.assumed and not flow.entry.status & CtStatus.UNTRACKED
+
+
 def _leaf_differs(leaf: Leaf, seen: Observed, masters: Mapping[str, str]) -> str:
     nft, legacy = _predicted_rules(leaf)
     for name, mine, its in (("nft", nft, seen.nft), ("legacy", legacy, seen.legacy)):
@@ -217,7 +222,7 @@ def judge(
         lasting = seen.end == "sent" or leaf.outcome.disposition is Disposition.DELIVERED
         if not reason and lasting and conntrack is not None:
             reason = "; ".join(
-                filter(None, (_flow_differs(f, conntrack) for f in leaf.flows if f.assumed))
+                filter(None, (_flow_differs(f, conntrack) for f in leaf.flows if _tracked(f)))
             )
         if not reason:
             if leaf.chance is not None and leaf.chance <= 0:
