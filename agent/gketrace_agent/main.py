@@ -18,7 +18,8 @@ def main() -> None:
     """Runs until told to stop."""
     # The agent starts subprocesses by vfork and exec only; gRPC's fork handlers have no use here.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    # What gRPC would print is in the exceptions that it raises, too.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         config = parse_arguments()
         from gketrace_agent.server import serve  # gRPC loads only when there is something to serve

@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 from ipaddress import ip_network
-from typing import Any
+from typing import Any, TypeVar
 
-from gketrace.errors import UsageError
+from google.protobuf.message import Message
+
+from gketrace.errors import GketraceError, UsageError
 from gketrace.snapshot import IPNetwork
 from gketrace_agent.observe.conntrack import ConntrackFilter
 from gketrace_agent.resolve.model import PodRef, ResolvedPod
 from gketrace_proto import codec
 from gketrace_proto.v1alpha1 import agent_pb2
 
-__all__ = ["conntrack_filter", "describe_request", "pod_ref", "resolved_to_proto", "target_pod"]
+__all__ = [
+    "conntrack_filter",
+    "describe_request",
+    "pod_ref",
+    "request_part",
+    "resolved_to_proto",
+    "target_pod",
+]
+
+
+T = TypeVar("T")
+
+
+def request_part(cls: type[T], message: Message) -> T:
+    """A core type out of a request.  Raises `UsageError` for what does not decode."""
+    try:
+        return codec.decode(cls, message)
+    except UsageError:
+        raise
+    except GketraceError as error:
+        why = error.__cause__ or error
+        raise UsageError(f"the request's {cls.__name__} is not understood: {why}") from None
 
 
 def pod_ref(message: agent_pb2.PodRef) -> PodRef:

@@ -23,6 +23,7 @@ from gketrace_agent.kernel.conntrack import preload as preload_conntrack
 from gketrace_agent.messages import (
     conntrack_filter,
     pod_ref,
+    request_part,
     resolved_to_proto,
     target_pod,
 )
@@ -178,8 +179,8 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     ) -> agent_pb2.WalkReply:
         from gketrace_agent.walks import walk_here  # see `preload`
 
-        packet = codec.decode(Packet, request.packet)
-        flows = tuple(codec.decode(Flow, flow) for flow in request.flows)
+        packet = request_part(Packet, request.packet)
+        flows = tuple(request_part(Flow, flow) for flow in request.flows)
         pod = target_pod(request.target)
         if request.arrives and pod is not None:
             raise UsageError("a packet arrives at the node from the network, not at a pod")
