@@ -61,10 +61,15 @@ def deliver(
         why = f"{name} is taken by a kernel module or a raw socket; those are not listed"
         return _unobservable(snapshot, packet, why)
     if packet.dport is None:
-        why = "the destination port is not known"
+        why = "the destination port is not known, and it answers no connection that is known here"
         return _end(snapshot, packet, Disposition.UNKNOWN, why, None)
     if isinstance(snapshot.sockets, Unavailable):
         return _unobservable(snapshot, packet, snapshot.sockets.reason)
+    syn_ack = TcpFlags.SYN | TcpFlags.ACK
+    if packet.protocol == Protocol.TCP and packet.tcp_flags & syn_ack == syn_ack:
+        # A listener answers it with a RST; only a connecting socket takes it.
+        why = "answers no connection that is known here, and connecting sockets are not listed"
+        return _end(snapshot, packet, Disposition.UNKNOWN, why, None)
     found, doubt = find_socket(packet, snapshot.sockets, in_iface)
     if found is not None:
         citation = cite_socket(found)

@@ -37,7 +37,14 @@ from gketrace.trace import Flow, Ingress, Leaf, NetnsKind, NetnsRef, Walk
 
 WORLDS = Path(__file__).resolve().parents[2] / "data" / "worlds"
 UP = ("BROADCAST", "MULTICAST", "UP", "LOWER_UP")
-ZERO = ("rp_filter", "src_valid_mark", "accept_local", "route_localnet", "bc_forwarding")
+ZERO = (
+    "rp_filter",
+    "src_valid_mark",
+    "accept_local",
+    "route_localnet",
+    "bc_forwarding",
+    "send_redirects",
+)
 TABLES = {"local": 255, "main": 254, "default": 253}
 DEFAULT_RULES = tuple(
     PolicyRule(family=family, priority=priority, table=table, text=f"{priority}: from all")
