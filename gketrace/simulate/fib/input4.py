@@ -93,7 +93,7 @@ def _outcome(
         return [assumed(_martian(f"{packet.dst} is {route.type.value}"), outcome)]
     return [
         assumed(_forward(tables, packet, flow, device, outcome, choice), outcome)
-        for choice in tables.choices(hit, 0)
+        for choice in tables.with_gateways(tables.choices(hit, 0))
     ]
 
 
@@ -136,7 +136,7 @@ def _forward(
     if check.refused is not None:
         return replace(check.refused, chance=choice.chance, because=choice.because)
     mtu = choice.route.mtu or out.mtu
-    gateway = tables.gateway(choice.hop)
+    gateway = choice.gateway
     forwarding = (
         *view.conf_citations(4, "forwarding", device.name),
         *check.citations,

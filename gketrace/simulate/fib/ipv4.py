@@ -37,6 +37,7 @@ class Choice:
     hop: NextHop
     chance: Fraction | None = Fraction(1)
     because: str = ""
+    gateway: IPAddress | None = None
 
 
 class Ipv4Tables:
@@ -104,7 +105,7 @@ class Ipv4Tables:
         ):
             return outcomes
         merged = self._search(self._merged, flow, ignore_linkstate)
-        if (merged is None or merged.error) and DEFAULT in self._indexes:
+        if merged is None and DEFAULT in self._indexes:
             merged = look_up(DEFAULT)
         if _same(merged, hit):
             return outcomes
@@ -197,7 +198,7 @@ class Ipv4Tables:
         if route is None or first is None:
             return []
         plain = [Choice(route, first)]
-        gateway = self.gateway(first)
+        gateway = first.gateway
         if route.dst.prefixlen or route.type is not RouteType.UNICAST or gateway is None:
             return plain
         equal = [
@@ -207,7 +208,7 @@ class Ipv4Tables:
             and (other.tos, other.priority) == (route.tos, route.priority)
             and other.type is RouteType.UNICAST
             and other.scope == route.scope
-            and self.gateway(other.next_hops[0]) is not None
+            and other.next_hops[0].gateway is not None
             and "dead" not in other.next_hops[0].flags
         ]
         if len(equal) < 2 or equal[0] is not route or first.oif is None:
@@ -235,18 +236,30 @@ class Ipv4Tables:
             return route.prefsrc
         return self.hop_source(hop, scope_number(route.scope))
 
-    def gateway(self, hop: NextHop) -> IPAddress | None:
-        """Who gets the packet next; None: the destination itself.
+    def with_gateways(self, choices: list[Choice]) -> list[Choice]:
+        """Each choice with who gets the packet next; two where that is not known.
 
-        A gateway that is an address of this namespace makes a next hop of scope host, which
-        rt_set_nexthop does not take for a gateway.
+        A gateway that was an address of this namespace when the route was made has given a next
+        hop of scope host, which rt_set_nexthop does not take for a gateway: the destination is
+        then asked for on the link.  That scope is not shown, so such a gateway gives both ways.
         """
-        gateway = hop.gateway
-        if gateway is None or gateway.version == 6 or "onlink" in hop.flags:
-            return gateway
-        hit = self.table(LOCAL, Flow(family=4, dst=int(gateway)))
-        local = hit is not None and hit.route is not None and hit.route.type is RouteType.LOCAL
-        return None if local else gateway
+        result: list[Choice] = []
+        for choice in choices:
+            gateway = choice.hop.gateway
+            direct = gateway is None or gateway.version == 6 or "onlink" in choice.hop.flags
+            if not direct and gateway is not None:
+                hit = self.table(LOCAL, Flow(family=4, dst=int(gateway)))
+                direct = hit is None or hit.route is None or hit.route.type is not RouteType.LOCAL
+            if direct:
+                result.append(replace(choice, gateway=gateway))
+                continue
+            text = f"the gateway {gateway} was this namespace's own when the route was made"
+            because = f"{choice.because}; " if choice.because else ""
+            result += [
+                replace(choice, gateway=None, chance=None, because=f"{because}if {text}"),
+                replace(choice, gateway=gateway, chance=None, because=f"{because}unless {text}"),
+            ]
+        return result
 
     def owner(self, address: int) -> Link | None:
         """__ip_dev_find(net, addr, false): the device that owns an address."""

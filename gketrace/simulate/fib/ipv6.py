@@ -130,9 +130,16 @@ class Ipv6Tables:
         return route.type is RouteType.LOCAL
 
     def _nodes(self, index: PrefixIndex[_Leaf], flow: Flow) -> Iterator[list[_Leaf]]:
-        """The leaves of each matching prefix, longest first; source-specific ones before."""
+        """The leaves to try, in fib6_node_lookup's order and then fib6_backtrack's.
+
+        A prefix that has source-specific routes is entered through them: while none has been
+        entered yet and no source matches, the kernel passes over the prefix's plain routes too,
+        except at the root (::/0), where a look-up that found nothing ends.
+        """
+        entered = False
         for leaves in index.matches(flow.dst):
             if leaves[0].route.src is None:
+                entered = True
                 yield leaves
                 continue
             start = 0
@@ -141,9 +148,11 @@ class Ipv6Tables:
                 end = start
                 while end < len(leaves) and leaves[end].route.src == source:
                     end += 1
-                if source is None or not (
-                    (flow.src ^ int(source.network_address)) >> (128 - source.prefixlen)
-                ):
+                if source is None:
+                    if entered or not leaves[start].route.dst.prefixlen:
+                        yield leaves[start:]
+                elif not (flow.src ^ int(source.network_address)) >> (128 - source.prefixlen):
+                    entered = True
                     yield leaves[start:end]
                 start = end
 

@@ -91,7 +91,7 @@ def _outcome(
     else:
         choices = tables.default_choices(hit, flow)
     decisions: list[RouteDecision] = []
-    for choice in choices:
+    for choice in tables.with_gateways(choices):
         src = flow.src or _number(tables.prefsrc(choice.route, choice.hop))
         chosen = replace(flow, src=src)
         decisions.append(_make(tables, chosen, view.device(choice.hop), outcome, choice))
@@ -138,7 +138,7 @@ def _make(
             outcome,
         )
     route = choice.route if choice is not None else None
-    gateway = tables.gateway(choice.hop) if choice is not None else None
+    gateway = choice.gateway if choice is not None else None
     kind = RouteKind.FORWARD
     if is_broadcast(flow.dst) or (route is not None and route.type is RouteType.BROADCAST):
         kind = RouteKind.BROADCAST
