@@ -14,7 +14,14 @@ from typing import Final
 
 from gketrace.errors import NotFoundError, UnsupportedError, UsageError
 from gketrace.packet import IPAddress, protocol_number
-from gketrace_cli.objects import Endpoint, Node, Pod, Service, ServicePort
+from gketrace_cli.objects import (
+    Endpoint,
+    LoadBalancerIngress,
+    Node,
+    Pod,
+    Service,
+    ServicePort,
+)
 
 __all__ = [
     "CLIENTS",
@@ -150,8 +157,8 @@ def questions(
     endpoints: Sequence[Endpoint],
     nodes: Sequence[Node],
     selection: Selection,
-) -> tuple[Question, ...]:
-    """All packets to follow, in the order to show them.
+) -> tuple[tuple[Question, ...], tuple[str, ...]]:
+    """All packets to follow, in the order to show them, and what was left out and why.
 
     Raises: `NotFoundError`, `UsageError`, `UnsupportedError` when there is nothing to follow.
     """
@@ -162,13 +169,19 @@ def questions(
         )
     ports = select_ports(service, selection.port)
     found: list[Question] = []
+    skipped = [
+        f"Load balancer {entry.ip or entry.hostname} is a proxy ({_proxy(entry)}): nodes have no "
+        "rules for it, so that way is not traced."
+        for entry in service.ingress
+        if not entry.ip or entry.ip_mode != "VIP"
+    ]
     for port in ports:
-        maker = _Maker(service, port, endpoints, nodes, selection)
+        maker = _Maker(service, port, endpoints, nodes, selection, skipped)
         for door in Door:
             if selection.door in (None, door):
                 found += maker.through(door)
     if found:
-        return tuple(found)
+        return tuple(found), tuple(dict.fromkeys(skipped))
     doors = ", ".join(_doors_of(service)) or "none"
     if selection.door is not None:
         raise NotFoundError(
@@ -177,6 +190,10 @@ def questions(
     if service.headless:
         raise NotFoundError(f"service {service.key} is headless and has no endpoint to trace to")
     raise UsageError(f"there is nothing to trace for service {service.key}", hint=f"doors: {doors}")
+
+
+def _proxy(entry: LoadBalancerIngress) -> str:
+    return "ipMode Proxy" if entry.ip else "known by a host name only"
 
 
 def _doors_of(service: Service) -> list[str]:
@@ -204,7 +221,9 @@ class _Maker:
         endpoints: Sequence[Endpoint],
         nodes: Sequence[Node],
         selection: Selection,
+        skipped: list[str],
     ) -> None:
+        self._skipped = skipped
         self._service = service
         self._port = port
         self._protocol = protocol_number(port.protocol)
@@ -237,11 +256,15 @@ class _Maker:
     def _pods(self) -> list[Question]:
         if not self._service.headless:
             return []
+        named = self._selection.senders
         return [
-            self._question(Door.POD, sender, ip_address(end.address), end.port, via=end.node)
+            self._question(
+                Door.POD, sender, ip, end.port, entry=self._selection.node or end.node, via=end.node
+            )
             for end in self._ready
             if end.address_type != "FQDN"
-            for sender in self._inside_senders(ip_address(end.address))
+            for ip in (ip_address(end.address),)
+            for sender in (_of_family(named, ip) if named else self._inside_senders(ip))
         ]
 
     def _node_port(self) -> list[Question]:
@@ -316,11 +339,23 @@ class _Maker:
     def _inside_senders(self, ip: IPAddress) -> list[Sender]:
         """Who asks for an address of the cluster's own: the nodes, unless somebody is named."""
         if self._selection.senders:
-            return _of_family(self._selection.senders, ip)
+            return [s for s in _of_family(self._selection.senders, ip) if self._can_ask(s, ip)]
         names = [node.name for node in self._all_from_without]
         if self._selection.node:
             names = [self._selection.node]
         return [Sender(node=name, assumed=True) for name in names]
+
+    def _can_ask(self, sender: Sender, ip: IPAddress) -> bool:
+        """False: a ClusterIP is not for senders outside, and this one was not asked for."""
+        if not sender.outside or self._selection.node or self._selection.door is not None:
+            return True
+        if _doors_of(self._service) == [Door.CLUSTER_IP.value]:
+            return True
+        self._skipped.append(
+            f"ClusterIP {ip} is not traced from {sender.text}, which is outside the cluster; "
+            "--via clusterip does."
+        )
+        return False
 
     def _outside_senders(self, ip: IPAddress, *, balanced: bool = False) -> list[Sender]:
         if self._selection.senders:

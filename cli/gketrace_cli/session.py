@@ -19,6 +19,7 @@ from gketrace.errors import (
     UnavailableError,
     UsageError,
 )
+from gketrace.trace import Missing
 from gketrace_cli.cluster import Cluster
 from gketrace_cli.names import close_names, find_node
 from gketrace_cli.objects import Node, Pod
@@ -27,7 +28,7 @@ from gketrace_cli.options import Connect, Options
 if TYPE_CHECKING:
     from gketrace_cli.agents import Fleet
 
-__all__ = ["LABEL", "Progress", "Session", "background"]
+__all__ = ["LABEL", "Pods", "Progress", "Session", "background"]
 
 LABEL: Final = "app.kubernetes.io/name=gketrace-agent"
 """What the agents' pods are labelled with."""
@@ -51,6 +52,10 @@ def background(call: Callable[[], T], name: str) -> Future[T]:
     return future
 
 
+_READ_ALL: Final = 16
+"""Up to so many nodes, all pods are read with one list."""
+
+
 class Progress:
     """One line on standard error that says what is being done; only on a terminal."""
 
@@ -66,6 +71,55 @@ class Progress:
         if self._on:
             sys.stderr.write("\r\033[K")
             sys.stderr.flush()
+
+
+class Pods:
+    """The cluster's running pods, as far as they may be listed.
+
+    A small cluster's are read all at once, beforehand; of a large one only the nodes' that a
+    packet meets, when it meets them.
+    """
+
+    def __init__(self, cluster: Cluster, listed: tuple[Pod, ...] | GketraceError | None) -> None:
+        self._cluster = cluster
+        self._by_node: dict[str, tuple[Pod, ...]] = {}
+        self._whole = isinstance(listed, tuple)
+        self._failed: dict[str, GketraceError] = {}
+        if isinstance(listed, GketraceError):
+            self._whole = True
+            self._failed[""] = listed
+        for pod in listed if isinstance(listed, tuple) else ():
+            self.add(pod)
+
+    def add(self, pod: Pod) -> None:
+        """A pod that was read by its name."""
+        if pod.node and pod.phase not in ("Succeeded", "Failed"):
+            rest = tuple(p for p in self._by_node.get(pod.node, ()) if p.key != pod.key)
+            self._by_node[pod.node] = (*rest, pod)
+
+    @property
+    def known(self) -> tuple[Pod, ...]:
+        return tuple(pod for pods in self._by_node.values() for pod in pods)
+
+    def of_node(self, node: str) -> tuple[Pod, ...]:
+        """Those on one node."""
+        if not self._whole and node not in self._failed:
+            try:
+                for pod in self._cluster.pods(field_selector=f"spec.nodeName={node}"):
+                    self.add(pod)
+            except GketraceError as error:
+                self._failed[node] = error
+            else:
+                self._failed.pop(node, None)
+        return self._by_node.get(node, ())
+
+    @property
+    def missing(self) -> tuple[Missing, ...]:
+        """Lists that could not be read: without them an agent cannot enter the pods' namespaces."""
+        return tuple(
+            Missing(what="pods", why=error.message, node=node)
+            for node, error in self._failed.items()
+        )
 
 
 class Session:
@@ -87,6 +141,7 @@ class Session:
         self._fleet: Fleet | None = None
         self._closers: list[Callable[[], None]] = []
         self._nodes: Future[tuple[Node, ...]] = background(self.cluster.nodes, "nodes")
+        self._pods: Future[Pods] = background(self._read_pods, "pods")
         self._agents: Future[Fleet] = background(self._reach_agents, "agents")
 
     def __enter__(self) -> Session:
@@ -114,6 +169,18 @@ class Session:
     def nodes(self) -> tuple[Node, ...]:
         """Raises: `GketraceError`."""
         return self._nodes.result()
+
+    @property
+    def pods(self) -> Pods:
+        return self._pods.result()
+
+    def _read_pods(self) -> Pods:
+        if len(self._nodes.result()) > _READ_ALL:
+            return Pods(self.cluster, None)
+        try:
+            return Pods(self.cluster, self.cluster.pods())
+        except GketraceError as error:
+            return Pods(self.cluster, error)
 
     def read(self, calls: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
         """Several API calls at once.  Raises the first failure in the order of `calls`."""

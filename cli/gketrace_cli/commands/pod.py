@@ -92,7 +92,7 @@ def _find_everywhere(session: Session, name: str) -> Pod:
 
 
 def _report(session: Session, pod: Pod) -> PodReport:
-    from gketrace_cli.podref import pod_target
+    from gketrace_cli.podref import pod_ref, pod_target
     from gketrace_cli.podreport import build_pod_report
     from gketrace_proto.codec import snapshot_from_proto
     from gketrace_proto.v1alpha1 import agent_pb2 as pb
@@ -111,7 +111,7 @@ def _report(session: Session, pod: Pod) -> PodReport:
     fleet.agent(pod.node)
     session.progress.say(f"asking the agent of node {pod.node}")
     inside_request = pb.GetNetnsRequest(target=pod_target(pod))
-    host_request = pb.GetNetnsRequest(target=pb.Target(host=True))
+    host_request = pb.GetNetnsRequest(target=pb.Target(host=True), pods=[pod_ref(pod)])
     replies = fleet.ask(
         {
             "inside": (pod.node, "GetNetns", inside_request),
