@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from e2e.netlab import lifecycle
+from e2e.netlab.apiserver import api_request
 from e2e.netlab.errors import LabError
 from e2e.netlab.probes import Address, Hold, Prober, Result, finish
 from e2e.netlab.targets import find_node, find_pod, resolve
@@ -211,6 +212,26 @@ class Lab:
     def start_agent(self, node: str) -> None:
         """Starts the node's agent and waits until its socket accepts."""
         self._agent(node, "start")
+
+    def stop_pod(self, pod: str) -> None:
+        """Ends the pod's processes, namespace and veth; its object and the rules stay."""
+        self._pod(pod, "stop")
+
+    def start_pod(self, pod: str) -> None:
+        """Brings a stopped pod back, with new PIDs and a new namespace."""
+        self._pod(pod, "start")
+
+    def api(self, method: str, path: str, body: object = None) -> Any:
+        """A request to the Kubernetes API as its admin; /lab/… are its knobs (kubeapi.control)."""
+        return api_request(self.kubeconfig, method, path, body)
+
+    def _pod(self, pod: str, action: str) -> None:
+        key = find_pod(self.state, pod)
+        lifecycle.control(self.name, {"op": "pod", "pod": key, "action": action})
+        self._state = None
+        prober = self._probers.pop(f"pod/{pod}", None) or self._probers.pop(f"pod/{key}", None)
+        if prober:
+            prober.close()
 
     def _agent(self, node: str, action: str) -> None:
         request = {"op": "agent", "node": find_node(self.state, node), "action": action}

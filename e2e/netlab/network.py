@@ -29,6 +29,7 @@ __all__ = [
     "ROUTER_IP6",
     "client_batch",
     "lb_route",
+    "link_batch",
     "mac",
     "node_batch",
     "pod_batch",
@@ -148,19 +149,26 @@ def node_batch(world: World, node: Node, topology: str, pids: dict[str, int]) ->
             f"addr add {node.gateway6}/64 dev cbr0 nodad",
             "link set cbr0 up",
         ]
-    for pod in world.pods_on(node.name):
-        if pod.host_network:
-            continue
-        lines.append(
-            f"link add {pod.veth} mtu {node.mtu} type veth peer name eth0"
-            f" address {mac('0a:58', pod.ip)} mtu {node.mtu} netns {pids[pod.key]}"
-        )
-        if topology == "bridge":
-            lines += [
-                f"link set {pod.veth} master cbr0 up",
-                f"link set {pod.veth} type bridge_slave hairpin on",
-            ]
-            continue
+    links = [
+        link_batch(node, pod, topology, pids[pod.key])
+        for pod in world.pods_on(node.name)
+        if not pod.host_network
+    ]
+    return "\n".join(lines) + "\n" + "".join(links)
+
+
+def link_batch(node: Node, pod: Pod, topology: str, pid: int) -> str:
+    """Run in a node's namespace: one pod's veth; `pid` is its sandbox's."""
+    lines = [
+        f"link add {pod.veth} mtu {node.mtu} type veth peer name eth0"
+        f" address {mac('0a:58', pod.ip)} mtu {node.mtu} netns {pid}"
+    ]
+    if topology == "bridge":
+        lines += [
+            f"link set {pod.veth} master cbr0 up",
+            f"link set {pod.veth} type bridge_slave hairpin on",
+        ]
+    else:
         lines += [
             f"addr add {node.gateway}/32 dev {pod.veth}",
             f"link set {pod.veth} up",

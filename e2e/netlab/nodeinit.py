@@ -21,13 +21,14 @@ from typing import Any, NoReturn
 from e2e.netlab import linux
 from e2e.netlab.errors import LabError
 from e2e.netlab.kubeproxy import serve_kube_proxy
-from e2e.netlab.network import node_batch, pod_batch
+from e2e.netlab.machine import forget_mounts, quiet_ipv6, sysctl
+from e2e.netlab.network import link_batch, node_batch, pod_batch
 from e2e.netlab.rules import restore_dump, restore_synthetic, run
 from e2e.netlab.server import serve
 from e2e.netlab.state import Cgroup
 from e2e.netlab.world import AGENT_PORT, Node, Pod, World, agent_object
 
-__all__ = ["AGENT_SOCKET", "NodeInit", "holder", "quiet_ipv6"]
+__all__ = ["AGENT_SOCKET", "NodeInit"]
 
 AGENT_SOCKET = "/run/gketrace/agent.sock"
 _CGROUP = "/sys/fs/cgroup"
@@ -35,51 +36,16 @@ _READ_ONLY = ("net.netfilter.nf_conntrack_count", "net.netfilter.nf_conntrack_ma
 """In the fixture's sysctl.txt, but fixed for the machine as a whole."""
 
 
-def sysctl(name: str, value: str) -> None:
-    Path("/proc/sys", name.replace(".", "/")).write_text(value)
-
-
-def quiet_ipv6() -> None:
-    """Addresses of links made from here on are usable at once (no duplicate address detection)."""
-    for scope in ("all", "default"):
-        sysctl(f"net.ipv6.conf.{scope}.accept_dad", "0")
-        sysctl(f"net.ipv6.conf.{scope}.accept_ra", "0")
-
-
-def holder(name: str, cgroup: Cgroup, ready: int, *, forwards: bool) -> NoReturn:
-    """A machine that is only a network namespace (switch, router, client): waits to be killed."""
-    linux.die_with_parent()
-    cgroup.join()
-    linux.unshare(linux.CLONE_NEWNET | linux.CLONE_NEWNS | linux.CLONE_NEWUTS)
-    linux.make_mounts_private()
-    linux.mount("sysfs", "/sys", "sysfs")
-    socket.sethostname(name)
-    quiet_ipv6()
-    for scope in ("all", "default"):
-        sysctl(f"net.ipv4.conf.{scope}.send_redirects", "0")
-        sysctl(f"net.ipv4.conf.{scope}.accept_redirects", "0")
-        sysctl(f"net.ipv4.conf.{scope}.rp_filter", "0")
-    if forwards:
-        sysctl("net.ipv4.ip_forward", "1")
-        sysctl("net.ipv6.conf.all.forwarding", "1")
-        # For links to come: without the subnet's anycast address, as in NodeInit.sysctls.
-        sysctl("net.ipv6.conf.default.forwarding", "0")
-    linux.set_process_title(name, f"gketrace-lab {name}")
-    os.write(ready, b"1")
-    os.close(ready)
-    while True:
-        signal.pause()
-
-
 @dataclass(slots=True, kw_only=True)
 class NodeInit:
-    """One node. `cgroup` is its root; `peers` the folder, outside, where its pods log."""
+    """One node. `cgroup` is its root; `folder` the lab's, which stays visible in the
+    node, for the kubeconfig; its pods log to its `peers`."""
 
     world: World
     node: Node
     topology: str
     cgroup: Cgroup
-    peers: Path
+    folder: Path
     agent: Path
     channel: socket.socket
     sandboxes: dict[str, int] = field(default_factory=dict)
@@ -101,6 +67,7 @@ class NodeInit:
             "heal": lambda _: self.heal(),
             "status": lambda _: self.status(),
             "agent": lambda request: self.control_agent(request["action"]),
+            "pod": lambda request: self.control_pod(request["action"], request["pod"]),
         }
         answer = self.answer(lambda _: self.machine(), {})
         stream.write(answer)
@@ -149,15 +116,20 @@ class NodeInit:
             | linux.CLONE_NEWCGROUP
         )
         for pod in self.world.pods_on(self.node.name):
-            path = self.peers / f"{pod.namespace}_{pod.name}.jsonl"
+            path = self.folder / "peers" / f"{pod.namespace}_{pod.name}.jsonl"
             self.logs[pod.key] = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         linux.make_mounts_private()
+        outside = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        forget_mounts()
         linux.mount("proc", "/proc", "proc")
         linux.mount("sysfs", "/sys", "sysfs")
         linux.mount("cgroup", _CGROUP, self.cgroup.fstype, 0, self.cgroup.options)
         linux.mount("tmpfs", "/run", "tmpfs", 0, "mode=0755")
         for folder in ("netns", "gketrace", "lock"):
             Path("/run", folder).mkdir(mode=0o755)
+        self.folder.mkdir(parents=True)
+        linux.bind_mount(f"/proc/self/fd/{outside}", str(self.folder))
+        os.close(outside)
         socket.sethostname(self.node.name)
         self.join("init.scope")
         linux.set_process_title("init", "/sbin/init")
@@ -228,9 +200,7 @@ class NodeInit:
         """Once eth0 is there: everything else."""
         run(["ip", "-batch", "-"], node_batch(self.world, self.node, self.topology, self.sandboxes))
         for pod in self.world.pods_on(self.node.name):
-            if not pod.host_network:
-                enter = ["nsenter", "--target", str(self.sandboxes[pod.key]), "--net"]
-                run([*enter, "ip", "-batch", "-"], pod_batch(self.node, pod, self.topology))
+            self.wire_pod(pod)
         self.sysctls()
         restore_dump(self.world, self.node)
         restore_synthetic(self.world, self.node)
@@ -240,6 +210,12 @@ class NodeInit:
         self.wait_for_pods()
         self.control_agent("start")
         return self.status()
+
+    def wire_pod(self, pod: Pod) -> None:
+        """The inside of the pod's namespace."""
+        if not pod.host_network:
+            enter = ["nsenter", "--target", str(self.sandboxes[pod.key]), "--net"]
+            run([*enter, "ip", "-batch", "-"], pod_batch(self.node, pod, self.topology))
 
     def sysctls(self) -> None:
         lines = (self.node.fixture / "sysctl.txt").read_text().splitlines()
@@ -282,7 +258,7 @@ class NodeInit:
         deadline = time.monotonic() + 5
         for pod in self.world.pods_on(self.node.name):
             for protocol, port in pod.ports:
-                while protocol == "TCP":
+                while protocol == "TCP" and self.alive(self.containers.get(pod.key, 0)):
                     try:
                         with socket.create_connection((pod.ip, port), timeout=1) as connection:
                             connection.sendall(b"probe\n")
@@ -300,17 +276,53 @@ class NodeInit:
         return bool(pid) and pid not in self.exits
 
     def heal(self) -> dict[str, Any]:
-        """Starts again what has ended; a dead sandbox cannot be mended."""
+        """Starts again what has ended."""
         for pod in self.world.pods_on(self.node.name):
-            if not self.alive(self.sandboxes[pod.key]):
-                raise LabError(f"pod {pod.key}: its sandbox is gone")
-            if not self.alive(self.containers[pod.key]):
-                self.containers[pod.key] = self.container(pod)
+            self.control_pod("start", pod.key)
         if not self.alive(self.kube_proxy):
             self.kube_proxy = self.start_kube_proxy()
-        self.wait_for_pods()
         self.control_agent("start")
         return self.status()
+
+    def control_pod(self, action: str, key: str) -> dict[str, Any]:
+        """`stop` ends the pod's processes, namespace and link, as its deletion does; `start`
+        brings back what is missing. The rules stay as they are."""
+        pod = next(pod for pod in self.world.pods_on(self.node.name) if pod.key == key)
+        if action == "stop" or not self.alive(self.sandboxes[key]):
+            if not pod.host_network and self.alive(self.sandboxes[key]):
+                run(["ip", "link", "delete", pod.veth])
+            self.end(self.containers.get(key, 0))
+            self.end(self.sandboxes[key])
+            name = Path("/run/netns", pod.netns_name)
+            if name.exists():
+                linux.umount(str(name))
+                name.unlink()
+            # A namespace that ends by itself takes its link with it, a moment later.
+            deadline = time.monotonic() + 5
+            while Path("/sys/class/net", pod.veth).exists():
+                if time.monotonic() > deadline:
+                    raise LabError(f"pod {key}: its link {pod.veth} stays")
+                time.sleep(0.005)
+        if action == "start" and not self.alive(self.sandboxes[key]):
+            pid = self.sandboxes[key] = self.sandbox(pod)
+            if not pod.host_network:
+                batch = link_batch(self.node, pod, self.topology, pid)
+                run(["ip", "-batch", "-"], batch)
+            self.wire_pod(pod)
+        if action == "start" and not self.alive(self.containers.get(key, 0)):
+            self.containers[key] = self.container(pod)
+        self.wait_for_pods()
+        return self.status()
+
+    def end(self, pid: int, number: signal.Signals = signal.SIGKILL) -> None:
+        """Sends the signal, and SIGKILL five seconds later, and waits for the end."""
+        deadline = time.monotonic() + 5
+        if self.alive(pid):
+            os.kill(pid, number)
+        while self.alive(pid):
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.005)
 
     def status(self) -> dict[str, Any]:
         """`pid`s are as this node sees them; the agent's state in words."""
@@ -339,13 +351,8 @@ class NodeInit:
         }
 
     def control_agent(self, action: str) -> dict[str, Any]:
-        if action == "stop" and self.alive(self.agent_pid):
-            os.kill(self.agent_pid, signal.SIGTERM)
-            deadline = time.monotonic() + 5
-            while self.alive(self.agent_pid):
-                if time.monotonic() > deadline:
-                    os.kill(self.agent_pid, signal.SIGKILL)
-                time.sleep(0.01)
+        if action == "stop":
+            self.end(self.agent_pid, signal.SIGTERM)
             self.agent_pid = 0
         if action == "start" and not self.alive(self.agent_pid) and self.agent.exists():
             self.agent_pid = self.fork(self.exec_agent)

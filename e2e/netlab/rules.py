@@ -206,6 +206,13 @@ def synthetic_list(world: World, topology: str) -> tuple[Synthetic, ...]:
             why="GCE images set it; a VPC is routed and has no redirects",
         ),
     ]
+    items.append(
+        Synthetic(
+            name="the Kubernetes API on 127.0.0.1",
+            where="a listener without a process, and the kubeconfig's folder, in every node",
+            why="so that the kubeconfig works inside the nodes and at the clients",
+        )
+    )
     if topology == "ptp":
         items.append(
             Synthetic(

@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from e2e.netlab import linux
+from e2e.netlab.apiserver import api_address, api_request
 from e2e.netlab.errors import LabError
+from e2e.netlab.machine import holder
 from e2e.netlab.network import (
     CLIENTS,
     client_batch,
@@ -32,7 +34,7 @@ from e2e.netlab.network import (
     router_batch,
     switch_batch,
 )
-from e2e.netlab.nodeinit import AGENT_SOCKET, NodeInit, holder
+from e2e.netlab.nodeinit import AGENT_SOCKET, NodeInit
 from e2e.netlab.rules import run, synthetic_list
 from e2e.netlab.state import Cgroup, lab_cgroup, write_json
 from e2e.netlab.world import Pod, World, agent_object, load_world
@@ -120,7 +122,7 @@ class Supervisor:
                     node=node,
                     topology=self.config["topology"],
                     cgroup=self.cgroup.child(f"node-{node.short}"),
-                    peers=self.folder / "peers",
+                    folder=self.folder,
                     agent=AGENT,
                     channel=theirs,
                 )
@@ -208,7 +210,24 @@ class Supervisor:
         if not line.startswith(b"ready "):
             said = (self.folder / "kubeapi.log").read_text().strip().splitlines()[-1:]
             raise LabError(f"the Kubernetes API did not start: {' '.join(said) or 'no answer'}")
+        self.listen_inside()
         self.progress("api: serving")
+
+    def listen_inside(self) -> None:
+        """The API's address works in the nodes and at the clients too."""
+        kubeconfig = self.folder / "kubeconfig"
+        address = api_address(kubeconfig)
+        for name, pid in self.machines.items():
+            if name != "switch":
+                api_request(kubeconfig, "POST", "/lab/listen", {"pid": pid, "address": address})
+
+    def tell_api(self) -> None:
+        """Where the pods' namespaces are now."""
+        pods = {
+            key: {"pid": entry["sandbox_pid"]} if entry["sandbox_pid"] else None
+            for key, entry in self.pod_entries().items()
+        }
+        api_request(self.folder / "kubeconfig", "POST", "/lab/netns", {"pods": pods})
 
     # -- what is there -----------------------------------------------------------------------
 
@@ -304,10 +323,17 @@ class Supervisor:
             if self.api_state() == "ended":
                 self.start_api()
                 self.wait_for_api()
+            self.tell_api()
             self.save(complete=True)
             return None
         if operation == "agent":
             return self.nodes[request["node"]].ask(request)
+        if operation == "pod":
+            node = next(pod.node for pod in self.world.pods if pod.key == request["pod"])
+            answer = self.nodes[node].ask(request)
+            self.tell_api()
+            self.save(complete=True)
+            return answer
         if operation == "lb-target":
             address, name = request["address"], request["node"]
             self.ip("router", lb_route(address, self.world.node(name)))
