@@ -103,7 +103,7 @@ class _Reader:
                 at += 2
             elif word in ("-j", "--jump", "-g", "--goto") and not negated and at + 1 < len(tokens):
                 at = self._jump(at)
-            elif (header := _HEADER.get(word)) is not None:
+            elif (header := _HEADER.get(word)) is not None and not self._mine(word):
                 at = self._header(header, first, at, negated)
             else:
                 at = self._option(first, at, negated)
@@ -158,6 +158,11 @@ class _Reader:
         if len(args) != group.cls.OPTIONS[word.text]:
             group.trouble = f"{word.text} without its value"
         return last
+
+    def _mine(self, word: str) -> bool:
+        """Does the extension that was opened last have this option (``-m policy --proto``)?"""
+        group = self.target or (self.groups[-1] if self.groups else None)
+        return group is not None and group.cls is not None and word in group.cls.OPTIONS
 
     def _owner(self, word: Token) -> _Group | None:
         if word.quoted or not word.text.startswith("-"):

@@ -18,7 +18,6 @@ from gketrace.simulate.matches.header import (
     ProtocolIs,
     masked_address,
     masked_text,
-    protocol_text,
 )
 from gketrace.simulate.state import (
     NO,
@@ -217,10 +216,11 @@ class ConntrackMatch(Match):
             option = "--state" if self.module == "state" else "--ctstate"
             text += f" {negation(self.states_negated)}{option} {listed}"
         if self.protocol is not None:
-            name = protocol_text(self.protocol.number)
-            text += f" {negation(self.protocol.negated)}--ctproto {name}"
+            text += f" {negation(self.protocol.negated)}--ctproto {self.protocol.number}"
         for test in self.addresses:
-            shown = masked_text(test.address, test.mask)
+            shown = masked_text(test.address, test.mask).removesuffix(
+                f"/{test.address.max_prefixlen}"
+            )
             text += f" {negation(test.negated)}{test.name} {shown}"
         for port in self.ports:
             shown = interval_text((port.low, port.high))

@@ -104,7 +104,7 @@ class MacMatch(Match):
         return decide(state.packet.src_mac == self.address, negated=self.negated)
 
     def render(self) -> str:
-        return f"-m mac {negation(self.negated)}--mac-source {self.address.upper()}"
+        return f"-m mac {negation(self.negated)}--mac-source {self.address}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ kept word for word.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
@@ -42,10 +43,11 @@ class UndecidedMatch(Match):
         words = [f"-m {self.module}"]
         for option in self.options:
             words.append(negation(option.negated) + option.name)
-            words.extend(quote(arg) if " " in arg or not arg else arg for arg in option.args)
+            words.extend(arg if _BARE.fullmatch(arg) else quote(arg) for arg in option.args)
         return " ".join(words)
 
 
+_BARE: Final = re.compile(r"[\w.:/,%+=@-]+", re.ASCII)
 _RATE: Final = "how many packets came before is the kernel's secret"
 _IPSEC: Final = "which IPsec policy applied is not read"
 _EXTENSION: Final = "IPv6 extension headers are not modelled"

@@ -34,7 +34,8 @@ def _accept(state: PacketState, nat: NatRequest, note: str) -> Effect:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NatRange:
-    """``ADDRESS[-ADDRESS][:PORT[-PORT[/BASE]]]``; IPv6 addresses with ports in brackets."""
+    """``ADDRESS[-ADDRESS][:PORT[-PORT[/BASE]]]``; IPv6 addresses with ports in brackets, a range
+    in one pair of them."""
 
     addresses: tuple[IPAddress, IPAddress] | None
     ports: tuple[int, int] | None
@@ -72,8 +73,8 @@ class NatRange:
         if self.addresses is not None:
             first, last = self.addresses
             brackets = first.version == 6 and self.ports is not None
-            shown = [f"[{a}]" if brackets else str(a) for a in (first, last)]
-            text = shown[0] if first == last else "-".join(shown)
+            text = str(first) if first == last else f"{first}-{last}"
+            text = f"[{text}]" if brackets else text
         if self.ports is not None:
             text += f":{_ports_text(self.ports)}"
             text += "" if self.base is None else f"/{self.base}"
