@@ -161,7 +161,10 @@ class NetlinkSocket:
         with self._lock:
             sequence = next(self._sequence)
             header = _HEADER.pack(_HEADER.size + len(body), kind, flags, sequence, 0)
-            self._socket.send(header + body)
+            try:
+                self._socket.send(header + body)
+            except OSError as error:  # closed, or no memory
+                raise NetlinkError(error.errno or 0, what) from None
             return self._receive(sequence, what)
 
     def _receive(self, sequence: int, what: str) -> tuple[list[Message], bool]:

@@ -6,6 +6,7 @@ Source: kernel net/core/net_namespace.c, fs/nsfs.c; setns(2).
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import threading
 from collections.abc import Callable
@@ -27,6 +28,8 @@ __all__ = [
 T = TypeVar("T")
 
 _CLONE_NEWNET: Final = 0x40000000
+_NS_GET_NSTYPE: Final = 0xB703
+"""ioctl_ns(2), Linux 4.11: the CLONE_NEW* of a namespace file."""
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
@@ -114,13 +117,20 @@ def open_path(path: Path) -> NetnsHandle:
         raise ForbiddenError(
             f"may not open the namespace {path}", hint="the agent needs SYS_PTRACE and SYS_ADMIN"
         ) from None
-    if not os.readlink(f"/proc/self/fd/{fd}").startswith("net:["):
+    if not _is_netns(fd):
         os.close(fd)
         raise UnavailableError(
             f"{path} is not a network namespace",
             hint="mount /run/netns with mountPropagation HostToContainer",
         )
     return NetnsHandle(fd, str(path))
+
+
+def _is_netns(fd: int) -> bool:
+    try:
+        return fcntl.ioctl(fd, _NS_GET_NSTYPE) == _CLONE_NEWNET
+    except OSError:
+        return False  # ENOTTY: no namespace file at all
 
 
 def open_current() -> NetnsHandle:

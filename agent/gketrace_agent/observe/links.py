@@ -109,7 +109,6 @@ _INET_CONF: Final = {
     29: "ignore_routes_with_linkdown",
 }
 """IPV4_DEVCONF_* (include/uapi/linux/ip.h) → name under net.ipv4.conf.IFACE."""
-"""IPV4_DEVCONF_* (include/uapi/linux/ip.h) → name under net.ipv4.conf.IFACE."""
 _INET6_CONF: Final = {
     0: "forwarding",
     3: "accept_ra",
@@ -121,7 +120,6 @@ _INET6_CONF: Final = {
     39: "ignore_routes_with_linkdown",
 }
 """DEVCONF_* (include/uapi/linux/ipv6.h) → name under net.ipv6.conf.IFACE."""
-"""IPV4_DEVCONF_* (include/uapi/linux/ip.h) → name under net.ipv4.conf.IFACE."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

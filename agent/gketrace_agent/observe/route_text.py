@@ -112,12 +112,12 @@ def route_text(route: Route, details: RouteDetails, link_name: Callable[[int], s
         words += ["mark", f"{details.mark:#x}" if details.mark >= 16 else str(details.mark)]
     if details.realm is not None:
         source, destination = details.realm >> 16, details.realm & 0xFFFF
-        words += ["realm", f"{source}/{destination}" if source else str(destination)]
-    words += _metrics(details.metrics)
+        words += ["realms", f"{source}/{destination}" if source else str(destination)]
     if details.expires is not None:
         words += ["expires", f"{details.expires}sec"]
     if details.error:
         words += ["error", str(details.error)]
+    words += _metrics(details.metrics)
     if details.pref is not None:
         words += ["pref", _PREFERENCES.get(details.pref, str(details.pref))]
     if not details.single:

@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 
 from gketrace.errors import GketraceError
 from gketrace.ruleset import Ruleset
-from gketrace.snapshot import Maybe, NetnsSnapshot, Unavailable
+from gketrace.snapshot import Link, Maybe, NetnsSnapshot, Unavailable
 from gketrace.trace import Missing, NetnsRef
 from gketrace_agent.kernel.hostpaths import HostPaths
 from gketrace_agent.kernel.netlink import NETLINK_NETFILTER
@@ -194,7 +194,7 @@ class _Run:
             table = self._take(
                 "links",
                 lambda: observe_links(reader, here.ref, self._known),
-                wanted_by=self._links(),
+                wanted_by=self._wants_links(),
             )
             name = table.name if isinstance(table, LinkTable) else _anonymous
             addresses = self._take("addresses", lambda: observe_addresses(reader))
@@ -220,7 +220,7 @@ class _Run:
         return Observation(
             snapshot=NetnsSnapshot(
                 netns=here.ref,
-                links=table.links if isinstance(table, LinkTable) else table,
+                links=self._links(table),
                 addresses=addresses,
                 routes=routes,
                 rules=rules,
@@ -242,12 +242,17 @@ class _Run:
             conntrack=conntrack,
         )
 
-    def _links(self) -> str:
+    def _wants_links(self) -> str:
         """Which wanted noun needs the links: the texts of routes do, and single links' sysctls."""
         for noun in ("links", "routes", "sysctls", "sockets"):
             if noun in self._only:
                 return noun
         return "links"
+
+    def _links(self, table: Maybe[LinkTable]) -> Maybe[tuple[Link, ...]]:
+        if "links" not in self._only:
+            return _NOT_ASKED
+        return table.links if isinstance(table, LinkTable) else table
 
     def _sysctls(self, table: Maybe[LinkTable]) -> Mapping[str, str]:
         values = observe_sysctls(self._reader)

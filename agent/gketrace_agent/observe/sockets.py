@@ -111,7 +111,9 @@ def _owners(paths: HostPaths, pids: Iterable[int], inodes: set[int]) -> dict[int
             try:
                 target = os.readlink(f"{directory}/{name}")
             except (FileNotFoundError, ProcessLookupError):
-                continue
+                continue  # closed meanwhile
+            except PermissionError:
+                break
             if target.startswith(_SOCKET_LINK):
                 inode = int(target[len(_SOCKET_LINK) : -1])
                 if inode in missing:

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import pytest
+
+from gketrace.snapshot import Unavailable
+from gketrace_agent.kernel.reader import KernelReader
+from gketrace_agent.observe.iptables import (
+    LEGACY,
+    NFT,
+    DumpCache,
+    IptablesDump,
+    IptablesDumps,
+    Programs,
+    start_iptables,
+)
+from tests.agent.observe.bed import Bed, Netns
+
+
+def read(
+    netns: Netns,
+    programs: Programs | None = None,
+    cache: DumpCache | None = None,
+    fresh: bool = False,
+) -> IptablesDumps:
+    def observe(reader: KernelReader) -> IptablesDumps:
+        started = start_iptables(reader, programs or Programs(), cache=cache, fresh=fresh)
+        return started.finish()
+
+    return netns.read(observe)
+
+
+def lines(text: bytes | str) -> list[str]:
+    """Without comments, which hold the time."""
+    decoded = text if isinstance(text, str) else text.decode()
+    return [line for line in decoded.splitlines() if not line.startswith("#")]
+
+
+def which(dumps: IptablesDumps) -> list[tuple[str, int]]:
+    assert not any(isinstance(dump, Unavailable) for dump in dumps.dumps), dumps
+    return [(d.backend, d.family) for d in dumps.dumps if isinstance(d, IptablesDump)]
+
+
+def test_a_namespace_without_rules_has_none_and_gets_none(bed: Bed) -> None:
+    netns = bed.netns("empty")
+    dumps = read(netns)
+    assert dumps.dumps == ()
+    assert not dumps.both
+    for name in ("ip_tables_names", "ip6_tables_names"):
+        assert netns.run("cat", f"/proc/net/{name}") == "", "reading made a table"
+
+
+@pytest.mark.parametrize(("backend", "word"), [(LEGACY, "legacy"), (NFT, "nft")])
+def test_the_dump_is_what_the_save_command_prints(bed: Bed, backend: str, word: str) -> None:
+    netns = bed.netns("rules")
+    netns.run(f"iptables-{word}", "-A", "INPUT", "-p", "tcp", "--dport", "80", "-j", "DROP")
+    netns.run(f"iptables-{word}", "-t", "nat", "-N", "KUBE-SERVICES")
+    netns.run(f"ip6tables-{word}", "-t", "mangle", "-P", "FORWARD", "DROP")
+    dumps = read(netns)
+    assert which(dumps) == [(backend, 4), (backend, 6)]
+    assert dumps.primary == backend
+    assert dumps.consistent
+    assert not dumps.both
+    v4, v6 = dumps.of(backend)
+    assert lines(v4.text) == lines(netns.run(f"iptables-{word}-save", "-c"))
+    assert lines(v6.text) == lines(netns.run(f"ip6tables-{word}-save", "-c"))
+    assert v4.holds_rules
+    assert v6.holds_rules, "a policy of DROP is a rule"
+    assert (v4.generation is None) == (backend == LEGACY)
+    ruleset = v4.ruleset()
+    assert not isinstance(ruleset, Unavailable)
+    assert (ruleset.backend, ruleset.family) == (backend, 4)
+
+
+def test_rules_in_both_backends_are_said(bed: Bed) -> None:
+    netns = bed.netns("both")
+    netns.run("iptables-legacy", "-A", "INPUT", "-j", "ACCEPT")
+    netns.run("iptables-nft", "-A", "INPUT", "-j", "ACCEPT")
+    dumps = read(netns)
+    assert which(dumps) == [(LEGACY, 4), (NFT, 4)]
+    assert dumps.both
+    netns.run("iptables-nft", "-F", "INPUT")
+    assert not read(netns).both, "an empty table holds no rules"
+
+
+@pytest.mark.parametrize(
+    ("hinted", "expected"), [("legacy", LEGACY), ("nft", NFT), ("nothing", NFT)]
+)
+def test_the_primary_backend_is_where_the_hint_is(bed: Bed, hinted: str, expected: str) -> None:
+    netns = bed.netns("hint")
+    for word in ("legacy", "nft"):
+        netns.run(f"iptables-{word}", "-A", "INPUT", "-j", "ACCEPT")
+    if hinted != "nothing":
+        netns.run(f"iptables-{hinted}", "-t", "mangle", "-N", "KUBE-IPTABLES-HINT")
+    assert read(netns).primary == expected
+
+
+def test_legacy_alone_without_a_hint_is_primary(bed: Bed) -> None:
+    netns = bed.netns("old")
+    netns.run("iptables-legacy", "-A", "INPUT", "-j", "ACCEPT")
+    assert read(netns).primary == LEGACY
+
+
+@pytest.mark.parametrize(
+    ("programs", "words"),
+    [
+        (Programs(legacy=("gko-no-such-program",)), "none of gko-no-such-program is installed"),
+        (Programs(legacy=("false",)), "false exited with status 1"),
+        (Programs(legacy=("true",)), "printed nothing"),
+        (Programs(limit=10), "wrote more than 10 bytes"),
+    ],
+    ids=["missing", "fails", "silent", "long"],
+)
+def test_a_dump_that_fails_is_not_no_rules(bed: Bed, programs: Programs, words: str) -> None:
+    netns = bed.netns("fails")
+    netns.run("iptables-legacy", "-A", "INPUT", "-j", "ACCEPT")
+    (dump,) = read(netns, programs).dumps
+    assert isinstance(dump, Unavailable)
+    assert words in dump.reason
+    assert "legacy" in dump.reason
+
+
+def test_a_table_that_iptables_cannot_show_is_said(bed: Bed) -> None:
+    netns = bed.netns("native")
+    netns.run(
+        "nft",
+        "add table ip filter; add chain ip filter mine { type filter hook input priority 5; }",
+    )
+    netns.run("nft", "add rule ip filter mine ip saddr { 10.0.0.1, 10.0.0.2 } counter drop")
+    (dump,) = read(netns).dumps
+    assert isinstance(dump, Unavailable), dump
+    assert "filter" in dump.reason
+
+
+def test_tables_of_nftables_itself_are_not_iptables(bed: Bed) -> None:
+    netns = bed.netns("kubeproxy")
+    netns.run("nft", "add table ip kube-proxy; add table inet filter")
+    assert read(netns).dumps == ()
+
+
+def test_the_cache_holds_as_long_as_the_rules(bed: Bed) -> None:
+    netns, other = bed.netns("cached"), bed.netns("other")
+    cache = DumpCache()
+    for one in (netns, other):
+        one.run("iptables-nft", "-A", "INPUT", "-j", "ACCEPT")
+    (first,) = read(netns, cache=cache).dumps
+    assert read(netns, cache=cache).dumps == (first,)
+    (elsewhere,) = read(other, cache=cache).dumps
+    assert elsewhere is not first
+    (fresh,) = read(netns, cache=cache, fresh=True).dumps
+    assert fresh is not first
+    netns.run("iptables-nft", "-A", "INPUT", "-j", "DROP")
+    (changed,) = read(netns, cache=cache).dumps
+    assert isinstance(changed, IptablesDump)
+    assert b"-j DROP" in changed.text
+    assert read(netns, cache=cache).dumps == (changed,)
+
+
+def test_the_cache_forgets_over_its_bound(bed: Bed) -> None:
+    cache = DumpCache(most_bytes=1)
+    netns = bed.netns("cached")
+    netns.run("iptables-nft", "-A", "INPUT", "-j", "ACCEPT")
+    (first,) = read(netns, cache=cache).dumps
+    assert read(netns, cache=cache).dumps != (first,)
+
+
+def test_legacy_is_read_again_each_time(bed: Bed) -> None:
+    cache = DumpCache()
+    netns = bed.netns("cached")
+    netns.run("iptables-legacy", "-A", "INPUT", "-j", "ACCEPT")
+    (first,) = read(netns, cache=cache).dumps
+    (second,) = read(netns, cache=cache).dumps
+    assert first is not second
