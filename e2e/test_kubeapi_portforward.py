@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import concurrent.futures
 import json
 import socket
@@ -20,6 +21,7 @@ from kubernetes.stream import portforward
 
 from .kubeapi.echo import GREETING
 from .kubeapi.harness import KubeApi, Pod, running_pod, running_server, until
+from .kubeapi.netns import make_socket
 
 SERVERS = ("echo:8080", "greet:8081", "flood:8082", "deaf:8083", "echo:9090:::1")
 
@@ -232,3 +234,20 @@ def test_two_hundred_at_once(api: KubeApi, core: client.CoreV1Api) -> None:
             sock.close()
     until(lambda: api.open_count("portforwards") == 0)
     assert json.loads(api.kubeconfig.read_text())["current-context"] == "forward"
+
+
+def test_listens_inside_a_namespace_too(tmp_path: Path, pod: Pod) -> None:
+    inside = {"pid": pod.pid, "address": "127.0.0.1:6443"}
+    with running_server(tmp_path / "inside", name="x", listen_netns=[inside]) as api:
+        api.call("POST", "/lab/listen", {"pid": pod.pid, "address": "127.0.0.2:443"})
+        ca = json.loads(api.kubeconfig.read_text())["clusters"][0]["cluster"]
+        context = ssl.create_default_context(
+            cadata=base64.b64decode(ca["certificate-authority-data"]).decode()
+        )
+        for address in (("127.0.0.1", 6443), ("127.0.0.2", 443)):
+            plain = make_socket(pod.pid, socket.AF_INET)
+            plain.connect(address)
+            name = "kubernetes.default.svc"
+            with context.wrap_socket(plain, server_hostname=name) as sock:
+                sock.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                assert b"200 OK" in sock.recv(4096)

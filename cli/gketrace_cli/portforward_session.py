@@ -396,9 +396,7 @@ class Session:
             size = int.from_bytes(buffer[offset : offset + width], "big")
             offset += width
         if size > _MAX_FRAME:
-            raise UnavailableError(
-                f"the port-forward to {self._target} got {size} bytes at once"
-            )
+            raise UnavailableError(f"the port-forward to {self._target} got {size} bytes at once")
         if len(buffer) < offset + size:
             return None
         payload = bytes(buffer[offset : offset + size])
