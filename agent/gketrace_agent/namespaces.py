@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from gketrace.trace import NetnsKind, NetnsRef
 from gketrace_agent.kernel.hostpaths import HostPaths
 from gketrace_agent.observe.snapshot import Namespace
-from gketrace_agent.resolve.directory import PodDirectory
+from gketrace_agent.resolve.directory import OpenNamespace, PodDirectory
 from gketrace_agent.resolve.model import PodRef, ResolvedPod
 from gketrace_agent.resolve.resolver import Resolver
 
@@ -27,7 +27,7 @@ class OpenTarget:
     known: tuple[Namespace, ...]
     """The target, the host and all pods that were named and found."""
     pod: ResolvedPod | None = None
-    """Set when the target is a pod.  Its own handle is `here`'s."""
+    """Set when the target is a pod and was not opened quickly.  Its handle is `here`'s."""
     absent: dict[PodRef, str] = field(default_factory=dict)
     """Pods that were named and not found, with the reason."""
 
@@ -39,7 +39,7 @@ class NodeNamespaces:
         self._paths = paths
         self._node = node
         self._resolver = resolver
-        self._directory = PodDirectory(paths, node, resolver)
+        self._directory = PodDirectory(paths, resolver)
 
     @contextmanager
     def open(
@@ -53,7 +53,8 @@ class NodeNamespaces:
     ) -> Iterator[OpenTarget]:
         """`target` None is the host.
 
-        `quick`: the cgroups are asked before the runtime, which says less and takes longer.
+        `quick`: the target is opened as `pods` are: by what is known of it already, else by the
+        cgroups, which say less than the runtime and take less time.
         `owners`: also find which processes are in the target, so that sockets can be given their
         owners; that looks at every process of the node.
 
@@ -65,17 +66,22 @@ class NodeNamespaces:
                 ref=NetnsRef(node=self._node, kind=NetnsKind.HOST, inode=host_handle.inode),
                 handle=host_handle,
             )
+            wanted = (*pods, target) if quick and target is not None else pods
+            others = stack.enter_context(self._directory.open(wanted, timeout=timeout))
             here, pod = host, None
-            if target is not None:
-                pod = self._resolver.resolve(target, timeout=timeout, cgroup_first=quick)
+            if target is not None and quick and target in others.namespaces:
+                here = _namespace(others.namespaces[target])
+            elif target is not None:
+                pod = self._resolver.resolve(target, timeout=timeout)
                 stack.enter_context(pod)
-                if not pod.host_network:
-                    here = Namespace(
-                        ref=pod.netns,
-                        handle=pod.handle,
-                        pids=pod.pids,
-                        runtime_handler=pod.runtime_handler,
-                    )
+                here = Namespace(
+                    ref=pod.netns,
+                    handle=pod.handle,
+                    pids=pod.pids,
+                    runtime_handler=pod.runtime_handler,
+                )
+            if here.ref.kind is NetnsKind.HOST:
+                here = host
             if owners:
                 here = Namespace(
                     ref=here.ref,
@@ -83,27 +89,25 @@ class NodeNamespaces:
                     pids=_processes_in(self._paths, here.handle.inode),
                     runtime_handler=here.runtime_handler,
                 )
-            others = stack.enter_context(self._directory.open(pods, timeout=timeout))
-            known = [here] if here.ref.kind is NetnsKind.HOST else [here, host]
-            inodes = {one.handle.inode for one in known}
-            for one in others.namespaces:
-                if one.handle.inode not in inodes:
-                    inodes.add(one.handle.inode)
-                    known.append(
-                        Namespace(
-                            ref=one.ref,
-                            handle=one.handle,
-                            pids=one.pids,
-                            runtime_handler=one.runtime_handler,
-                        )
-                    )
+            known = {here.handle.inode: here}
+            for one in (host, *map(_namespace, others.namespaces.values())):
+                known.setdefault(one.handle.inode, one)
             yield OpenTarget(
                 here=here,
-                host=here if here.ref.kind is NetnsKind.HOST else host,
-                known=tuple(known),
+                host=host,
+                known=tuple(known.values()),
                 pod=pod,
                 absent=others.absent,
             )
+
+
+def _namespace(opened: OpenNamespace) -> Namespace:
+    return Namespace(
+        ref=opened.ref,
+        handle=opened.handle,
+        pids=opened.pids,
+        runtime_handler=opened.runtime_handler,
+    )
 
 
 def _processes_in(paths: HostPaths, inode: int) -> tuple[int, ...]:

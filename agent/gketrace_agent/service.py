@@ -207,7 +207,6 @@ class AgentService(agent_pb2_grpc.AgentServicer):
                     resolve=resolved, observe=walked.observe_seconds, walk=walked.walk_seconds
                 ),
                 arrival=walked.arrival,
-                pod=None if target.pod is None else resolved_to_proto(target.pod),
             )
 
     def _runtime(self) -> str:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from gketrace.errors import GketraceError, GoneError
-from gketrace.trace import NetnsKind, NetnsRef
+from gketrace.trace import NetnsRef
 from gketrace_agent.kernel.hostpaths import HostPaths
 from gketrace_agent.kernel.netns import NetnsHandle, open_pid
 from gketrace_agent.resolve.model import PodRef, ResolvedPod
@@ -32,7 +32,7 @@ _NOT_FOUND: Final = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenNamespace:
-    """A pod's namespace, held open."""
+    """A pod's namespace, held open; the host's, for a pod of the host's network."""
 
     ref: NetnsRef
     handle: NetnsHandle
@@ -44,15 +44,14 @@ class OpenNamespace:
 class OpenPods:
     """What `PodDirectory.open` found.  Use it with ``with``."""
 
-    namespaces: list[OpenNamespace] = field(default_factory=list)
-    """Pods of the host's network are not among them."""
+    namespaces: dict[PodRef, OpenNamespace] = field(default_factory=dict)
     absent: dict[PodRef, str] = field(default_factory=dict)
     """Why the others could not be opened."""
     _stack: ExitStack = field(default_factory=ExitStack)
 
-    def add(self, namespace: OpenNamespace) -> None:
+    def add(self, pod: PodRef, namespace: OpenNamespace) -> None:
         self._stack.callback(namespace.handle.close)
-        self.namespaces.append(namespace)
+        self.namespaces[pod] = namespace
 
     def __enter__(self) -> OpenPods:
         return self
@@ -67,7 +66,7 @@ class _Identity:
 
     pid: int
     start_time: int
-    inode: int
+    ref: NetnsRef
     pids: tuple[int, ...]
     runtime_handler: str
 
@@ -75,9 +74,8 @@ class _Identity:
 class PodDirectory:
     """Any thread may call."""
 
-    def __init__(self, paths: HostPaths, node: str, resolver: Resolver) -> None:
+    def __init__(self, paths: HostPaths, resolver: Resolver) -> None:
         self._paths = paths
-        self._node = node
         self._resolver = resolver
         self._lock = threading.Lock()
         self._known: OrderedDict[PodRef, _Identity] = OrderedDict()
@@ -89,11 +87,9 @@ class PodDirectory:
         opened = OpenPods()
         unknown: list[PodRef] = []
         for pod in dict.fromkeys(pods):
-            if pod.host_network:
-                continue
             namespace = self._reopen(pod)
             if namespace is not None:
-                opened.add(namespace)
+                opened.add(pod, namespace)
             elif reason := self._absent_lately(pod):
                 opened.absent[pod] = reason
             else:
@@ -113,14 +109,14 @@ class PodDirectory:
             with self._lock:
                 self._known.pop(pod, None)
             return None
-        if handle.inode != identity.inode:
+        if handle.inode != identity.ref.inode:
             handle.close()
             return None
-        ref = NetnsRef(
-            node=self._node, kind=NetnsKind.POD, inode=handle.inode, pod=pod.full_name or pod.uid
-        )
         return OpenNamespace(
-            ref=ref, handle=handle, pids=identity.pids, runtime_handler=identity.runtime_handler
+            ref=identity.ref,
+            handle=handle,
+            pids=identity.pids,
+            runtime_handler=identity.runtime_handler,
         )
 
     def _absent_lately(self, pod: PodRef) -> str:
@@ -145,16 +141,14 @@ class PodDirectory:
                 with self._lock:
                     self._absent[pod] = (time.monotonic() + _NOT_FOUND, str(error))
                 continue
-            if found.host_network:
-                found.handle.close()
-                continue
             opened.add(
+                pod,
                 OpenNamespace(
                     ref=found.netns,
                     handle=found.handle,
                     pids=found.pids,
                     runtime_handler=found.runtime_handler,
-                )
+                ),
             )
             self._remember(pod, found)
 
@@ -166,7 +160,7 @@ class PodDirectory:
             self._known[pod] = _Identity(
                 pid=process[0],
                 start_time=process[1],
-                inode=found.handle.inode,
+                ref=found.netns,
                 pids=found.pids,
                 runtime_handler=found.runtime_handler,
             )

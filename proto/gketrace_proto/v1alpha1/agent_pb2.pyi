@@ -710,32 +710,24 @@ class WalkReply(_message.Message):
     WALK_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     ARRIVAL_FIELD_NUMBER: _builtins.int
-    POD_FIELD_NUMBER: _builtins.int
     arrival: _builtins.str
     """Why this interface, where the agent found it (WalkRequest.arrives)."""
     @_builtins.property
     def walk(self) -> _trace_pb2.Walk: ...
     @_builtins.property
     def timings(self) -> Global___GetWalkTimings: ...
-    @_builtins.property
-    def pod(self) -> Global___ResolvedPod:
-        """Set when the packet started in a pod: how that was resolved."""
-
     def __init__(
         self,
         *,
         walk: _trace_pb2.Walk | None = ...,
         timings: Global___GetWalkTimings | None = ...,
         arrival: _builtins.str = ...,
-        pod: Global___ResolvedPod | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_pod", b"_pod", "pod", b"pod", "timings", b"timings", "walk", b"walk"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "walk", b"walk"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pod", b"_pod", "arrival", b"arrival", "pod", b"pod", "timings", b"timings", "walk", b"walk"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival", b"arrival", "timings", b"timings", "walk", b"walk"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType__pod: _TypeAlias = _typing.Literal["pod"]  # noqa: Y015
-    _WhichOneofArgType__pod: _TypeAlias = _typing.Literal["_pod", b"_pod"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType__pod) -> _WhichOneofReturnType__pod | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WalkReply: _TypeAlias = WalkReply  # noqa: Y015
 
