@@ -111,8 +111,7 @@ def _across(context: Context, cursor: Cursor, target: IPAddress, *, netfilter: b
     assert port_in is not None
     choice = choose_port(context, cursor.space, bridge, target)
     if choice.port is None:
-        disposition_known = choice.failed
-        if disposition_known:
+        if choice.failed:
             failed = step(
                 cursor,
                 StepKind.BRIDGE,
@@ -130,7 +129,9 @@ def _across(context: Context, cursor: Cursor, target: IPAddress, *, netfilter: b
             )
         return unknown(cursor, choice.why)
     port = choice.port
-    if port.ifindex == port_in.ifindex and not (port.port is not None and port.port.hairpin):
+    if port.ifindex == port_in.ifindex and port.port is None:
+        return unknown(cursor, f"whether {port.name} is in hairpin mode is not known")
+    if port.ifindex == port_in.ifindex and port.port is not None and not port.port.hairpin:
         if "PROMISC" in bridge.flags:
             note = f"{bridge.name} is promiscuous: it takes the frame itself and routes it"
             taken = step(
@@ -142,7 +143,8 @@ def _across(context: Context, cursor: Cursor, target: IPAddress, *, netfilter: b
                 interface=bridge.name,
             )
             return Way(cursor=replace(cursor, stage=Stage.ROUTE), steps=(taken,))
-        return _refused(cursor, port, "a bridge sends no frame back out of its port; hairpin off")
+        why = f"a bridge sends no frame back out of its port, and hairpin is off on {port.name}"
+        return _refused(cursor, port, why)
     both_isolated = (
         port.port is not None
         and port.port.isolated

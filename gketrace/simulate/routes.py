@@ -204,8 +204,15 @@ def _bad(decision: RouteDecision) -> bool:
     return decision.kind in _FAILURES or decision.kind is RouteKind.UNKNOWN
 
 
+def _decisive(decision: RouteDecision) -> Citation | None:
+    """The check that stopped it, where one did; else the last thing that was looked at."""
+    checks = (Source.SYSCTL, Source.KERNEL)
+    last = decision.citations[-1] if decision.citations else None
+    return next((c for c in decision.citations if c.source in checks), last)
+
+
 def _failed(cursor: Cursor, decision: RouteDecision, *first: Step) -> Way:
-    citation = decision.citations[-1] if decision.citations else None
+    citation = _decisive(decision)
     if decision.kind is RouteKind.UNKNOWN:
         return unknown(
             cursor,

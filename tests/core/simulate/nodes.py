@@ -341,7 +341,7 @@ def world_node(world: str, name: str) -> Node:
         # The worlds' sysctl.txt holds only some; writing ip_forward sets all of forwarding.
         host.defaults(name)
     for file, family in (("iptables-save.txt", 4), ("ip6tables-save.txt", 6)):
-        if (folder / file).exists():
+        if (folder / file).exists() and (folder / file).stat().st_size:
             backend = "iptables-legacy" if "legacy" in world else "iptables-nft"
             host.rulesets.append(
                 parse_iptables_save(
