@@ -55,12 +55,14 @@ class Fib:
         sport: int | None = None,
         dport: int | None = None,
         uid: int | None = None,
+        any_source: bool = False,
     ) -> tuple[RouteDecision, ...]:
         """Where a locally made packet goes, and its source address when `src` is None.
 
         `oif` is the device that the socket is bound to.  `tos` is the whole TOS byte.  None for
         `protocol`, a port or `uid` means not known: a policy rule that looks at it gives both
         continuations, each with chance None.  Multipath gives one decision per next hop.
+        `any_source`: `src` is not checked, as when ip_route_me_harder() routes a packet again.
         """
         flow = Flow(
             family=dst.version,
@@ -73,6 +75,7 @@ class Fib:
             sport=sport,
             dport=dport,
             uid=uid,
+            any_source=any_source,
         )
         try:
             if dst.version == 4:

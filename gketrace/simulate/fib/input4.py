@@ -29,7 +29,7 @@ def received_flow(tables: Ipv4Tables, packet: Packet, iif: str) -> Flow:
         mark=packet.mark,
         tos=packet.dscp << 2,
     )
-    if tables.rules.dissects():
+    if tables.rules.dissects:
         flow.protocol = packet.protocol
         if packet.has_ports:
             flow.sport, flow.dport = packet.sport, packet.dport
@@ -239,7 +239,23 @@ def _reverse(
     view, iif = tables.view, device.name
     hit = outcome.hit
     route = hit.route if hit is not None and not hit.error else None
-    filtered = _Check(
+    passed = _Check(citations=cited)
+    if route is not None and route.type is not RouteType.UNICAST:
+        local = route.type is RouteType.LOCAL
+        if not local or not view.conf_or(4, iif, "accept_local"):
+            return _Check(refused=_bad_source(view, packet, iif, outcome, route))
+    if route is not None:
+        if tables.uses_device(route, device.ifindex):
+            return passed
+        if route.type is RouteType.LOCAL and iif == LOOPBACK:
+            return passed
+        # A device without addresses is held to the loose check's rule, as without a route.
+        if mode != 1 and view.addresses_of.get((device.ifindex, 4)):
+            return passed
+    if not mode:
+        return passed
+    why = "does not exist" if route is None else f"is not through {iif}"
+    return _Check(
         refused=RouteDecision(
             kind=RouteKind.RP_FILTER,
             errno="EINVAL",
@@ -251,39 +267,24 @@ def _reverse(
                 *evidence(outcome),
                 kernel_check("__fib_validate_source: reverse path"),
             ),
-            detail=(
-                f"rp_filter {mode} on {iif}: the way back to {packet.src} "
-                + ("does not exist" if route is None else f"is not through {iif}")
-            ),
+            detail=f"rp_filter {mode} on {iif}: the way back to {packet.src} {why}",
         )
     )
-    passed = _Check(citations=cited)
-    if route is None:
-        return filtered if mode else passed
-    if route.type is not RouteType.UNICAST:
-        local = route.type is RouteType.LOCAL
-        if not local or not view.conf_or(4, iif, "accept_local"):
-            why = "an address of this namespace" if local else f"{route.type.value}"
-            martian = _martian(f"the source {packet.src} is {why}")
-            return _Check(
-                refused=replace(
-                    martian,
-                    route=route,
-                    rule=outcome.rule,
-                    citations=(
-                        *evidence(outcome),
-                        *(view.conf_citations(4, "accept_local", "all", iif) if local else ()),
-                        *martian.citations,
-                    ),
-                )
-            )
-    if tables.uses_device(route, device.ifindex):
-        return passed
-    if route.type is RouteType.LOCAL and iif == LOOPBACK:
-        return passed
-    if not view.addresses_of.get((device.ifindex, 4)):
-        return filtered if mode else passed
-    return filtered if mode == 1 else passed
+
+
+def _bad_source(
+    view: NetView, packet: Packet, iif: str, outcome: RuleOutcome, route: Route
+) -> RouteDecision:
+    local = route.type is RouteType.LOCAL
+    why = "an address of this namespace" if local else route.type.value
+    martian = _martian(f"the source {packet.src} is {why}")
+    switch = view.conf_citations(4, "accept_local", "all", iif) if local else ()
+    return replace(
+        martian,
+        route=route,
+        rule=outcome.rule,
+        citations=(*evidence(outcome), *switch, *martian.citations),
+    )
 
 
 def _broadcast(

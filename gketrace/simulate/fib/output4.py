@@ -35,10 +35,11 @@ def output4(tables: Ipv4Tables, flow: Flow) -> tuple[RouteDecision, ...]:
     if src:
         if is_multicast(src) or is_broadcast(src):
             return (_bad_source(src, "EINVAL", "a multicast or broadcast address"),)
-        owner = tables.owner(src)
-        if owner is None:
+        by_source = not flow.oif and (is_multicast(dst) or is_broadcast(dst))
+        owner = None if flow.any_source and not by_source else tables.owner(src)
+        if owner is None and not (flow.any_source and not by_source):
             return (_bad_source(src, "ENETUNREACH", "not an address of this namespace"),)
-        if not flow.oif and (is_multicast(dst) or is_broadcast(dst)):
+        if owner is not None and by_source:
             return (_make(tables, flow, owner, None, None),)
     device: Link | None = None
     if flow.oif:

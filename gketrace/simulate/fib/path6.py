@@ -37,7 +37,7 @@ def received_flow6(tables: Ipv6Tables, packet: Packet, iif: str) -> Flow:
         tos=packet.dscp << 2,
         protocol=packet.protocol,
     )
-    if tables.rules.dissects() and packet.has_ports:
+    if tables.rules.dissects and packet.has_ports:
         flow.sport, flow.dport = packet.sport, packet.dport
     return flow
 

@@ -44,6 +44,8 @@ class Flow:
     dport: int | None = 0
     uid: int | None = 0
     scope: int = 0
+    any_source: bool = False
+    """FLOWI_FLAG_ANYSRC: the source need not be an address of this namespace."""
 
 
 @dataclass(slots=True)
@@ -66,14 +68,12 @@ class RuleTable:
         self._position: dict[int, int] = {}
         for i, rule in enumerate(self.rules):
             self._position.setdefault(rule.priority, i)
-
-    def dissects(self) -> bool:
-        """fib_rule_requires_fldissect: whether ports of received packets are looked at at all."""
-        return any(
+        self.dissects = any(
             rule.iif != "lo"
             and (rule.ip_protocol or rule.sport is not None or rule.dport is not None)
             for rule in self.rules
         )
+        """fib_rule_requires_fldissect: whether ports of received packets are looked at at all."""
 
     def plain(self) -> bool:
         """True when just the rules that every namespace starts with are there."""
