@@ -10,7 +10,7 @@ from gketrace.errors import UnavailableError, UnsupportedError
 from gketrace.packet import Packet
 from gketrace.simulate.routing import Fib, RouteKind
 from gketrace.simulate.walk import WalkQuery, walk
-from gketrace.snapshot import Link, NetnsSnapshot, Unavailable
+from gketrace.snapshot import Link, NetnsSnapshot, Route, RouteType, Unavailable
 from gketrace.trace import Disposition, Flow, Ingress, Missing, NetnsKind, Walk
 from gketrace_agent.namespaces import OpenTarget
 from gketrace_agent.observe.snapshot import Observation, Observer
@@ -18,6 +18,7 @@ from gketrace_agent.observe.view import LiveNodeView
 
 __all__ = ["Arrival", "Walked", "find_arrival", "walk_here"]
 
+_MAIN: Final = 254
 _ABSENT: Final = 10
 """Pods that were not found and are named in one reply."""
 
@@ -80,8 +81,7 @@ def walk_here(
             for observation in view.observations.values()
             for one in _unreported(observation.snapshot)
         )
-    if any(leaf.outcome.disposition is Disposition.UNKNOWN for leaf in walked.leaves()):
-        missing += _absent(target, node)
+    missing += _absent(target, walked, node)
     return Walked(
         walk=replace(walked, missing=missing),
         arrival=arrival,
@@ -100,14 +100,20 @@ def _unreported(snapshot: NetnsSnapshot) -> tuple[Missing, ...]:
     return tuple(missing for missing in snapshot.missing if missing.why not in reasons)
 
 
-def _absent(target: OpenTarget, node: str) -> tuple[Missing, ...]:
-    """Pods whose namespaces the packet may have met without our knowing."""
-    shown = [
-        Missing(what="pod", why=why, node=node) for _, why in list(target.absent.items())[:_ABSENT]
-    ]
-    if more := len(target.absent) - len(shown):
-        shown.append(Missing(what="pod", why=f"{more} more pods were not found", node=node))
-    return tuple(shown)
+def _absent(target: OpenTarget, walked: Walk, node: str) -> tuple[Missing, ...]:
+    """Named pods that were not found and that the packet may have met without our knowing.
+
+    It was sent out towards such a pod's address, or its way ends in something unknown.
+    """
+    outcomes = [leaf.outcome for leaf in walked.leaves()]
+    unknown = any(outcome.disposition is Disposition.UNKNOWN for outcome in outcomes)
+    met = {str(address) for o in outcomes for address in (o.packet.dst, o.next_hop)}
+    whys = [why for pod, why in target.absent.items() if unknown or not met.isdisjoint(pod.pod_ips)]
+    missing = [Missing(what="pod", why=why, node=node) for why in whys[:_ABSENT]]
+    if len(whys) > _ABSENT:
+        more = f"{len(whys) - _ABSENT} more pods were not found"
+        missing.append(Missing(what="pod", why=more, node=node))
+    return tuple(missing)
 
 
 def find_arrival(host: NetnsSnapshot, packet: Packet) -> Arrival:
@@ -123,24 +129,47 @@ def find_arrival(host: NetnsSnapshot, packet: Packet) -> Arrival:
     links = {link.name: link for link in host.links}
     fib = Fib(host)
     tried: list[str] = []
-    anywhere = type(packet.src)(0)
-    for what, dst in ((f"route to {packet.src}", packet.src), ("default route", anywhere)):
-        ways = fib.output(dst)
-        names = {w.interface if w.kind is RouteKind.FORWARD else w.kind.value for w in ways}
+    back = f"route to {packet.src}"
+    ways = fib.output(packet.src)
+    names = {w.interface if w.kind is RouteKind.FORWARD else w.kind.value for w in ways}
+    if len(names) == 1 and ways[0].kind is RouteKind.FORWARD:
         name = ways[0].interface
-        if len(names) != 1 or ways[0].kind is not RouteKind.FORWARD:
-            tried.append(f"{what}: {' or '.join(sorted(names))}")
-            continue
-        if _leads_to_pods(links.get(name)):
-            tried.append(f"{what}: {name}, which leads to pods of this node")
-            continue
-        route = ways[0].route
-        cited = f" ({route.text})" if route is not None and route.text else ""
-        return Arrival(interface=name, because=f"{name}: the {what} goes out of it{cited}")
+        if not _leads_to_pods(links.get(name)):
+            return _arrival(name, back, ways[0].route)
+        tried.append(f"{back}: {name}, which leads to pods of this node")
+    else:
+        tried.append(f"{back}: {' or '.join(sorted(names))}")
+    default = _default_route(host, packet.family)
+    if default is not None:
+        devices = {hop.oif for hop in default.next_hops}
+        uplinks = [link.name for link in host.links if link.ifindex in devices]
+        if len(uplinks) == 1:
+            return _arrival(uplinks[0], "default route", default)
+        tried.append(f"default route: {' or '.join(uplinks)}")
     raise UnsupportedError(
         f"cannot tell by which interface {packet} comes in: {'; '.join(tried)}",
         hint="name the interface",
     )
+
+
+def _arrival(interface: str, what: str, route: Route | None) -> Arrival:
+    cited = f" ({route.text})" if route is not None and route.text else ""
+    return Arrival(interface=interface, because=f"{interface}: the {what} goes out of it{cited}")
+
+
+def _default_route(host: NetnsSnapshot, family: int) -> Route | None:
+    """The main table's, of the lowest metric."""
+    if isinstance(host.routes, Unavailable):
+        return None
+    defaults = (
+        route
+        for route in host.routes
+        if route.family == family
+        and route.table == _MAIN
+        and route.dst.prefixlen == 0
+        and route.type is RouteType.UNICAST
+    )
+    return min(defaults, key=lambda route: route.priority, default=None)
 
 
 def _leads_to_pods(link: Link | None) -> bool:

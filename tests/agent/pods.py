@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import time
 import uuid
@@ -54,19 +55,31 @@ class FakePod:
         command: str = "sleep",
         own_netns: bool = False,
         join: int | None = None,
+        enter: tuple[str, ...] = (),
     ) -> int:
-        """Starts a container's process in its cgroup; returns its PID."""
+        """Starts a container's process in its cgroup; returns its PID.
+
+        `enter`: a command line that enters the node's namespaces first.
+        """
         cgroup = self.root / self.cgroup_of(container_id)
         cgroup.mkdir(parents=True, exist_ok=True)
-        enter = ["unshare", "--net"] if own_netns else []
+        inner = ["unshare", "--net"] if own_netns else []
         if join is not None:
-            enter = ["nsenter", f"--net=/proc/{join}/ns/net"]
+            inner = ["nsenter", f"--net=/proc/{join}/ns/net"]
         # The shell enters the cgroup before it becomes the container's process.
-        script = f'echo $$ > {cgroup}/cgroup.procs && exec -a "{command}" sleep infinity'
-        process = subprocess.Popen([*enter, "bash", "-c", script])
+        # By 0, as $$ is the PID in the node's PID namespace.
+        script = f'echo 0 > {cgroup}/cgroup.procs && exec -a "{command}" sleep infinity'
+        process = subprocess.Popen([*enter, *inner, "bash", "-c", script])
         self.processes.append(process)
-        wait_until(lambda: _argv0(process.pid) == command)
-        return process.pid
+        if enter:
+            # nsenter forks to enter a PID namespace.
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+            wait_until(lambda: bool(children.read_text()))
+            pid = int(children.read_text())
+        else:
+            pid = process.pid
+        wait_until(lambda: _argv0(pid) == command)
+        return pid
 
     def cgroup_of(self, container_id: str) -> str:
         if self.layout == "cgroupfs":
@@ -81,9 +94,11 @@ class FakePod:
                 process.wait()
 
     def stop(self) -> None:
+        for procs in self.root.rglob("cgroup.procs"):
+            for pid in procs.read_text().split():
+                os.kill(int(pid), signal.SIGKILL)
         for process in self.processes:
             process.kill()
-        for process in self.processes:
             process.wait()
 
 

@@ -321,7 +321,7 @@ class Resolver:
             )
             journal.failed(
                 "cgroup scan",
-                f"{what}, of {seen.processes} processes and {len(seen.uids)} pods{static}",
+                f"{what}, among {seen.processes} processes of {len(seen.uids)} pods and the node{static}",
             )
             return None
         return self._from_members(pod, next(iter(uids)), seen, journal)
