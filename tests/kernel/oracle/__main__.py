@@ -1,4 +1,7 @@
-"""``python -m tests.kernel.oracle --cases N --seed S --json``."""
+"""``python -m tests.kernel.oracle --cases N --seed S --json``.
+
+Half of the cases go over the kube-proxy dumps, half over random rule sets.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,47 @@ import json
 import random
 import sys
 import time
+from collections import Counter
 
 from gketrace.simulate.walk import walk
 from tests.kernel.oracle.bed import Bed
 from tests.kernel.oracle.fixtures import worlds
+from tests.kernel.oracle.generate import MATCHES, TARGETS
+from tests.kernel.oracle.random_sets import RandomRun
 from tests.kernel.oracle.run import Tally, rig, run_cases
+
+
+def run_fixtures(count: int, seed: int, wanted: str, *, quiet: bool) -> Tally:
+    """The dumps whose name contains `wanted`, `count` cases shared out among them."""
+    chosen = [world for world in worlds() if wanted in world.name]
+    total = Tally()
+    for index, world in enumerate(chosen):
+        share = count // len(chosen) + (index < count % len(chosen))
+        rng = random.Random(f"{seed}/{world.name}")
+        with Bed(node=world.node) as bed:
+            world.restore(bed)
+            with rig(bed, walk, legacy=world.backend == "legacy") as machine:
+                tally = run_cases(machine, world.name, world.cases(rng), share)
+        if not quiet:
+            print(f"{world.name}: {_line(tally)}")
+        total.add(tally)
+    return total
+
+
+def _line(tally: Tally) -> str:
+    return (
+        f"{tally.cases} cases, {tally.agreements} agreements, {len(tally.disagreements)} "
+        f"disagreements, {tally.unknown} unknown, {tally.lost} lost; {dict(tally.ends)}"
+    )
+
+
+def _print_coverage(coverage: Counter[str], absent: frozenset[str]) -> None:
+    names = [f"match {part.name}" for part in MATCHES]
+    names += [f"target {part.name}" for part in TARGETS] + ["target jump", "target goto"]
+    for name in names:
+        lacking = sorted(where for where in absent if where.endswith("/" + name.split()[1]))
+        note = f"  (absent here: {', '.join(lacking)})" if lacking else ""
+        print(f"{name:24} {coverage[name]:7}{note}")
 
 
 def main() -> int:
@@ -19,26 +58,24 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print only the JSON object")
-    parser.add_argument("--world", default="", help="only worlds whose name contains this")
+    parser.add_argument("--world", default="", help="only dumps whose name contains this")
+    parser.add_argument("--only", choices=("fixtures", "random"), help="only this half")
     parser.add_argument("--show", type=int, default=10, help="disagreements to print")
     options = parser.parse_args()
-    chosen = [world for world in worlds() if options.world in world.name]
-    total = Tally()
     started = time.monotonic()
-    for index, world in enumerate(chosen):
-        share = options.cases // len(chosen) + (index < options.cases % len(chosen))
-        rng = random.Random(f"{options.seed}/{world.name}")
-        with Bed(node=world.node) as bed:
-            world.restore(bed)
-            with rig(bed, walk, legacy=world.backend == "legacy") as machine:
-                tally = run_cases(machine, world.name, world.cases(rng), share)
+    fixture_cases = {"fixtures": options.cases, "random": 0}.get(options.only, options.cases // 2)
+    fixed = Tally()
+    if fixture_cases:
+        fixed = run_fixtures(fixture_cases, options.seed, options.world, quiet=options.json)
+    made = RandomRun(seed=options.seed, walk=walk)
+    if fixture_cases < options.cases:
+        made.run(options.cases - fixture_cases)
         if not options.json:
-            print(
-                f"{world.name}: {tally.cases} cases, {tally.agreements} agreements, "
-                f"{len(tally.disagreements)} disagreements, {tally.unknown} unknown, "
-                f"{tally.lost} lost; {dict(tally.ends)}"
-            )
-        total.add(tally)
+            print(f"random rule sets ({made.sets}, {made.refused} refused): {_line(made.tally)}")
+            _print_coverage(made.coverage, made.absent)
+    total = Tally()
+    total.add(fixed)
+    total.add(made.tally)
     for story in [*total.disagreements, *total.unknowns][: options.show]:
         print(story, file=sys.stderr)
     print(
@@ -49,6 +86,19 @@ def main() -> int:
                 "disagreements": len(total.disagreements),
                 "unknown": total.unknown,
                 "lost": total.lost,
+                "fixtures": {
+                    "cases": fixed.cases,
+                    "disagreements": len(fixed.disagreements),
+                    "unknown": fixed.unknown,
+                },
+                "random": {
+                    "cases": made.tally.cases,
+                    "rule_sets": made.sets,
+                    "disagreements": len(made.tally.disagreements),
+                    "unknown": made.tally.unknown,
+                    "coverage": dict(sorted(made.coverage.items())),
+                    "absent": sorted(made.absent),
+                },
                 "ends": dict(total.ends),
                 "seconds": round(time.monotonic() - started, 1),
                 "seed": options.seed,

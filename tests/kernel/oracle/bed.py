@@ -185,6 +185,11 @@ class Bed:
         """Turns on the trace of every packet, and shows each as it leaves."""
         self.command(["nft", "-f", "-"], text="".join(_TRACE % family for family in families))
 
+    def peer_mac(self, ingress: str) -> str:
+        """The source MAC of frames that come in by `ingress`."""
+        name = f"p-pod{ingress[4:]}" if ingress.startswith("veth") else f"p-{ingress}"
+        return self.macs[name]
+
     def handles(self, family: str) -> dict[tuple[str, str, int], int]:
         """(table, chain, rule handle) → 1-based position, of every nftables rule."""
         text = self.command(["nft", "-j", "-a", "list", "ruleset", family])

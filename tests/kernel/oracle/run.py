@@ -111,10 +111,13 @@ class Rig:
     keys: Iterator[int] = field(default_factory=lambda: itertools.cycle(range(1, 65536)))
 
     def refresh(self) -> None:
-        """Reads again what packets change: the lists of xt_recent, for session affinity."""
-        if self.view.shot.recent:
-            now = self.observe(frozenset({"recent"}))
-            self.view.shot = replace(self.view.shot, recent=now.recent)
+        """Reads again what packets change: lists of xt_recent, and sets."""
+        shot = self.view.shot
+        if shot.recent:
+            shot = replace(shot, recent=self.observe(frozenset({"recent"})).recent)
+        if shot.ipsets:
+            shot = replace(shot, ipsets=self.observe(frozenset({"ipsets"})).ipsets)
+        self.view.shot = shot
 
 
 @contextmanager
@@ -243,6 +246,8 @@ def _judge(machine: Rig, batch: list[Case]) -> list[Judged]:
     ]
     keys = [(case.packet.family, next(machine.keys)) for case in batch]
     stories = {key: Story(key=key) for key in keys}
+    if machine.legacy:
+        machine.bed.log.read({})
     for case, key in zip(batch, keys, strict=True):
         try:
             machine.bed.send(case.ingress, build(case.packet, key[1]), mark=case.packet.mark)

@@ -166,7 +166,8 @@ class LegacyLog:
     def read(self, stories: dict[Key, Story]) -> bool:
         """Reads what is there, adds it to `stories`; False when nothing was there.
 
-        Raises BrokenPipeError when the log's ring overran (lines were lost).
+        Where the log's ring overran, lines are lost: the story is then cut short, disagrees, and is
+        told again alone.
         """
         found = False
         while True:
@@ -174,6 +175,8 @@ class LegacyLog:
                 record = os.read(self._fd, 8192)
             except BlockingIOError:
                 return found
+            except BrokenPipeError:
+                continue
             line = _LINE.search(record)
             if line is None:
                 continue

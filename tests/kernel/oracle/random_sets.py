@@ -1,0 +1,83 @@
+"""Random rule sets, restored one after the other into one test bed."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+from tests.kernel.oracle.bed import Bed
+from tests.kernel.oracle.generate import HOOKS, IPSETS, NFACCT, Generator, probe_kernel
+from tests.kernel.oracle.run import Tally, WalkFunction, rig, run_cases
+
+__all__ = ["PER_SET", "RandomRun"]
+
+PER_SET = 100
+"""Cases sent through one rule set."""
+
+
+@dataclass(slots=True, kw_only=True)
+class RandomRun:
+    """Figures of a run over random rule sets."""
+
+    seed: int
+    walk: WalkFunction
+    tally: Tally = field(default_factory=Tally)
+    coverage: Counter[str] = field(default_factory=Counter)
+    """How often each match and target stands in a rule set that was sent packets."""
+    absent: frozenset[str] = frozenset()
+    sets: int = 0
+    refused: int = 0
+    """Rule sets that iptables-restore refused: they are counted, not judged."""
+
+    def run(self, count: int) -> None:
+        """`count` cases, in turns through both backends and both families."""
+        with Bed() as bed:
+            prepare(bed)
+            self.absent = probe_kernel(bed)
+            for number in itertools.count():
+                if self.tally.cases >= count:
+                    return
+                backend = ("nft", "legacy")[number % 2]
+                family = (4, 6)[number // 2 % 2]
+                share = min(PER_SET, count - self.tally.cases)
+                self._one(bed, number, backend, family, share)
+
+    def _one(self, bed: Bed, number: int, backend: str, family: int, share: int) -> None:
+        maker = Generator(
+            rng=random.Random(f"{self.seed}/{number}"),
+            family=family,
+            backend=backend,
+            absent=self.absent,
+            mac=bed.peer_mac("eth0"),
+        )
+        tool = f"{'ip' if family == 4 else 'ip6'}tables-{backend}-restore"
+        try:
+            bed.command([tool], text=maker.ruleset())
+        except RuntimeError:
+            self.refused += 1
+            return
+        try:
+            with rig(bed, self.walk, legacy=backend == "legacy") as machine:
+                name = f"random {self.seed}/{number} {backend} IPv{family}"
+                self.tally.add(run_cases(machine, name, maker.cases(bed), share))
+        finally:
+            clean(bed, tool)
+        self.sets += 1
+        self.coverage.update(maker.coverage)
+
+
+def prepare(bed: Bed) -> None:
+    """The objects that rules name: sets and an accounting object."""
+    bed.command(["nfacct", "add", NFACCT])
+    for name, (kind, elements) in IPSETS.items():
+        bed.command(["ipset", "create", name, *kind.split()])
+        for element in elements:
+            bed.command(["ipset", "add", name, *element.split()])
+
+
+def clean(bed: Bed, tool: str) -> None:
+    """Empties all tables, and connection tracking."""
+    bed.command([tool], text="".join(f"*{table}\nCOMMIT\n" for table in HOOKS))
+    bed.command(["conntrack", "-F"])
