@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING, Final
 
+from gketrace.crossing import ASSUMED_PORT
 from gketrace.errors import ForbiddenError, GketraceError, UnavailableError
-from gketrace.packet import IPAddress, Packet, Protocol
+from gketrace.packet import PORT_PROTOCOLS, IPAddress, Packet, Protocol
 from gketrace.snapshot import Maybe, Unavailable
 from gketrace.stitch import Inquiry, NodeQuery, stitch
 from gketrace.topology import NodeFacts, PodFacts, ServiceFacts, Topology
@@ -21,7 +22,7 @@ from gketrace_cli.verdict import Answer, target_text
 if TYPE_CHECKING:
     from gketrace_cli.session import Session
 
-__all__ = ["Asker", "Result", "inquiry", "make_topology"]
+__all__ = ["Asker", "Result", "assumed_port", "inquiry", "make_topology"]
 
 _UNSPECIFIED: Final = {4: ip_address("0.0.0.0"), 6: ip_address("::")}
 _ECHO: Final = {Protocol.ICMP: 8, Protocol.ICMPV6: 128}
@@ -153,6 +154,13 @@ def _packet(question: Question, source: IPAddress) -> Packet:
         icmp_type=echo,
         icmp_code=None if echo is None else 0,
     )
+
+
+def assumed_port(questions: Sequence[Question]) -> list[str]:
+    """Says which source port stands for all, where none was given."""
+    if any(q.sender.port is None and q.protocol in PORT_PROTOCOLS for q in questions):
+        return [f"Source port {ASSUMED_PORT} stands for any; --from ADDRESS:PORT names one."]
+    return []
 
 
 def make_topology(

@@ -8,6 +8,7 @@ asked for.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -63,6 +64,7 @@ class Standing(Enum):
     """Not seen, or not understood."""
 
 
+_COMMENT: Final = re.compile(r'--comment (?:"([^"]*)"|(\S+))|comment "([^"]*)"')
 _WORDS: Final = {
     Disposition.DELIVERED: "delivered",
     Disposition.TRANSMITTED: "leaves the cluster",
@@ -105,9 +107,23 @@ def outcome_text(path: Path) -> str:
     """``delivered to pod/default/web-0 10.40.0.10:8080``, ``dropped: …``."""
     outcome = path.outcome
     word = _WORDS[outcome.disposition]
+    if outcome.disposition is Disposition.TRANSMITTED and outcome.detail:
+        return outcome.detail
     if outcome.disposition in SUCCESS:
         return f"{word} to {path.endpoint}" if path.endpoint else word
-    return f"{word}: {outcome.detail}" if outcome.detail else word
+    if outcome.reject_with:
+        word += f" with {outcome.reject_with}"
+    if outcome.detail:
+        return f"{word}: {outcome.detail}"
+    cited = outcome.citation
+    if cited is not None and cited.chain:
+        word += f" by {cited.table} {cited.chain}" + (
+            f":{cited.position}" if cited.position else ""
+        )
+        comment = _COMMENT.search(cited.text)
+        if comment:
+            word += f" ({next(filter(None, comment.groups()))})"
+    return word
 
 
 def _code(standings: Iterable[tuple[Question, Standing]], missing: Sequence[Missing]) -> ExitCode:
@@ -160,6 +176,8 @@ def judge_service(name: str, answers: Sequence[Answer], missing: Sequence[Missin
         dropped = by_way[Standing.CONFIGURED]
         if dropped and fine:
             text += f"; {dropped} {'is' if dropped == 1 else 'are'} dropped as configured"
+    if unknown and unknown[0][1].missing and not broken:
+        missing = ()  # what is missing has just been said
     return Verdict(text=_also_missing(text, missing), code=code)
 
 

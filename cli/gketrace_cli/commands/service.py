@@ -59,7 +59,7 @@ def service(
 
     For example:  gketrace service hello-server --via nodeport --node 2jdh
     """
-    from gketrace_cli.asking import Asker
+    from gketrace_cli.asking import Asker, assumed_port
     from gketrace_cli.commands.pod import find_pod
     from gketrace_cli.frontdoors import Door, Selection, questions
     from gketrace_cli.names import find_node, short_names
@@ -90,10 +90,11 @@ def service(
         session.progress.clear()
     from gketrace_cli.render.documents import dump
     from gketrace_cli.render.layout import Page, write
-    from gketrace_cli.render.trace import draw_trace, trace_document
+    from gketrace_cli.render.trace import draw_trace
+    from gketrace_cli.render.trace_document import trace_document
     from gketrace_cli.verdict import judge_service
 
-    notes = [*_notes(asked, len(nodes)), *skipped]
+    notes = [*_notes(asked, len(nodes)), *skipped, *assumed_port(asked)]
     verdict = judge_service(f"Service {found.key}", result.answers, result.missing)
     if options.format.machine:
         query = {
@@ -113,9 +114,8 @@ def service(
         )
         write(dump(document, options.format))
     else:
-        page = Page.of(options)
-        short = short_names(n.name for n in nodes)
-        draw_trace(page, verdict, result.answers, missing=result.missing, notes=notes, short=short)
+        page = Page.of(options, short_names(n.name for n in nodes))
+        draw_trace(page, verdict, result.answers, missing=result.missing, notes=notes)
         write(page.text())
     raise typer.Exit(int(verdict.code))
 
@@ -170,11 +170,11 @@ def _notes(asked: tuple[Question, ...], nodes: int) -> list[str]:
                 assumed[key].append(question.sender)
     if assumed["outside"]:
         clients = " and ".join(sender.text for sender in assumed["outside"])
-        notes.append(f"Assumed {clients} as the source outside the cluster; --from names another.")
+        notes.append(f"Assumed {clients} as the source outside; --from names another.")
     if assumed["inside"]:
         notes.append(
-            f"For addresses of the cluster's own, {len(assumed['inside'])} of {nodes} nodes were "
-            "taken as the source; --from pod/NAME names a pod."
+            f"Assumed {len(assumed['inside'])} of {nodes} nodes as sources inside the cluster; "
+            "--from pod/NAME names a pod."
         )
     for note in dict.fromkeys(n for q in asked for n in q.notes):
         notes.append(f"Assumed {note}.")

@@ -45,7 +45,7 @@ def trace(
 
     For example:  gketrace trace pod/web-0 svc/hello-server:80
     """
-    from gketrace_cli.asking import Asker
+    from gketrace_cli.asking import Asker, assumed_port
     from gketrace_cli.commands.pod import find_pod
     from gketrace_cli.names import find_node, parse_named, short_names
     from gketrace_cli.senders import sender_of
@@ -65,10 +65,11 @@ def trace(
         session.progress.clear()
     from gketrace_cli.render.documents import dump
     from gketrace_cli.render.layout import Page, write
-    from gketrace_cli.render.trace import draw_trace, trace_document
+    from gketrace_cli.render.trace import draw_trace
+    from gketrace_cli.render.trace_document import trace_document
     from gketrace_cli.verdict import judge_trace, target_text
 
-    notes = list(question.notes)
+    notes = [*question.notes, *assumed_port((question,))]
     verdict = judge_trace(result.answers[0], result.missing)
     if options.format.machine:
         query = {"from": sender.text, "to": destination, "target": target_text(question)}
@@ -77,8 +78,8 @@ def trace(
         )
         write(dump(document, options.format))
     else:
-        page = Page.of(options)
-        draw_trace(page, verdict, result.answers, missing=result.missing, notes=notes, short=short)
+        page = Page.of(options, short)
+        draw_trace(page, verdict, result.answers, missing=result.missing, notes=notes)
         write(page.text())
     raise typer.Exit(int(verdict.code))
 

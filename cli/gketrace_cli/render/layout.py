@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import textwrap
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -27,11 +28,21 @@ class Page:
     """True: nothing is wrapped."""
     width: int = WIDTH
 
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Long names of nodes → short ones, for lines where the long one would crowd out the rest."""
     lines: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, options: Options) -> Page:
-        return cls(colored=options.colored, wide=options.format is Output.WIDE)
+    def of(cls, options: Options, names: Mapping[str, str] | None = None) -> Page:
+        wide = options.format is Output.WIDE
+        return cls(colored=options.colored, wide=wide, names=names or {})
+
+    def short(self, text: str) -> str:
+        """`text` with the nodes' names shortened; ``wide`` keeps them."""
+        if not self.wide:
+            for name, brief in self.names.items():
+                text = text.replace(name, brief)
+        return text
 
     def paint(self, text: str, *styles: str) -> str:
         """`text` in the given styles, when colour is on."""

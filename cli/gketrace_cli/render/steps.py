@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Final
 
-from gketrace.packet import Packet
 from gketrace.trace import Citation, Disposition, Source, Step, StepAction, StepKind
 from gketrace_cli.render.layout import Page
 
-__all__ = ["LABELS", "STYLES", "counters", "draw_step", "minor", "where"]
+__all__ = [
+    "LABELS",
+    "STYLES",
+    "counters",
+    "draw_idle_jumps",
+    "draw_step",
+    "idle_jumps",
+    "minor",
+    "where",
+]
 
 LABELS: Final = {
     StepKind.RECEIVE: "in",
@@ -37,7 +46,6 @@ STYLES: Final = {
 _ENDS: Final = frozenset({StepAction.DROP, StepAction.REJECT, StepAction.FAIL})
 _JUMP: Final = re.compile(r"(?:^|\s)(?:-j|--jump|-g|--goto|jump|goto)\s+(\S+)(.*)$")
 _PROBABILITY: Final = re.compile(r"--probability\s+(\S+)|numgen\s+\S+\s+mod\s+(\d+)")
-_SET_MARK: Final = re.compile(r"^MARK\b")
 
 
 def where(cited: Citation) -> str:
@@ -54,6 +62,51 @@ def counters(cited: Citation) -> str:
     if cited.packets is None:
         return ""
     return f"[{cited.packets} packets, {cited.bytes} bytes]"
+
+
+def idle_jumps(steps: Sequence[Step]) -> tuple[list[Step], int]:
+    """The jumps at the head of `steps` that changed and decided nothing: one after the other, from
+    the same chain, into chains where no rule matched, or one that only returned.
+
+    Also how many of the steps they make up.
+    """
+    idle: list[Step] = []
+    position = 0
+    while position < len(steps):
+        step, cited = steps[position], steps[position].citation
+        if step.kind is not StepKind.RULE or step.action is not StepAction.JUMP or cited is None:
+            break
+        first = idle[0].citation if idle else None
+        if first is not None and (first.table, first.chain) != (cited.table, cited.chain):
+            break
+        target = _JUMP.search(cited.text)
+        if target is None or position + 1 == len(steps) or step.before != step.after:
+            break
+        following = position + 1
+        if _inside(steps[following], cited.table, target[1]):
+            returned = steps[following].action is StepAction.RETURN
+            following += 1
+            if not returned or following == len(steps):
+                break
+            if _inside(steps[following], cited.table, target[1]):
+                break
+        idle.append(step)
+        position = following
+    return idle, position
+
+
+def _inside(step: Step, table: str, chain: str) -> bool:
+    cited = step.citation
+    return cited is not None and (cited.table, cited.chain) == (table, chain)
+
+
+def draw_idle_jumps(page: Page, steps: Sequence[Step], *, indent: int = 3) -> None:
+    """``filter  FORWARD:1,2 → KUBE-FORWARD, KUBE-SERVICES (nothing applies)``."""
+    cited = [step.citation for step in steps if step.citation is not None]
+    places = ",".join(str(c.position) if c.position else "?" for c in cited)
+    targets = [found[1] for c in cited if (found := _JUMP.search(c.text))]
+    text = f"{cited[0].chain}:{places} → {', '.join(targets)} (nothing applies)"
+    page.entry(cited[0].table or "rule", text, "dim", indent=indent)
 
 
 def minor(step: Step) -> bool:
@@ -99,7 +152,7 @@ def _effect(step: Step, cited: Citation) -> str:
     drawn = _PROBABILITY.search(cited.text)
     chance = ""
     if drawn:
-        chance = f"  (drawn: {drawn[1]})" if drawn[1] else f"  (drawn: 1 of {drawn[2]})"
+        chance = f" (p={float(drawn[1]):.3f})" if drawn[1] else f" (1 of {drawn[2]})"
     if step.before.mark != step.after.mark:
         return f"mark {step.before.mark:#x} → {step.after.mark:#x}{chance}"
     if found is None:
@@ -113,6 +166,8 @@ def _draw_rewrite(page: Page, step: Step, style: tuple[str, ...], indent: int) -
     by = ""
     if step.citation is not None:
         by = where(step.citation) if step.citation.chain else step.citation.text
+        if step.citation.source is Source.CONNTRACK and not page.wide:
+            by = "the conntrack entry above"
     page.entry("rewrite", str(step.before), *(style or ("bold",)), indent=indent)
     page.entry("", f"becomes {step.after}", *(style or ("bold",)), indent=indent)
     says = "; ".join(part for part in (step.note, f"by {by}" if by else "") if part)
@@ -137,10 +192,28 @@ def _draw_route(page: Page, step: Step, style: tuple[str, ...], indent: int) -> 
     if cited is None:
         _draw_other(page, step, style, indent)
         return
-    table = f" (table {cited.table})" if cited.table else ""
+    table = ""
+    if cited.table not in ("", "main", "254") and f"table {cited.table}" not in cited.text:
+        table = f" (table {cited.table})"
     page.entry("route", f"{cited.text}{table}", *style, indent=indent)
     if step.note and (style or page.wide):
         page.entry("", step.note, *style, indent=indent)
+
+
+def _draw_network(page: Page, step: Step, style: tuple[str, ...], indent: int) -> None:
+    if step.before.tuple5 != step.after.tuple5:
+        _draw_rewrite(page, step, style, indent)
+        return
+    page.entry("network", page.short(step.note), *style, indent=indent)
+    if step.citation is not None and page.wide:
+        page.entry("", f"by {step.citation.text}", "dim", indent=indent)
+
+
+def _draw_bridge(page: Page, step: Step, style: tuple[str, ...], indent: int) -> None:
+    if page.wide or style:
+        _draw_other(page, step, style, indent)
+    else:
+        page.entry("bridge", step.note or step.interface, indent=indent)
 
 
 def _draw_other(page: Page, step: Step, style: tuple[str, ...], indent: int) -> None:
@@ -159,12 +232,6 @@ _DRAWERS: Final = {
     StepKind.SEND: _draw_packet,
     StepKind.TRANSMIT: _draw_transmit,
     StepKind.ROUTE: _draw_route,
+    StepKind.NETWORK: _draw_network,
+    StepKind.BRIDGE: _draw_bridge,
 }
-
-
-def same_header(one: Packet, other: Packet) -> bool:
-    """True when what the wire carries is the same (the mark is not on the wire)."""
-    return one.tuple5 == other.tuple5
-
-
-__all__ += ["same_header"]

@@ -1,22 +1,29 @@
 """Traces as text: the verdict, one line per way, then each way hop by hop.
 
 What several paths of one way share is printed once; where the kernel draws lots, each endpoint
-follows with its probability.
+follows with its probability.  An answer that comes back as it should is told in brief; ``wide``
+tells all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from gketrace.trace import Hop, Missing, NetnsKind, Path, Step, StepAction, StepKind
 from gketrace_cli.frontdoors import Question
-from gketrace_cli.render.documents import envelope, missing_document, path_document
 from gketrace_cli.render.layout import Page
-from gketrace_cli.render.steps import STYLES, draw_step, minor
-from gketrace_cli.verdict import Answer, Standing, Verdict, outcome_text, path_standing, target_text
+from gketrace_cli.render.steps import STYLES, draw_idle_jumps, draw_step, idle_jumps, minor
+from gketrace_cli.verdict import (
+    Answer,
+    Standing,
+    Verdict,
+    outcome_text,
+    path_standing,
+    target_text,
+)
 
-__all__ = ["draw_trace", "trace_document"]
+__all__ = ["draw_trace"]
 
 _Flat = tuple[int, Hop, Step]
 
@@ -28,30 +35,35 @@ def draw_trace(
     *,
     missing: Sequence[Missing] = (),
     notes: Sequence[str] = (),
-    short: Mapping[str, str] | None = None,
 ) -> None:
-    """The whole page.  `short` gives the nodes' short names for the overview."""
-    page.line(verdict.text, verdict.style, "bold")
-    for note in notes:
-        page.line(note, "dim", hang=2)
+    """The whole page."""
+    page.line(page.short(verdict.text), verdict.style, "bold")
     if missing:
         page.blank()
         for item in missing:
-            page.line(f"Not seen: {item}", "yellow", hang=3)
-    detailed = list(range(len(answers))) if page.wide else _representatives(answers)
+            page.line(page.short(f"Not seen: {item}"), "yellow", hang=3)
+    like = _representatives(answers, all_of_them=page.wide)
     if len(answers) > 1:
         page.blank()
-        for number, answer in enumerate(answers, 1):
-            _overview(page, number, answer, short or {}, number - 1 in detailed)
-    for index in detailed:
+        for index, answer in enumerate(answers):
+            _overview(page, index, answer, like[index])
+        if any(other != index for index, other in enumerate(like)):
+            page.line("A way that is like another is told in full by -o wide only.", "dim")
+    if notes:
         page.blank()
-        _draw_answer(page, index + 1 if len(answers) > 1 else 0, answers[index])
+        for note in notes:
+            page.line(note, "dim", hang=2)
+    for index, answer in enumerate(answers):
+        if like[index] == index:
+            page.blank()
+            _draw_answer(page, index + 1 if len(answers) > 1 else 0, answer)
 
 
-def _representatives(answers: Sequence[Answer]) -> list[int]:
-    """One of each kind of way: same door, port and family, same place of the endpoint, same end."""
-    seen: set[tuple[Any, ...]] = set()
-    chosen = []
+def _representatives(answers: Sequence[Answer], *, all_of_them: bool) -> list[int]:
+    """For each way the first one of its kind: same door, port and family, an endpoint on the node
+    or not, and the same ends."""
+    first: dict[tuple[Any, ...], int] = {}
+    like = []
     for index, answer in enumerate(answers):
         question = answer.question
         kind = (
@@ -62,31 +74,29 @@ def _representatives(answers: Sequence[Answer]) -> list[int]:
             question.address if not question.via else None,
             question.has_endpoint,
             question.sender.outside,
-            bool(question.sender.pod),
-            tuple((p.outcome.disposition, p.endpoint) for p in answer.paths),
+            question.sender.pod is None,
+            tuple(
+                (p.outcome.disposition, p.endpoint, path_standing(question, p))
+                for p in answer.paths
+            ),
         )
-        if kind not in seen:
-            seen.add(kind)
-            chosen.append(index)
-    return chosen
+        like.append(index if all_of_them else first.setdefault(kind, index))
+    return like
 
 
-def _overview(
-    page: Page, number: int, answer: Answer, short: Mapping[str, str], shown: bool
-) -> None:
+def _overview(page: Page, index: int, answer: Answer, like: int) -> None:
     question = answer.question
-    text = f"{number:>2}. {question.door.value} {target_text(question)}"
+    text = f"{index + 1}. {question.door.value} {target_text(question)}"
     if question.via:
-        text += f" (node {short.get(question.via, question.via)})"
-    sender = question.sender.text
-    for name, brief in short.items():
-        sender = sender.replace(f"node/{name}", f"node/{brief}")
-    text += f" from {sender}"
+        text += f" on {page.short(question.via)}"
+    text += f" from {page.short(question.sender.text)}"
     if question.entry and not question.via:
-        text += f" at node {short.get(question.entry, question.entry)}"
-    page.line(text, indent=1, hang=4)
+        text += f" at node {page.short(question.entry)}"
+    if like != index:
+        text += f" (like {like + 1})"
+    page.line(text, hang=4)
     for line, style in _ends(answer):
-        page.line(line + ("" if shown else "  (in full with -o wide)"), style, indent=5, hang=2)
+        page.line(page.short(line), style, indent=4, hang=2)
 
 
 def _ends(answer: Answer) -> list[tuple[str, str]]:
@@ -96,11 +106,11 @@ def _ends(answer: Answer) -> list[tuple[str, str]]:
     fine = [p for p in answer.paths if path_standing(question, p) is Standing.FINE]
     if fine:
         seen = sorted({p.source_seen for p in fine if p.source_seen})
-        source = f", which sees {' or '.join(seen)}" if seen else ""
+        source = f"; source seen: {' or '.join(seen)}" if seen else ""
         if len(fine) == 1:
-            lines.append((f"{_share(fine[0])}{outcome_text(fine[0])}{source}", "green"))
+            lines.append((f"{_share(fine[0])}delivered to {_address(fine[0])}{source}", "green"))
         else:
-            shares = ", ".join(f"{_address(p)} {_chance(p)}" for p in fine)
+            shares = ", ".join(f"{_address(p)} ({_chance(p)})" for p in fine)
             lines.append((f"delivered to one of {len(fine)}: {shares}{source}", "green"))
     for path in answer.paths:
         standing = path_standing(question, path)
@@ -108,9 +118,11 @@ def _ends(answer: Answer) -> list[tuple[str, str]]:
             continue
         text = f"{_share(path)}{outcome_text(path)}"
         if standing is Standing.CONFIGURED:
-            text += f" (as configured: {question.configured_drop})"
+            text = f"{_share(path)}dropped as configured: {question.configured_drop}"
         elif path.reply is not None:
             text += f"; the answer: {outcome_text(path.reply)}"
+            if path.missing:
+                text += " (not all of it was seen)"
         color = {Standing.BROKEN: "red", Standing.CONFIGURED: "cyan"}.get(standing, "yellow")
         lines.append((text, color))
     return lines or [("nothing is known", "yellow")]
@@ -122,11 +134,11 @@ def _address(path: Path) -> str:
 
 
 def _chance(path: Path) -> str:
-    return "(share not known)" if path.chance is None else f"{float(path.chance):.1%}"
+    return "share not known" if path.chance is None else f"{float(path.chance):.1%}"
 
 
 def _share(path: Path) -> str:
-    return "" if path.chance == 1 else f"{_chance(path)} "
+    return "" if path.chance == 1 else f"({_chance(path)}) "
 
 
 def _draw_answer(page: Page, number: int, answer: Answer) -> None:
@@ -144,16 +156,21 @@ def _draw_answer(page: Page, number: int, answer: Answer) -> None:
         page.line(f"then one of {len(paths)}:", "bold", indent=3)
     for place, (path, flat) in enumerate(zip(paths, flats, strict=True), 1):
         if len(paths) > 1:
-            text = f"{place}/{len(paths)}  {_chance(path)}  {outcome_text(path)}"
-            page.line(text, "bold", indent=3, hang=5)
-            for why in path.because:
-                page.entry("because", why, indent=3)
-        _draw_steps(page, flat[shared:], hop)
+            text = f"({place} of {len(paths)}, {_chance(path)}) {outcome_text(path)}"
+            page.line(page.short(text), "bold", indent=1, hang=5)
+            if page.wide or path.chance is None:
+                for why in path.because:
+                    page.entry("because", why)
+        last = _draw_steps(page, flat[shared:], hop)
         _draw_end(page, question, path)
+        if path.reply is not None:
+            _draw_back(page, path, path.reply, last + 1)
 
 
-def _flatten(path: Path) -> list[_Flat]:
-    return [(number, hop, step) for number, hop in enumerate(path.hops) for step in hop.steps]
+def _flatten(path: Path, start: int = 0) -> list[_Flat]:
+    return [
+        (number, hop, step) for number, hop in enumerate(path.hops, start) for step in hop.steps
+    ]
 
 
 def _shared(flats: Sequence[list[_Flat]]) -> int:
@@ -170,42 +187,43 @@ def _shared(flats: Sequence[list[_Flat]]) -> int:
     return count
 
 
-def _draw_steps(page: Page, flat: Sequence[_Flat], last: int, *, back: bool = False) -> int:
+def _draw_steps(page: Page, flat: Sequence[_Flat], last: int) -> int:
     """Writes the steps, with a heading where a new hop begins.  Returns the last hop's number."""
-    for number, hop, step in flat:
+    position = 0
+    while position < len(flat):
+        number, hop, step = flat[position]
         if number != last:
             last = number
-            page.line(f"{number + 1}. {_place(hop)}", "cyan", indent=0, hang=3)
-        if page.wide or not (minor(step) or (back and _routine(step))):
+            page.line(f"{number + 1}. {_place(page, hop)}", "cyan", hang=3)
+        if page.wide:
             draw_step(page, step)
+            position += 1
+            continue
+        idle, consumed = idle_jumps([s for n, _, s in flat[position:] if n == number])
+        if idle:
+            draw_idle_jumps(page, idle)
+            position += consumed
+            continue
+        if not minor(step):
+            draw_step(page, step)
+        position += 1
     return last
 
 
-def _place(hop: Hop) -> str:
+def _place(page: Page, hop: Hop) -> str:
     ref = hop.netns
     if not ref.node:
-        return "the network between the nodes"
+        return "the network"
     if ref.kind is NetnsKind.HOST:
         return f"node {ref.node}"
-    return f"{ref} on node {ref.node}"
-
-
-def _routine(step: Step) -> bool:
-    """On the way back, jumps and accepts say nothing: tracking has decided already."""
-    return step.kind is StepKind.RULE and step.action in (
-        StepAction.JUMP,
-        StepAction.GOTO,
-        StepAction.ACCEPT,
-        StepAction.CONTINUE,
-        StepAction.RETURN,
-    )
+    return page.short(f"{ref} on node {ref.node}")
 
 
 def _draw_end(page: Page, question: Question, path: Path) -> None:
     style = STYLES.get(path.outcome.disposition, "red")
     text = outcome_text(path)
     if path.source_seen:
-        text += f"; it sees the source {path.source_seen}"
+        text += f"; source seen: {path.source_seen}"
     if path_standing(question, path) is Standing.CONFIGURED:
         text += f" (as configured: {question.configured_drop})"
     page.entry("end", text, style, "bold")
@@ -214,49 +232,49 @@ def _draw_end(page: Page, question: Question, path: Path) -> None:
         page.entry("", f"because of: {cited.text}", style)
     for item in path.missing:
         page.entry("not seen", str(item), "yellow")
-    if path.reply is None:
-        return
+
+
+def _draw_back(page: Page, path: Path, reply: Path, start: int) -> None:
+    """The answer's way; in brief when it comes back as it should."""
     page.line("and back:", "bold", indent=3)
-    _draw_steps(page, _flatten(path.reply), -1, back=True)
-    back = path.reply.outcome
-    page.entry("end", outcome_text(path.reply), STYLES.get(back.disposition, "red"), "bold")
+    back = reply.outcome
+    brief = not page.wide and not reply.missing and back.disposition.value in _FINE_BACK
+    if brief:
+        for number, hop in enumerate(reply.hops, start):
+            page.line(f"{number + 1}. {_place(page, hop)}", "cyan", hang=3)
+            _draw_hop_in_brief(page, hop)
+    else:
+        _draw_steps(page, _flatten(reply, start), -1)
+    page.entry("end", outcome_text(reply), STYLES.get(back.disposition, "red"), "bold")
+    cited = back.citation
+    if not brief and cited is not None:
+        page.entry("", f"because of: {cited.text}", STYLES.get(back.disposition, "red"))
 
 
-def trace_document(
-    kind: str,
-    verdict: Verdict,
-    answers: Sequence[Answer],
-    *,
-    query: Mapping[str, Any],
-    missing: Sequence[Missing] = (),
-    notes: Sequence[str] = (),
-) -> dict[str, Any]:
-    """The envelope of kind ``ServiceTrace`` or ``Trace``."""
-    paths = []
-    for answer in answers:
-        for path in answer.paths:
-            document = path_document(path)
-            standing = path_standing(answer.question, path)
-            document["standing"] = standing.name.lower()
-            document["configuredDrop"] = (
-                answer.question.configured_drop if standing is Standing.CONFIGURED else None
-            )
-            document["entryNode"] = (
-                answer.question.via or answer.question.entry or answer.question.sender.node or None
-            )
-            document["port"] = answer.question.port_name or None
-            paths.append(document)
-    unknown = any(
-        path_standing(a.question, p) is Standing.UNKNOWN for a in answers for p in a.paths
-    )
-    return envelope(
-        kind,
-        {
-            "query": dict(query),
-            "verdict": verdict.text,
-            "complete": not missing and not unknown and bool(paths),
-            "missing": missing_document(missing),
-            "notes": list(notes),
-            "paths": paths,
-        },
+_FINE_BACK = frozenset({"delivered", "transmitted"})
+
+
+def _draw_hop_in_brief(page: Page, hop: Hop) -> None:
+    """What changed in the packet, and where it went."""
+    rewrites = [step for step in hop.steps if step.kind is StepKind.NAT]
+    for step in hop.steps[:1]:
+        if step.kind in (StepKind.SEND, StepKind.RECEIVE):
+            draw_step(page, step)
+    if rewrites:
+        page.entry("rewrite", f"becomes {rewrites[-1].after}", "bold")
+        page.entry("", "by the connection's conntrack entry")
+    for step in hop.steps:
+        if step.kind is StepKind.NETWORK or _decides(step):
+            draw_step(page, step)
+        elif step.kind is StepKind.TRANSMIT:
+            to = f" to next hop {step.next_hop}" if step.next_hop else ""
+            page.entry("out", f"{step.interface}{to}")
+
+
+def _decides(step: Step) -> bool:
+    return step.action in (
+        StepAction.DROP,
+        StepAction.REJECT,
+        StepAction.FAIL,
+        StepAction.UNKNOWN,
     )

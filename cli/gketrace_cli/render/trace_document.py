@@ -1,0 +1,52 @@
+"""Traces as a document: the envelope of kind ``ServiceTrace`` or ``Trace``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gketrace.trace import Missing
+from gketrace_cli.render.documents import envelope, missing_document, path_document
+from gketrace_cli.verdict import Answer, Standing, Verdict, path_standing
+
+__all__ = ["trace_document"]
+
+
+def trace_document(
+    kind: str,
+    verdict: Verdict,
+    answers: Sequence[Answer],
+    *,
+    query: Mapping[str, Any],
+    missing: Sequence[Missing] = (),
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What docs/schema/trace.json describes."""
+    paths = []
+    unknown = False
+    for answer in answers:
+        question = answer.question
+        for path in answer.paths:
+            standing = path_standing(question, path)
+            unknown = unknown or standing is Standing.UNKNOWN
+            configured = standing is Standing.CONFIGURED
+            paths.append(
+                {
+                    **path_document(path),
+                    "standing": standing.name.lower(),
+                    "configuredDrop": question.configured_drop if configured else None,
+                    "entryNode": question.via or question.entry or question.sender.node or None,
+                    "port": question.port_name or None,
+                }
+            )
+    return envelope(
+        kind,
+        {
+            "query": dict(query),
+            "verdict": verdict.text,
+            "complete": not missing and not unknown and bool(paths),
+            "missing": missing_document(missing),
+            "notes": list(notes),
+            "paths": paths,
+        },
+    )
