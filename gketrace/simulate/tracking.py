@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import Final
 
 from gketrace.conntrack import ConntrackEntry, CtState, CtStatus
-from gketrace.packet import Packet, Protocol, TcpFlags, Tuple5
+from gketrace.packet import PORT_PROTOCOLS, Packet, Protocol, TcpFlags, Tuple5
 from gketrace.simulate.state import CtInfo, Direction
 from gketrace.snapshot import ConntrackView, Maybe, Unavailable
 from gketrace.trace import Flow, NetnsRef
@@ -108,7 +108,7 @@ def find_flow(tuple5: Tuple5, netns: NetnsRef, flows: Sequence[Flow]) -> Flow | 
         entry = flow.entry
         if flow.netns != netns or entry.status & CtStatus.UNTRACKED:
             continue
-        if tuple5 in (entry.orig, entry.reply):
+        if _same(entry.orig, tuple5) or _same(entry.reply, tuple5):
             return flow
     return None
 
@@ -168,13 +168,14 @@ def complete_tuple(tuple5: Tuple5) -> bool:
         return False
     if tuple5.protocol in (Protocol.ICMP, Protocol.ICMPV6):
         return tuple5.sport is not None and tuple5.icmp_type is not None
-    has_ports = Packet(src=tuple5.src, dst=tuple5.dst, protocol=tuple5.protocol).has_ports
-    return not has_ports or (tuple5.sport is not None and tuple5.dport is not None)
+    if tuple5.protocol not in PORT_PROTOCOLS:
+        return True
+    return tuple5.sport is not None and tuple5.dport is not None
 
 
 def _existing(tuple5: Tuple5, flow: Flow) -> Tracking:
     entry = flow.entry
-    original = entry.orig == tuple5
+    original = _same(entry.orig, tuple5) or not _same(entry.reply, tuple5)
     answered = bool(entry.status & CtStatus.SEEN_REPLY) or not original
     ct = CtInfo(
         state=CtState.ESTABLISHED if answered else CtState.NEW,
@@ -189,13 +190,25 @@ def _existing(tuple5: Tuple5, flow: Flow) -> Tracking:
     return Tracking(ct=ct, flow=flow)
 
 
+def _same(entry: Tuple5, asked: Tuple5) -> bool:
+    """Whether they are one tuple; what the protocol does not have (GRE: ports) does not count."""
+    if (entry.src, entry.dst, entry.protocol) != (asked.src, asked.dst, asked.protocol):
+        return False
+    ports = entry.protocol in PORT_PROTOCOLS or asked.icmp_type is not None
+    return not ports or (entry.sport, entry.dport, entry.icmp_type) == (
+        asked.sport,
+        asked.dport,
+        asked.icmp_type,
+    )
+
+
 def _reopened(packet: Packet, entry: ConntrackEntry) -> bool:
     """A SYN on a closed connection makes tracking forget it and begin anew (RFC 1122, 4.2.2.13)."""
     return (
         packet.protocol == Protocol.TCP
         and entry.tcp_state in _CLOSED
         and packet.tcp_flags & (TcpFlags.SYN | TcpFlags.ACK | TcpFlags.RST) == TcpFlags.SYN
-        and entry.orig == packet.tuple5
+        and _same(entry.orig, packet.tuple5)
     )
 
 
