@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import resource
 import selectors
@@ -27,9 +28,9 @@ _SEARCH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _ENVIRONMENT: Final = {"PATH": _SEARCH, "LC_ALL": "C", "LANG": "C"}
 _PIPE: Final = 1 << 20
 """Bytes; a larger pipe lets a dump finish while we do something else."""
-_STACK: Final = 120 << 20
-"""Bytes.  iptables-nft-save recurses and keeps arrays on the stack: the usual 8 MiB overflow at
-10,000 services.  The kernel leaves 128 MiB of room below the stack of every process."""
+_STACK: Final = 512 << 20
+"""Bytes.  iptables-nft-save keeps arrays on the stack: the usual 8 MiB overflow at 10,000 services.
+Only what is touched takes memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +97,7 @@ def start(argv: Sequence[str], *, limit: int) -> Child:
     Raises `UnavailableError` when it cannot be started.
     """
     vector = tuple(argv)
+    _raise_stack()
     try:
         process = subprocess.Popen(  # a fixed vector, no shell
             vector,
@@ -109,7 +111,6 @@ def start(argv: Sequence[str], *, limit: int) -> Child:
         raise UnavailableError(f"cannot run {vector[0]}: {error.strerror}") from None
     child = Child(vector, process, limit)
     try:
-        _raise_stack(process.pid)
         if process.stdout is not None:
             with contextlib.suppress(OSError):  # over /proc/sys/fs/pipe-max-size: slower, no more
                 fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, _PIPE)
@@ -119,15 +120,18 @@ def start(argv: Sequence[str], *, limit: int) -> Child:
     return child
 
 
-def _raise_stack(pid: int) -> None:
-    """Lets the child's stack grow to `_STACK`: the limit is looked up when a page is touched."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        # Gone already, or not allowed: then the usual limit holds, and an overflow shows as a
-        # signal, which is reported.
-        soft, hard = resource.prlimit(pid, resource.RLIMIT_STACK)
-        wanted = _STACK if hard == resource.RLIM_INFINITY else min(_STACK, hard)
-        if soft != resource.RLIM_INFINITY and soft < wanted:
-            resource.prlimit(pid, resource.RLIMIT_STACK, (wanted, hard))
+@functools.cache
+def _raise_stack() -> None:
+    """Raises this process's own soft limit, once; children inherit it.
+
+    Setting a child's (prlimit) comes too early: execve puts back the limit that it began with
+    (bprm->rlim_stack, finalize_exec) after Popen has returned.  Here it changes nothing else:
+    threads' stacks have the size that glibc read at start-up.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    wanted = _STACK if hard == resource.RLIM_INFINITY else min(_STACK, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_STACK, (wanted, hard))
 
 
 def collect(

@@ -27,6 +27,7 @@ from typing import Final
 
 from gketrace.errors import GketraceError, ParseError
 from gketrace.ruleset import Ruleset
+from gketrace.ruleset.iptables_save import parse_iptables_save
 from gketrace.snapshot import Maybe, Unavailable
 from gketrace_agent.kernel.nfnetlink import NftTable, nft_generation, nft_tables
 from gketrace_agent.kernel.process import Child, Completed, collect, find_program, start
@@ -102,8 +103,6 @@ class IptablesDump:
     def ruleset(self) -> Maybe[Ruleset]:
         """Parsed once; a cached dump keeps it."""
         if self._ruleset is None:
-            from gketrace.ruleset.iptables_save import parse_iptables_save
-
             try:
                 self._ruleset = parse_iptables_save(
                     self.text,
