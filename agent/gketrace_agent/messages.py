@@ -97,13 +97,14 @@ def _network(text: str) -> IPNetwork | None:
 
 
 def resolved_to_proto(pod: ResolvedPod) -> agent_pb2.ResolvedPod:
+    found = pod.found
     return agent_pb2.ResolvedPod(
-        namespace=pod.namespace,
-        name=pod.name,
-        uid=pod.uid,
+        namespace=found.namespace,
+        name=found.name,
+        uid=found.uid,
         netns=codec.encode(pod.netns),
-        sandbox_id=pod.sandbox_id,
-        sandbox_pid=pod.sandbox_pid,
+        sandbox_id=found.sandbox_id,
+        sandbox_pid=found.sandbox_pid,
         containers=[
             agent_pb2.Container(
                 id=c.id,
@@ -113,15 +114,15 @@ def resolved_to_proto(pod: ResolvedPod) -> agent_pb2.ResolvedPod:
                 start_time=c.start_time,
                 command=c.command,
             )
-            for c in pod.containers
+            for c in found.containers
         ],
         host_network=pod.host_network,
-        runtime_handler=pod.runtime_handler,
-        method=pod.method,
+        runtime_handler=found.runtime_handler,
+        method=found.method,
         steps=[agent_pb2.ResolveStep(step=s.step, ok=s.ok, detail=s.detail) for s in pod.steps],
-        netns_path=pod.netns_path,
-        ips=pod.ips,
-        other_sandboxes=pod.other_sandboxes,
+        netns_path=found.netns_path,
+        ips=found.ips,
+        other_sandboxes=found.other_sandboxes,
     )
 
 

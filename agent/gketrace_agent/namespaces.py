@@ -76,9 +76,9 @@ class NodeNamespaces:
                 stack.enter_context(pod)
                 here = Namespace(
                     ref=pod.netns,
-                    handle=pod.handle,
-                    pids=pod.pids,
-                    runtime_handler=pod.runtime_handler,
+                    handle=pod.found.handle,
+                    pids=pod.found.pids,
+                    runtime_handler=pod.found.runtime_handler,
                 )
             if here.ref.kind is NetnsKind.HOST:
                 here = host

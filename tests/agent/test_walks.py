@@ -100,7 +100,7 @@ def _comm(pid: int) -> str:
 
 
 def _wire(node: int, pod: int, network: int) -> None:
-    """eth0 to the network, a namespace that the agent does not know; a ptp veth to the pod; rules."""
+    """eth0 to the network, which the agent does not know; a ptp veth to the pod; rules."""
     for line in (
         "link set lo up",
         f"link add eth0 type veth peer name wire netns {network}",

@@ -7,6 +7,7 @@
     scan       all processes of the node by pod UID and container id
     cri        the container runtime's own answer (CRI v1 over its unix socket)
     directory  many pods' namespaces at once, for a walk
+    by_runtime the search through the runtime, by_cgroup the one through the scan
     resolver   `Resolver`: the runtime first, the cgroup scan where it cannot tell
 
 The runtime knows a pod by namespace and name; the cgroup scan only by UID or container id, as

@@ -135,7 +135,7 @@ class PodDirectory:
                 opened.absent[pod] = "the call's time was over before it was looked for"
                 continue
             try:
-                found = self._resolver.resolve(pod, timeout=left, scan=scan, cgroup_first=True)
+                resolved = self._resolver.resolve(pod, timeout=left, scan=scan, cgroup_first=True)
             except GketraceError as error:
                 opened.absent[pod] = str(error)
                 with self._lock:
@@ -144,15 +144,16 @@ class PodDirectory:
             opened.add(
                 pod,
                 OpenNamespace(
-                    ref=found.netns,
-                    handle=found.handle,
-                    pids=found.pids,
-                    runtime_handler=found.runtime_handler,
+                    ref=resolved.netns,
+                    handle=resolved.found.handle,
+                    pids=resolved.found.pids,
+                    runtime_handler=resolved.found.runtime_handler,
                 ),
             )
-            self._remember(pod, found)
+            self._remember(pod, resolved)
 
-    def _remember(self, pod: PodRef, found: ResolvedPod) -> None:
+    def _remember(self, pod: PodRef, resolved: ResolvedPod) -> None:
+        found = resolved.found
         process = next(((c.pid, c.start_time) for c in found.containers if c.start_time), None)
         if process is None:
             return
@@ -160,7 +161,7 @@ class PodDirectory:
             self._known[pod] = _Identity(
                 pid=process[0],
                 start_time=process[1],
-                ref=found.netns,
+                ref=resolved.netns,
                 pids=found.pids,
                 runtime_handler=found.runtime_handler,
             )

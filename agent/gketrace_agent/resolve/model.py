@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from gketrace.errors import UnavailableError
 from gketrace.trace import NetnsKind, NetnsRef
 from gketrace_agent.kernel.netns import NetnsHandle
 
-__all__ = ["Container", "Journal", "PodRef", "ResolveStep", "ResolvedPod"]
+__all__ = ["Container", "Finding", "Journal", "PodRef", "ResolveStep", "ResolvedPod"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,40 +73,55 @@ class Container:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ResolvedPod:
-    """What was found.  Holds the namespace open: use it with ``with``, or close `handle`."""
+class Finding:
+    """What one way of looking found, the namespace open."""
 
     namespace: str
     name: str
     uid: str
-    node: str
     handle: NetnsHandle
     sandbox_id: str = ""
     sandbox_pid: int = 0
+    """0: none, or not known."""
     containers: tuple[Container, ...] = ()
-    host_network: bool = False
     runtime_handler: str = ""
+    """``gvisor``, ``kata`` …; empty: the usual one, or not known."""
     method: str
     """``cri`` or ``cgroup``."""
-    steps: tuple[ResolveStep, ...] = ()
     netns_path: str = ""
+    """As the runtime names it; empty: by PID only."""
     ips: tuple[str, ...] = ()
     other_sandboxes: int = 0
+    said_host: bool = False
+    """The runtime or the API says that it uses the host's network."""
     pids: tuple[int, ...] = ()
     """Its processes that were met on the way; with the cgroup scan, all of them."""
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedPod:
+    """The answer.  Holds the namespace open: use it with ``with``, or close ``found.handle``."""
+
+    found: Finding
+    node: str
+    host_network: bool
+    """Its namespace is the node's own."""
+    steps: tuple[ResolveStep, ...] = ()
+
     @property
     def netns(self) -> NetnsRef:
+        found = self.found
+        inode = found.handle.inode
         if self.host_network:
-            return NetnsRef(node=self.node, kind=NetnsKind.HOST, inode=self.handle.inode)
-        pod = f"{self.namespace}/{self.name}" if self.name else self.uid
-        return NetnsRef(node=self.node, kind=NetnsKind.POD, inode=self.handle.inode, pod=pod)
+            return NetnsRef(node=self.node, kind=NetnsKind.HOST, inode=inode)
+        pod = f"{found.namespace}/{found.name}" if found.name else found.uid
+        return NetnsRef(node=self.node, kind=NetnsKind.POD, inode=inode, pod=pod)
 
     def __enter__(self) -> ResolvedPod:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.handle.close()
+        self.found.handle.close()
 
 
 @dataclass(slots=True)
@@ -122,3 +139,13 @@ class Journal:
     def failures(self) -> str:
         """``runtime: …; cgroup scan: …``, for an error message."""
         return "; ".join(f"{s.step}: {s.detail}" for s in self.steps if not s.ok)
+
+    def agree(self, pod: PodRef, found: Sequence[tuple[str, int]]) -> None:
+        """Notes that all of `found`, (by what, namespace inode), are in one namespace.
+
+        Raises `UnavailableError` unless they are: a wrong namespace is worse than none.
+        """
+        if len({inode for _, inode in found}) > 1:
+            parts = ", ".join(f"{by} in {inode}" for by, inode in found)
+            raise UnavailableError(f"{pod}: its parts are in different network namespaces: {parts}")
+        self.done("verify", f"one namespace {found[0][1]}: {', '.join(by for by, _ in found)}")

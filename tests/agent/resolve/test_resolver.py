@@ -70,8 +70,8 @@ def web() -> Iterator[FakePod]:
         yield made
 
 
-def _steps(found) -> list[tuple[str, bool]]:
-    return [(step.step, step.ok) for step in found.steps]
+def _steps(resolved) -> list[tuple[str, bool]]:
+    return [(step.step, step.ok) for step in resolved.steps]
 
 
 class TestByCgroup:
@@ -79,22 +79,24 @@ class TestByCgroup:
         pause = pod.add(SANDBOX, command="pause", own_netns=True)
         web = pod.add(WEB, join=pause)
         ref = PodRef(namespace="default", name="web", uid=pod.uid)
-        with by_cgroup.resolve(ref) as found:
-            assert found.method == "cgroup"
-            assert found.handle.inode == netns_inode(pause)
-            assert (found.sandbox_id, found.sandbox_pid) == (SANDBOX, pause)
-            assert [(c.id, c.pid, c.command) for c in found.containers] == [(WEB, web, "sleep")]
-            assert found.containers[0].start_time > 0
-            assert str(found.netns) == "pod default/web"
-            assert found.netns.kind is NetnsKind.POD
-            assert _steps(found) == [
+        with by_cgroup.resolve(ref) as resolved:
+            assert resolved.found.method == "cgroup"
+            assert resolved.found.handle.inode == netns_inode(pause)
+            assert (resolved.found.sandbox_id, resolved.found.sandbox_pid) == (SANDBOX, pause)
+            assert [(c.id, c.pid, c.command) for c in resolved.found.containers] == [
+                (WEB, web, "sleep")
+            ]
+            assert resolved.found.containers[0].start_time > 0
+            assert str(resolved.netns) == "pod default/web"
+            assert resolved.netns.kind is NetnsKind.POD
+            assert _steps(resolved) == [
                 ("runtime", False),
                 ("cgroup scan", True),
                 ("verify", True),
                 ("namespace", True),
             ]
             driver = f"{pod.layout} names"
-            assert driver in found.steps[1].detail
+            assert driver in resolved.steps[1].detail
 
     def test_by_container_id_of_a_static_pod(self, by_cgroup: Resolver) -> None:
         config_hash = os.urandom(16).hex()
@@ -102,27 +104,27 @@ class TestByCgroup:
             pause = pod.add(SANDBOX, command="pause", own_netns=True)
             pod.add(WEB, join=pause)
             api_uid = "0e8c22e6-7b53-4f53-8c15-6d1c5e44a4aa"
-            with by_cgroup.resolve(PodRef(uid=api_uid, container_ids=(WEB,))) as found:
-                assert found.handle.inode == netns_inode(pause)
-                assert found.uid == api_uid
-            with by_cgroup.resolve(PodRef(uid=api_uid, config_hash=config_hash)) as found:
-                assert found.handle.inode == netns_inode(pause)
+            with by_cgroup.resolve(PodRef(uid=api_uid, container_ids=(WEB,))) as resolved:
+                assert resolved.found.handle.inode == netns_inode(pause)
+                assert resolved.found.uid == api_uid
+            with by_cgroup.resolve(PodRef(uid=api_uid, config_hash=config_hash)) as resolved:
+                assert resolved.found.handle.inode == netns_inode(pause)
             with pytest.raises(NotFoundError, match="carries its configuration hash"):
                 by_cgroup.resolve(PodRef(uid=api_uid))
 
     def test_host_network(self, by_cgroup: Resolver, web: FakePod) -> None:
         web.add(WEB)
-        with by_cgroup.resolve(PodRef(uid=web.uid, host_network=True)) as found:
-            assert found.host_network
-            assert found.netns.kind is NetnsKind.HOST
-            assert found.steps[-1].step == "host network"
+        with by_cgroup.resolve(PodRef(uid=web.uid, host_network=True)) as resolved:
+            assert resolved.host_network
+            assert resolved.netns.kind is NetnsKind.HOST
+            assert resolved.steps[-1].step == "host network"
 
     def test_the_api_is_contradicted(self, by_cgroup: Resolver, web: FakePod) -> None:
         web.add(WEB, own_netns=True)
-        with by_cgroup.resolve(PodRef(uid=web.uid, host_network=True)) as found:
-            assert not found.host_network
-            assert not found.steps[-1].ok
-            assert "said to be hostNetwork" in found.steps[-1].detail
+        with by_cgroup.resolve(PodRef(uid=web.uid, host_network=True)) as resolved:
+            assert not resolved.host_network
+            assert not resolved.steps[-1].ok
+            assert "said to be hostNetwork" in resolved.steps[-1].detail
 
     def test_what_runs_in_a_container_does_not_count(
         self, by_cgroup: Resolver, web: FakePod
@@ -131,8 +133,8 @@ class TestByCgroup:
         inner = web.add(f"{SANDBOX}/docker/{OLD}", own_netns=True)
         web.add(WEB, join=pause)
         assert netns_inode(inner) != netns_inode(pause)
-        with by_cgroup.resolve(PodRef(uid=web.uid)) as found:
-            assert found.handle.inode == netns_inode(pause)
+        with by_cgroup.resolve(PodRef(uid=web.uid)) as resolved:
+            assert resolved.found.handle.inode == netns_inode(pause)
 
     def test_parts_in_different_namespaces(self, by_cgroup: Resolver, web: FakePod) -> None:
         web.add(SANDBOX, command="pause", own_netns=True)
@@ -176,10 +178,10 @@ class TestByCgroup:
     ) -> None:
         pid = web.add(WEB, own_netns=True)
         inode = netns_inode(pid)
-        with by_cgroup.resolve(PodRef(uid=web.uid)) as found:
+        with by_cgroup.resolve(PodRef(uid=web.uid)) as resolved:
             web.kill(pid)
-            assert found.handle.inode == inode
-            assert os.fstat(found.handle.fd).st_ino == inode
+            assert resolved.found.handle.inode == inode
+            assert os.fstat(resolved.found.handle.fd).st_ino == inode
 
 
 class TestByRuntime:
@@ -203,31 +205,35 @@ class TestByRuntime:
         return box
 
     def test_by_name(self, by_runtime: Resolver, box: FakeSandbox, socket: Path) -> None:
-        with by_runtime.resolve(PodRef(namespace="default", name="web")) as found:
-            assert found.method == "cri"
-            assert (found.namespace, found.name, found.uid) == ("default", "web", box.uid)
-            assert found.handle.inode == netns_inode(box.pid)
-            assert (found.sandbox_id, found.sandbox_pid) == (SANDBOX, box.pid)
-            assert [(c.name, c.pid, c.state) for c in found.containers] == [
+        with by_runtime.resolve(PodRef(namespace="default", name="web")) as resolved:
+            assert resolved.found.method == "cri"
+            assert (resolved.found.namespace, resolved.found.name, resolved.found.uid) == (
+                "default",
+                "web",
+                box.uid,
+            )
+            assert resolved.found.handle.inode == netns_inode(box.pid)
+            assert (resolved.found.sandbox_id, resolved.found.sandbox_pid) == (SANDBOX, box.pid)
+            assert [(c.name, c.pid, c.state) for c in resolved.found.containers] == [
                 ("web", box.containers[0].pid, "running"),
                 ("init", 0, "exited"),
             ]
-            assert found.ips == ("10.40.0.6",)
-            assert found.netns_path == box.netns_path
-            assert _steps(found) == [
+            assert resolved.found.ips == ("10.40.0.6",)
+            assert resolved.found.netns_path == box.netns_path
+            assert _steps(resolved) == [
                 ("runtime", True),
                 ("sandbox", True),
                 ("containers", True),
                 ("verify", True),
                 ("namespace", True),
             ]
-            assert found.steps[0].detail == f"faketainerd 9.9 at unix://{socket}"
+            assert resolved.steps[0].detail == f"faketainerd 9.9 at unix://{socket}"
 
     @pytest.mark.parametrize("by", ["uid", "container"])
     def test_by_other_names(self, by_runtime: Resolver, box: FakeSandbox, by: str) -> None:
         ref = PodRef(uid=box.uid) if by == "uid" else PodRef(container_ids=(WEB,))
-        with by_runtime.resolve(ref) as found:
-            assert (found.method, found.name) == ("cri", "web")
+        with by_runtime.resolve(ref) as resolved:
+            assert (resolved.found.method, resolved.found.name) == ("cri", "web")
 
     def test_the_ready_sandbox_of_the_last_attempt(
         self, by_runtime: Resolver, runtime: FakeRuntime, box: FakeSandbox
@@ -244,8 +250,8 @@ class TestByRuntime:
                     ready=ready,
                 )
             )
-        with by_runtime.resolve(PodRef(namespace="default", name="web")) as found:
-            assert (found.sandbox_id, found.other_sandboxes) == (SANDBOX, 2)
+        with by_runtime.resolve(PodRef(namespace="default", name="web")) as resolved:
+            assert (resolved.found.sandbox_id, resolved.found.other_sandboxes) == (SANDBOX, 2)
 
     def test_none_ready(self, by_runtime: Resolver, box: FakeSandbox) -> None:
         box.ready = False
@@ -261,21 +267,21 @@ class TestByRuntime:
         mirror, box.uid = box.uid, os.urandom(16).hex()
         box.annotations = {"kubernetes.io/config.hash": box.uid}
         ref = PodRef(namespace="default", name="web", uid=mirror)
-        with by_runtime.resolve(ref) as found:
-            assert (found.method, found.uid) == ("cri", box.uid)
+        with by_runtime.resolve(ref) as resolved:
+            assert (resolved.found.method, resolved.found.uid) == ("cri", box.uid)
 
     def test_host_network(self, by_runtime: Resolver, box: FakeSandbox, web: FakePod) -> None:
         box.host_network, box.netns_path = True, ""
         box.pid = web.add(SIDECAR, command="pause")
         box.containers = []
-        with by_runtime.resolve(PodRef(namespace="default", name="web")) as found:
-            assert found.host_network
-            assert found.handle.inode == netns_inode(os.getpid())
+        with by_runtime.resolve(PodRef(namespace="default", name="web")) as resolved:
+            assert resolved.host_network
+            assert resolved.found.handle.inode == netns_inode(os.getpid())
 
     def test_gvisor_is_flagged(self, by_runtime: Resolver, box: FakeSandbox) -> None:
         box.runtime_handler = "gvisor"
-        with by_runtime.resolve(PodRef(namespace="default", name="web")) as found:
-            assert found.runtime_handler == "gvisor"
+        with by_runtime.resolve(PodRef(namespace="default", name="web")) as resolved:
+            assert resolved.found.runtime_handler == "gvisor"
 
     def test_path_and_process_disagree(
         self, by_runtime: Resolver, box: FakeSandbox, web: FakePod
@@ -290,9 +296,9 @@ class TestByRuntime:
         (socket.parent.parent / "netns").mkdir()
         (socket.parent.parent / "netns" / "cni-1").touch()
         box.netns_path = "/var/run/netns/cni-1"
-        with by_runtime.resolve(PodRef(namespace="default", name="web")) as found:
-            assert found.handle.inode == netns_inode(box.pid)
-            failed = [step for step in found.steps if not step.ok]
+        with by_runtime.resolve(PodRef(namespace="default", name="web")) as resolved:
+            assert resolved.found.handle.inode == netns_inode(box.pid)
+            failed = [step for step in resolved.steps if not step.ok]
             assert [step.step for step in failed] == ["namespace path"]
             assert "HostToContainer" in failed[0].detail
 
@@ -320,10 +326,10 @@ class TestByRuntime:
 
     def test_a_runtime_that_names_no_process(self, by_runtime: Resolver, box: FakeSandbox) -> None:
         box.info = {}  # cri-dockerd
-        with by_runtime.resolve(PodRef(namespace="default", name="web")) as found:
-            assert found.containers[0].pid == box.containers[0].pid
-            assert found.handle.inode == netns_inode(box.pid)
-            assert ("cgroup scan", True) in _steps(found)
+        with by_runtime.resolve(PodRef(namespace="default", name="web")) as resolved:
+            assert resolved.found.containers[0].pid == box.containers[0].pid
+            assert resolved.found.handle.inode == netns_inode(box.pid)
+            assert ("cgroup scan", True) in _steps(resolved)
 
     def test_a_dead_runtime_falls_back(self, socket: Path, web: FakePod, tmp_path: Path) -> None:
         socket.parent.mkdir(parents=True)
@@ -331,11 +337,11 @@ class TestByRuntime:
         subprocess.run(["python3", "-c", script], check=True)
         web.add(WEB, own_netns=True)
         resolver = Resolver(HostPaths(run=tmp_path / "run"), "node-a")
-        with resolver.resolve(PodRef(namespace="default", name="web", uid=web.uid)) as found:
-            assert found.method == "cgroup"
-            assert found.steps[0].step == "runtime"
-            assert not found.steps[0].ok
-            assert "unavailable" in found.steps[0].detail
+        with resolver.resolve(PodRef(namespace="default", name="web", uid=web.uid)) as resolved:
+            assert resolved.found.method == "cgroup"
+            assert resolved.steps[0].step == "runtime"
+            assert not resolved.steps[0].ok
+            assert "unavailable" in resolved.steps[0].detail
         resolver.close()
 
     def test_the_deadline_holds(
@@ -345,8 +351,8 @@ class TestByRuntime:
         runtime.before = lambda method: release.wait(5) and None
         ref = PodRef(namespace="default", name="web", uid=web.uid)
         try:
-            with by_runtime.resolve(ref, timeout=0.1) as found:
-                assert found.method == "cgroup"
-                assert "did not answer in 0.1 s" in found.steps[0].detail
+            with by_runtime.resolve(ref, timeout=0.1) as resolved:
+                assert resolved.found.method == "cgroup"
+                assert "did not answer in 0.1 s" in resolved.steps[0].detail
         finally:
             release.set()
