@@ -96,15 +96,14 @@ class _Run:
         called: list[Thread] = []
         leaving: list[Thread] = []
         for thread in frame.live:
-            hit = self._ask(frame, rule, thread, live)
-            if hit is None:
-                continue
-            if rule.target is None:
+            hit, misses = self._ask(frame, rule, thread)
+            effect: Effect | None = None
+            if hit is not None and rule.target is None:
                 self._step(hit, rule, StepAction.CONTINUE, hit.state)
                 live.append(hit)
-                continue
-            effect: Effect | None = rule.target.apply(hit.state, self.env)
-            while effect is not None:
+            elif hit is not None and rule.target is not None:
+                effect = rule.target.apply(hit.state, self.env)
+            while effect is not None and hit is not None:
                 branch = hit
                 if effect.otherwise is not None:
                     branch = hit.copy()
@@ -122,14 +121,15 @@ class _Run:
                 else:
                     live.append(branch)
                 effect = effect.otherwise
+            live += misses
         if called or leaving:
             frame.live = live
             return self._call(frame, rule, called or leaving, goto=not called)
         frame.live = self._meet(frame, live, rule)
         return frame
 
-    def _ask(self, frame: _Frame, rule: Rule, thread: Thread, live: list[Thread]) -> Thread | None:
-        """The thread for which the rule matches, or None; where it does not match goes to `live`.
+    def _ask(self, frame: _Frame, rule: Rule, thread: Thread) -> tuple[Thread | None, list[Thread]]:
+        """The thread for which the rule matches, or None, and those for which it does not.
 
         The matches are asked from left to right, as the kernel does, so that what has a side
         effect happens only where all before it matched.
@@ -163,17 +163,12 @@ class _Run:
         if not exits:
             if state is not thread.state:
                 thread.state = state
-            if matched:
-                return thread
-            live.append(thread)
-            return None
+            return (thread, []) if matched else (None, [thread])
         if not matched:
             exits.append((chance, state))
             if all(left == state for _, left in exits):
                 thread.state = state
-                live.append(thread)
-                return None
-            reasons = reasons or [drawn]
+                return None, [thread]
         fork = None
         if reasons:
             fork = Fork(thread.copy(), rule, "; ".join(reasons))
@@ -186,14 +181,15 @@ class _Run:
             self._weigh(hit, chance, fork, rule, "matches" if fork else "")
             if drawn:
                 hit.drawn, hit.missed = f"{drawn} in {rule.chain} rule {rule.position}", 0
+        misses: list[Thread] = []
         for left, states in joined_exits(exits):
             miss = thread.copy()
             miss.state = states
             self._weigh(miss, left, fork, rule, "does not match" if fork else "")
             if drawn and not fork:
                 miss.missed += 1
-            live.append(miss)
-        return hit
+            misses.append(miss)
+        return hit, misses
 
     @staticmethod
     def _weigh(
