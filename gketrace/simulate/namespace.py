@@ -66,6 +66,8 @@ BUILT_IN: Final[Mapping[Hook, tuple[tuple[StationKind, int], ...]]] = {
 """ipv4_conntrack_ops and nf_nat_ipv4_ops; all chains of type nat hang on the latter, whatever
 their own priority is (nf_nat_register_fn)."""
 
+_CILIUM: Final = ("cilium_host", "cilium_net")
+"""Links of Cilium and of GKE Dataplane V2."""
 _NEEDS_CONNTRACK: Final = re.compile(
     rb" -m (?:conntrack|state|connmark|connbytes|connlimit|connlabel|helper|cluster)\b"
     rb"| -j (?:DNAT|SNAT|MASQUERADE|REDIRECT|NETMAP|CT|NOTRACK|CONNMARK|CONNSECMARK|SYNPROXY"
@@ -145,6 +147,20 @@ class Namespace:
         if value == "1":
             return Citation(source=Source.SYSCTL, text=f"{name} = 1")
         return None
+
+    @property
+    def hidden_by(self) -> Link | None:
+        """A link that shows that eBPF programs forward here, past all that can be seen."""
+        return next((self.links[name] for name in _CILIUM if name in self.links), None)
+
+    def virtual_server(self, address: IPAddress) -> Link | None:
+        """The IPVS link that has `address`: IPVS then takes the packet in INPUT."""
+        link = self.links.get("kube-ipvs0")
+        addresses = self.snapshot.addresses
+        if link is None or isinstance(addresses, Unavailable):
+            return None
+        mine = (a.address for a in addresses if a.ifindex == link.ifindex)
+        return link if address in mine else None
 
     # What matches ask (`Environment`).
 

@@ -44,8 +44,28 @@ def run_station(context: Context, cursor: Cursor) -> tuple[Way, ...]:
     unread = cursor.space.unread
     if unread and not cursor.guessed_rules:
         return _without(cursor, unread)
-    station = cursor.stations[0]
-    return _RUN[station.kind](context, replace(cursor, stations=cursor.stations[1:]), station)
+    ct, manip = cursor.state.ct, nat.MANIP_AT.get(cursor.state.hook)
+    for position, station in enumerate(cursor.stations, 1):
+        if not _idle(station.kind, ct, manip):
+            rest = replace(cursor, stations=cursor.stations[position:])
+            return _RUN[station.kind](context, rest, station)
+    return on(replace(cursor, stations=()))
+
+
+def _idle(kind: StationKind, ct: CtInfo | None, manip: nat.Manip | None) -> bool:
+    """Whether a station has nothing to do with a packet that is tracked so."""
+    if kind is StationKind.CHAIN:
+        return False
+    if kind is StationKind.CONNTRACK:
+        # nf_conntrack_in(): "Previously seen (loopback or untracked)? Ignore."
+        return ct is not None
+    if ct is None:
+        return True
+    if kind is StationKind.NAT:
+        return ct.orig is None and ct.state is not CtState.RELATED
+    if ct.orig is None or kind is StationKind.CONFIRM:
+        return ct.orig is None or ct.existing
+    return manip is None or nat.initialized(ct, manip)
 
 
 def _without(cursor: Cursor, unread: tuple[Unavailable, ...]) -> tuple[Way, ...]:
@@ -155,9 +175,6 @@ def _stopped(cursor: Cursor, alternative: Alternative) -> Way:
 def _conntrack(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...]:
     space, state = cursor.space, cursor.state
     local = state.hook is Hook.OUTPUT
-    if state.ct is not None:
-        # nf_conntrack_in(): "Previously seen (loopback or untracked)? Ignore."
-        return on(cursor)
     if not space.tracks(cursor.packet.family):
         return (_opened(cursor) if local else Way(cursor=cursor),)
     if state.notrack:
@@ -165,15 +182,20 @@ def _conntrack(context: Context, cursor: Cursor, station: Station) -> tuple[Way,
         after = replace(cursor, state=replace(state, ct=ct))
         return (_opened(after) if local else Way(cursor=after),)
     loose = space.sysctl("net.netfilter.nf_conntrack_tcp_loose")
+    zone = state.zone or 0
+    table = context.conntrack(space)
+    if zone and table is not None:
+        table = Unavailable(reason=f"entries of zone {zone} cannot be looked up")
     ways = []
     for seen in tracking.track(
         cursor.packet,
         netns=space.netns,
-        flows=cursor.flows,
-        conntrack=context.conntrack(space),
+        flows=tuple(flow for flow in cursor.flows if flow.entry.zone == zone),
+        conntrack=table,
         tcp_loose=loose != "0",
     ):
-        after = replace(cursor, state=replace(state, ct=seen.ct), flow=seen.flow)
+        ct = replace(seen.ct, zone=zone)
+        after = replace(cursor, state=replace(state, ct=ct), flow=seen.flow)
         way = _opened(after) if local and seen.ct.orig is None else Way(cursor=after)
         ways.append(
             replace(
@@ -234,10 +256,6 @@ def _nat_chain(context: Context, cursor: Cursor, station: Station) -> tuple[Way,
     """nf_nat_inet_fn(): chains are asked until one has settled this side of the connection."""
     assert station.ruleset is not None
     assert station.chain is not None
-    ct = cursor.state.ct
-    manip = nat.MANIP_AT[cursor.state.hook]
-    if ct is None or ct.orig is None or nat.initialized(ct, manip):
-        return on(cursor)
     ways: list[Way] = []
     for alternative in traverse(station.ruleset, station.chain, cursor.state, cursor.space):
         after = replace(cursor, state=alternative.state)
@@ -303,7 +321,8 @@ def _nat(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...]:
     """Carry out what is settled; a connection that no rule claimed is bound as it is."""
     state = cursor.state
     ct = state.ct
-    if ct is not None and ct.state is CtState.RELATED and ct.orig is None:
+    assert ct is not None
+    if ct.orig is None:
         return (
             unknown(
                 cursor,
@@ -311,8 +330,6 @@ def _nat(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...]:
                 citation=Citation(source=Source.KERNEL, text="nf_nat_icmp_reply_translation"),
             ),
         )
-    if ct is None or ct.orig is None:
-        return on(cursor)
     manip = nat.MANIP_AT[state.hook]
     if not nat.initialized(ct, manip):
         ct = nat.null_binding(ct, manip)
@@ -348,8 +365,7 @@ def _nat(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...]:
 
 def _confirm(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...]:
     ct = cursor.state.ct
-    if ct is None or ct.orig is None or ct.existing:
-        return on(cursor)
+    assert ct is not None
     flow = tracking.new_flow(ct, cursor.space.netns)
     settled = replace(ct, status=ct.status | CtStatus.CONFIRMED, existing=True)
     after = replace(

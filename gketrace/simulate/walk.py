@@ -161,7 +161,16 @@ def _advance(context: Context, cursor: Cursor) -> tuple[Way, ...]:
 
 
 def _send(context: Context, cursor: Cursor) -> tuple[Way, ...]:
-    return send(cursor)
+    return _hidden(cursor) or send(cursor)
+
+
+def _hidden(cursor: Cursor) -> tuple[Way, ...]:
+    """Where eBPF programs forward, the rules and routes below do not decide."""
+    link = cursor.space.hidden_by
+    if link is None:
+        return ()
+    why = f"{link.name} shows that Cilium's eBPF programs forward here; they are not visible"
+    return (unknown(cursor, why, citation=cite_link(link), what="dataplane"),)
 
 
 def _receive(context: Context, cursor: Cursor) -> tuple[Way, ...]:
@@ -181,6 +190,8 @@ def _receive(context: Context, cursor: Cursor) -> tuple[Way, ...]:
     if not link.up:
         why = f"{name} is down"
         return (end(cursor, Disposition.NO_NEIGHBOUR, why, received, citation=cite_link(link)),)
+    if hidden := _hidden(cursor):
+        return (replace(hidden[0], steps=(received, *hidden[0].steps)),)
     here = (cursor.space.netns, name, cursor.link_target, replace(cursor.packet, ttl=None))
     if here in cursor.visited or len(cursor.visited) >= _MAX_VISITS:
         why = f"it came to {name} before, with the same header"
@@ -224,6 +235,9 @@ def _deliver(context: Context, cursor: Cursor) -> tuple[Way, ...]:
     if decision is not None and decision.kind is RouteKind.MULTICAST:
         citation = decision.citations[-1] if decision.citations else None
         return (unknown(cursor, "who has joined the group is not looked into", citation=citation),)
+    if (server := cursor.space.virtual_server(cursor.packet.dst)) is not None:
+        why = f"{cursor.packet.dst} is an IPVS virtual server's; how IPVS forwards is not simulated"
+        return (unknown(cursor, why, citation=cite_link(server), what="ipvs"),)
     flows = cursor.flows if cursor.flow is None else (*cursor.flows, cursor.flow)
     ended = deliver(
         cursor.packet,

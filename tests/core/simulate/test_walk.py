@@ -559,3 +559,33 @@ def test_a_link_that_is_down() -> None:
     node.host.set_link("veth-web", flags=("BROADCAST", "MULTICAST"), operstate="DOWN")
     leaf = one(node.walk(tcp("10.142.0.9:40000", "10.40.0.6:8080"), into="eth0"))
     assert leaf.outcome.disposition in (D.NO_NEIGHBOUR, D.UNREACHABLE)
+
+
+# Data planes that are not visible here.
+
+
+def test_cilium_and_ipvs_are_unknown_and_never_no_rules() -> None:
+    node = ptp()
+    node.host.link("cilium_host", address="10.40.0.2/32", connected=False)
+    for walked in (
+        node.walk(tcp("10.142.0.9:40000", "10.40.0.6:8080"), into="eth0"),
+        node.walk(tcp("0.0.0.0", "10.40.0.6:8080", 40000)),
+    ):
+        assert one(walked).outcome.disposition is D.UNKNOWN
+        assert [m.what for m in walked.missing] == ["dataplane"]
+    node = plain()
+    node.host.link("kube-ipvs0", kind="dummy", address="10.43.0.1/32", connected=False)
+    walked = node.walk(tcp("10.142.0.9:40000", "10.43.0.1:80"), into="eth0")
+    assert one(walked).outcome.disposition is D.UNKNOWN
+    assert [m.what for m in walked.missing] == ["ipvs"]
+
+
+def test_a_zone_has_its_own_connections() -> None:
+    node = ptp()
+    node.host.iptables(
+        "*raw\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -i eth0 -j CT --zone 3\nCOMMIT\n" + DNAT
+    )
+    walked = node.walk(tcp("10.142.0.9:40000", "10.43.0.1:80"), into="eth0")
+    leaf = one(walked)
+    assert [flow.entry.zone for flow in leaf.flows] == [3]
+    assert [m.what for m in walked.missing] == ["conntrack"]
