@@ -18,6 +18,7 @@ iptables iptables/iptables-save.c, nft-shared.c; hint chains: kubernetes-sigs/ip
 from __future__ import annotations
 
 import re
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -68,6 +69,8 @@ class Programs:
     nft_backend6: tuple[str, ...] = ("ip6tables-nft-save",)
     nft: tuple[str, ...] = ("nft",)
     ipset: tuple[str, ...] = ("ipset",)
+    python_iptables: bool = True
+    """Read legacy with python-iptables where its save command is missing."""
     timeout: float = 30.0
     """Seconds for all the dumps of one namespace."""
     limit: int = 512 << 20
@@ -244,14 +247,18 @@ class IptablesReading:
                 return wanted
         names = self._programs.save(backend, family)
         program = find_program(*names)
-        if program is None:
+        if program is not None:
+            argv: tuple[str, ...] = (program, "-c")
+        elif backend == LEGACY and self._programs.python_iptables:
+            argv = (sys.executable, "-I", "-m", "gketrace_agent.kernel.iptc_reader", str(family))
+        else:
             wanted.result = Unavailable(
                 reason=f"{backend} holds IPv{family} rules and none of "
                 f"{', '.join(names)} is installed"
             )
             return wanted
         try:
-            wanted.child = start((program, "-c"), limit=self._programs.limit)
+            wanted.child = start(argv, limit=self._programs.limit)
         except GketraceError as error:
             wanted.result = Unavailable(reason=str(error))
         return wanted

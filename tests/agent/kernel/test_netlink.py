@@ -113,8 +113,8 @@ def test_an_error_has_its_number_and_the_kernels_words(bed: Bed) -> None:
         assert caught.value.errno == errno.ENODEV
         with pytest.raises(NetlinkError, match="EINVAL"):
             get_link(sock, 1, netns_id=77)
-        with pytest.raises(NetlinkError, match="ERANGE.*policy validation"):
-            short = ROUTE_HEADER.pack(socket.AF_INET, 32, 0, 0, 0, 0, 0, 0, 0) + attribute(1, b"x")
+        short = ROUTE_HEADER.pack(socket.AF_INET, 32, 0, 0, 0, 0, 0, 0, 0) + attribute(1, b"x")
+        with pytest.raises(NetlinkError, match=r"ERANGE.*policy validation"):
             sock.request(26, short, what="RTM_GETROUTE with a destination of one byte")
         link = get_link(sock, 1)
         assert link is not None

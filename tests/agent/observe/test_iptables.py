@@ -103,7 +103,10 @@ def test_legacy_alone_without_a_hint_is_primary(bed: Bed) -> None:
 @pytest.mark.parametrize(
     ("programs", "words"),
     [
-        (Programs(legacy=("gko-no-such-program",)), "none of gko-no-such-program is installed"),
+        (
+            Programs(legacy=("gko-no-such-program",), python_iptables=False),
+            "none of gko-no-such-program is installed",
+        ),
         (Programs(legacy=("false",)), "false exited with status 1"),
         (Programs(legacy=("true",)), "printed nothing"),
         (Programs(limit=10), "wrote more than 10 bytes"),
@@ -170,3 +173,42 @@ def test_legacy_is_read_again_each_time(bed: Bed) -> None:
     (first,) = read(netns, cache=cache).dumps
     (second,) = read(netns, cache=cache).dumps
     assert first is not second
+
+
+RULES = """\
+*filter
+:INPUT ACCEPT [0:0]
+:FORWARD DROP [0:0]
+:OUTPUT ACCEPT [0:0]
+:KUBE-SERVICES - [0:0]
+[3:252] -A INPUT ! -s 10.0.0.0/8 -d 10.1.2.3/32 ! -i eth+ -p tcp -m tcp -j DROP
+-A INPUT ! -p icmp -j KUBE-SERVICES
+-A INPUT -s 10.0.0.0/255.0.0.255 -f -g KUBE-SERVICES
+-A INPUT -p tcp -m tcp --dport 80:90 ! --tcp-flags SYN,ACK SYN -j REJECT --reject-with tcp-reset
+-A INPUT -p udp -m multiport --dports 53,5353 -m comment --comment "with \\"quotes\\" and $" -j LOG
+-A INPUT -m recent --rcheck --seconds 10800 --reap --name KUBE-SEP-X --rsource
+-A INPUT -m statistic --mode random --probability 0.33333333349 -j RETURN
+-A OUTPUT -o eth0 -m mark --mark 0x4000/0x4000 -j MARK --set-xmark 0x4000/0x0
+-A KUBE-SERVICES -m addrtype --dst-type LOCAL -m conntrack --ctstate RELATED,ESTABLISHED
+COMMIT
+*nat
+:PREROUTING ACCEPT [0:0]
+-A PREROUTING -p tcp -m tcp --dport 80 -j DNAT --to-destination 10.40.0.6:8080
+-A POSTROUTING -j MASQUERADE --random-fully
+COMMIT
+"""
+
+
+def test_python_iptables_reads_what_the_save_command_does(bed: Bed) -> None:
+    netns = bed.netns("iptc")
+    netns.run("iptables-legacy-restore", "-c", stdin=RULES)
+    netns.run(
+        "ip6tables-legacy", "-A", "INPUT", "-s", "fd00::/64", "!", "-d", "fd01::1", "-j", "DROP"
+    )
+    missing = Programs(legacy=("gko-none",), legacy6=("gko-none",))
+    dumps = read(netns, missing)
+    assert which(dumps) == [(LEGACY, 4), (LEGACY, 6)]
+    v4, v6 = dumps.of(LEGACY)
+    assert "iptc_reader" in v4.source
+    assert lines(v4.text) == lines(netns.run("iptables-legacy-save", "-c"))
+    assert lines(v6.text) == lines(netns.run("ip6tables-legacy-save", "-c"))

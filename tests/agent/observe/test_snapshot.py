@@ -51,7 +51,7 @@ def test_one_failure_is_one_missing(bed: Bed) -> None:
     netns.run("iptables-legacy", "-A", "INPUT", "-j", "ACCEPT")
     netns.run("ip6tables-nft", "-A", "INPUT", "-j", "ACCEPT")
     netns.run("ipset", "create", "some", "hash:ip")
-    observer = Observer(programs=Programs(legacy=("gko-none",), ipset=("gko-none",)))
+    observer = Observer(programs=Programs(legacy=("false",), ipset=("gko-none",)))
     with observer.observe(netns.namespace()) as observation:
         snapshot = observation.snapshot
     legacy, nft = snapshot.rulesets
