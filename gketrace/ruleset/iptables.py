@@ -15,7 +15,13 @@ from ipaddress import IPv6Address
 from typing import Final, TypeAlias
 
 from gketrace.packet import PORT_PROTOCOLS, Packet
-from gketrace.ruleset.model import IPTABLES_HOOKS, BaseChain, Rule, Ruleset
+from gketrace.ruleset.model import (
+    IPTABLES_HOOKS,
+    IPTABLES_NFT_SECURITY,
+    BaseChain,
+    Rule,
+    Ruleset,
+)
 from gketrace.ruleset.rule_text import read_rule
 from gketrace.trace import Hook
 
@@ -188,6 +194,10 @@ class Chain:
         return count
 
 
+_NFT_SECURITY: Final = 150
+"""iptables/nft.c, xtables_ipv4: the one table whose priority is not the kernel table's."""
+
+
 class IptablesRuleset(Ruleset):
     """What one run of iptables-save printed.  Made by `parse_iptables_save`."""
 
@@ -223,6 +233,11 @@ class IptablesRuleset(Ruleset):
         for table in self._tables:
             for on, priority, kind in IPTABLES_HOOKS.get(table, ()):
                 chain = self.chain(table, hook.value) if on is hook else None
+                if table == "security" and self.backend == "iptables-nft":
+                    priority = IPTABLES_NFT_SECURITY
+                if table == "security" and self.backend == "iptables-nft":
+                    # iptables-nft hangs it behind nat (150, where the kernel's own table is at 50).
+                    priority = _NFT_SECURITY
                 if chain is not None and chain.policy:
                     found.append(
                         BaseChain(

@@ -127,6 +127,9 @@ def get_entry(netfilter: NetlinkSocket, tuple5: Tuple5, *, zone: int = 0) -> Con
         if tuple5.sport is None or tuple5.dport is None:
             raise ValueError(f"{tuple5} has an unknown port")
         values |= {"sport": tuple5.sport, "dport": tuple5.dport}
+    elif tuple5.protocol == Protocol.GRE:
+        # Version 0 has no keys: gre_pkt_to_tuple() leaves them 0, and ctnetlink wants them.
+        values |= {"sport": 0, "dport": 0}
     wanted = _pyroute2().NFCTAttrTuple(family=family, proto=tuple5.protocol, **values)
     # The kernel looks in one hash that holds the tuples of both directions, whichever attribute
     # the tuple comes in (ctnetlink_get_conntrack, nf_conntrack_find_get).
@@ -217,12 +220,14 @@ def _tuple(message: Any) -> Tuple5:
             icmp_type=proto.get_attr(f"CTA_PROTO_{icmp}_TYPE"),
             icmp_code=proto.get_attr(f"CTA_PROTO_{icmp}_CODE"),
         )
+    # GRE's keys come in the ports' attributes.
+    ports = number in PORT_PROTOCOLS
     return Tuple5(
         src=src,
         dst=dst,
         protocol=number,
-        sport=proto.get_attr("CTA_PROTO_SRC_PORT"),
-        dport=proto.get_attr("CTA_PROTO_DST_PORT"),
+        sport=proto.get_attr("CTA_PROTO_SRC_PORT") if ports else None,
+        dport=proto.get_attr("CTA_PROTO_DST_PORT") if ports else None,
     )
 
 

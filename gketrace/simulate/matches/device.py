@@ -78,7 +78,8 @@ class PhysdevMatch(Match):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MacMatch(Match):
-    """``-m mac --mac-source``; packets made here have no source address yet."""
+    """``-m mac --mac-source``; packets made here have no source address yet, and those of the
+    loopback device are not Ethernet: neither matches, negated or not."""
 
     module: ClassVar[str] = "mac"
     OPTIONS: ClassVar[Mapping[str, int]] = {"--mac-source": 1}
@@ -97,7 +98,8 @@ class MacMatch(Match):
         return cls(address=address, negated=options[0].negated)
 
     def evaluate(self, state: PacketState, env: Environment) -> Answer:
-        if not state.in_iface:
+        if state.in_iface in ("", "lo"):
+            # mac_mt(): only frames of Ethernet devices, whatever is asked for.
             return NO
         if state.packet.src_mac is None:
             return unknown("the frame's source MAC address is not known")
