@@ -14,7 +14,7 @@ from tests.kernel.oracle.bed import TRACE_TABLE
 from tests.kernel.oracle.inject import Seen, parse
 from tests.kernel.oracle.tracing import Story
 
-__all__ = ["Judgement", "Observed", "Verdict", "judge", "observe_story"]
+__all__ = ["Judgement", "Observed", "RuleId", "Verdict", "judge", "observe_story"]
 
 RuleId = tuple[str, str, int]
 """(table, chain, 1-based position)."""
@@ -53,6 +53,8 @@ class Observed:
 class Judgement:
     verdict: Verdict
     reason: str = ""
+    rules: tuple[RuleId, ...] = ()
+    """The rules at which the two part, the simulator's first."""
     leaf: Leaf | None = None
     """The simulator's branch that the kernel took."""
 
@@ -111,7 +113,9 @@ def _predicted_rules(leaf: Leaf) -> tuple[tuple[RuleId, ...], tuple[RuleId, ...]
 
 def _end_of(leaf: Leaf) -> str:
     disposition = leaf.outcome.disposition
-    if disposition in _LOCAL:
+    last = next((s for b in reversed(leaf.branches) for s in reversed(b.steps)), None)
+    if disposition in _LOCAL or (last is not None and last.kind is StepKind.SOCKET):
+        # An UNKNOWN at the socket is past all rules: the packet has come in.
         return "local"
     if disposition in (Disposition.TRANSMITTED, Disposition.NO_NEIGHBOUR):
         return "sent"
@@ -171,10 +175,15 @@ def _tracked(flow: Flow) -> bool:
     return flow.assumed and not flow.entry.status & CtStatus.UNTRACKED
 
 
-def _leaf_differs(leaf: Leaf, seen: Observed, masters: Mapping[str, str]) -> str:
-    nft, legacy = _predicted_rules(leaf)
-    for name, mine, its in (("nft", nft, seen.nft), ("legacy", legacy, seen.legacy)):
-        if mine != its:
+def _leaf_differs(
+    leaf: Leaf, seen: Observed, masters: Mapping[str, str], open_rules: frozenset[RuleId]
+) -> str:
+    nft, legacy = (
+        tuple(rule for rule in rules if rule not in open_rules) for rules in _predicted_rules(leaf)
+    )
+    for name, mine, all_its in (("nft", nft, seen.nft), ("legacy", legacy, seen.legacy)):
+        its = tuple(rule for rule in all_its if rule not in open_rules)
+        if mine != its and not (leaf.chance is None and _is_part_of(mine, its)):
             return f"{name} rules {_first_difference(mine, its)}"
     if _end_of(leaf) != seen.end:
         return (
@@ -188,9 +197,23 @@ def _leaf_differs(leaf: Leaf, seen: Observed, masters: Mapping[str, str]) -> str
     return _packet_differs(leaf.outcome.packet, seen.seen, seen.mark)
 
 
-def _first_difference(mine: Sequence[RuleId], its: Sequence[RuleId]) -> str:
+def _is_part_of(mine: Sequence[RuleId], its: Sequence[RuleId]) -> bool:
+    """Whether the walk's rules all stand in the kernel's, in order.
+
+    Where a rule cannot be decided and either way leads to the same, the walk goes on once and does
+    not say which rules were passed on the way.
+    """
+    rest = iter(its)
+    return all(rule in rest for rule in mine)
+
+
+def _parting(mine: Sequence[RuleId], its: Sequence[RuleId]) -> int:
     at = next((i for i, (a, b) in enumerate(zip(mine, its, strict=False)) if a != b), None)
-    at = min(len(mine), len(its)) if at is None else at
+    return min(len(mine), len(its)) if at is None else at
+
+
+def _first_difference(mine: Sequence[RuleId], its: Sequence[RuleId]) -> str:
+    at = _parting(mine, its)
     show = [":".join(map(str, rules[at])) if at < len(rules) else "-" for rules in (mine, its)]
     return f"at {at}: {show[0]} but kernel {show[1]}"
 
@@ -209,15 +232,18 @@ def judge(
     seen: Observed,
     conntrack: ConntrackView | None,
     masters: Mapping[str, str],
+    open_rules: frozenset[RuleId] = frozenset(),
 ) -> Judgement:
     """Does some branch of the walk tell the kernel's story?  `conntrack` checks its flows too.
 
     `masters`: bridge port → bridge; the kernel's trace names the bridge, the walk the port.
+    `open_rules`: those that no simulator can decide (a rate limit, say): where they change nothing
+    the walk leaves them out, so they are left out of both.
     """
-    reasons: list[tuple[int, str]] = []
+    reasons: list[tuple[int, str, tuple[RuleId, ...]]] = []
     unknown = False
     for leaf in walk.leaves():
-        reason = _leaf_differs(leaf, seen, masters)
+        reason = _leaf_differs(leaf, seen, masters, open_rules)
         # A RST from the node's own stack takes the entry away again at once.
         lasting = seen.end == "sent" or leaf.outcome.disposition is Disposition.DELIVERED
         if not reason and lasting and conntrack is not None:
@@ -232,8 +258,16 @@ def judge(
         nft, legacy = _predicted_rules(leaf)
         common = sum(a == b for a, b in zip(nft, seen.nft, strict=False))
         common += sum(a == b for a, b in zip(legacy, seen.legacy, strict=False))
-        reasons.append((common, reason))
+        parted = [
+            rules[at]
+            for mine, its in ((nft, seen.nft), (legacy, seen.legacy))
+            if mine != its
+            for at in (_parting(mine, its),)
+            for rules in (mine, its)
+            if at < len(rules)
+        ]
+        reasons.append((common, reason, tuple(parted)))
     if unknown:
         return Judgement(verdict=Verdict.UNKNOWN, reason="the simulator does not know")
-    best = max(reasons, default=(0, "the walk has no leaves"))
-    return Judgement(verdict=Verdict.DISAGREE, reason=best[1])
+    best = max(reasons, default=(0, "the walk has no leaves", ()))
+    return Judgement(verdict=Verdict.DISAGREE, reason=best[1], rules=best[2])

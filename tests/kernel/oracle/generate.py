@@ -146,8 +146,6 @@ def _recent(rng: random.Random, family: int, _: str) -> str:
 
 
 def _statistic(rng: random.Random, _: int, __: str) -> str:
-    if rng.random() < 0.2:
-        return "-m statistic --mode nth --every 2 --packet 0"
     return f"-m statistic --mode random {_not(rng)}--probability {rng.choice((0.33333333349, 0.5, 0.25))}"
 
 
@@ -186,6 +184,7 @@ MATCHES: tuple[Part, ...] = (
     Part("connmark", lambda r, f, h: f"-m connmark {_not(r)}--mark {_value_mask(r)}"),
     Part("addrtype", _addrtype),
     Part("statistic", _statistic),
+    Part("nth", lambda r, f, h: "-m statistic --mode nth --every 2 --packet 0"),
     Part("recent", _recent),
     Part("set", _set, families=(4,)),
     Part("physdev", _physdev, ("PREROUTING", "FORWARD", "POSTROUTING")),
@@ -317,7 +316,9 @@ class Generator:
         protocol = ""
         chosen: list[Part] = []
         target = self._pick(TARGETS, table, hook)
+        branches = target.name in ("ACCEPT", "RETURN")
         if level < 3 and rng.random() < 0.4:
+            branches = True
             jump = rng.choice(("-j", "-j", "-g"))
             text, name = (
                 f"{jump} {hook}-{rng.randrange(level, 3)}",
@@ -329,6 +330,9 @@ class Generator:
         for _ in range(rng.choice((0, 1, 1, 1, 2, 2, 3))):
             part = self._pick(MATCHES, table, hook)
             if any(part.name == other.name for other in chosen):
+                continue
+            if branches and part.name in OPEN:
+                # Where both ways lead to the same, a walk does not say which one was taken.
                 continue
             if part.protocol and protocol and not _compatible(part.protocol, protocol):
                 continue
@@ -414,6 +418,9 @@ class Generator:
                 label=f"{src} ({ingress or 'local'}) to {dst}/{protocol}",
             )
 
+
+OPEN = frozenset({"limit", "hashlimit", "u32", "bpf", "owner", "nth"})
+"""Matches that no simulator can decide: they rest on what no snapshot shows."""
 
 _FIRST = ("source", "destination", "in-interface", "out-interface", "protocol")
 _WIDE = {"ports": ("tcp", "udp"), "syn": ("tcp",)}

@@ -56,6 +56,8 @@ class RandomRun:
         try:
             bed.command([tool], text=maker.ruleset())
         except RuntimeError:
+            # Tables before the one that was refused are in place.
+            clean(bed, tool)
             self.refused += 1
             return
         try:

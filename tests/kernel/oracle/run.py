@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -11,14 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 
-from gketrace.packet import Protocol, TcpFlags
+from gketrace.packet import Protocol, TcpFlags, Tuple5
+from gketrace.ruleset.iptables import IptablesRuleset
 from gketrace.simulate.query import WalkQuery
 from gketrace.snapshot import ConntrackView, NetnsSnapshot, Unavailable
 from gketrace.trace import Ingress, Leaf, NetnsRef, StepKind, Walk
 from gketrace_agent.kernel.netns import open_path
 from gketrace_agent.observe.snapshot import Namespace, Observer
 from tests.kernel.oracle.bed import Bed
-from tests.kernel.oracle.compare import Judgement, Observed, Verdict, judge, observe_story
+from tests.kernel.oracle.compare import Judgement, Observed, RuleId, Verdict, judge, observe_story
 from tests.kernel.oracle.fixtures import Case
 from tests.kernel.oracle.inject import build
 from tests.kernel.oracle.tracing import Story, gather
@@ -54,6 +56,8 @@ class Disagreement:
     reason: str
     kernel: str
     simulator: tuple[str, ...]
+    rules: tuple[str, ...] = ()
+    """Text of the rules at which the two part."""
 
     def __str__(self) -> str:
         lines = [
@@ -61,6 +65,7 @@ class Disagreement:
             f"  packet    {self.case.packet} flags {self.case.packet.tcp_flags:#x} "
             f"via {self.case.ingress or 'local'}",
             f"  differs   {self.reason}",
+            *(f"  rule      {rule}" for rule in self.rules),
             f"  kernel    {self.kernel}",
         ]
         lines += [f"  simulator {leaf}" for leaf in self.simulator]
@@ -104,6 +109,10 @@ class Rig:
     links: dict[int, str]
     masters: dict[str, str]
     """Bridge port → its bridge."""
+    rules: dict[tuple[int, str, str, int], str]
+    """(family, table, chain, position) → text."""
+    open_rules: dict[int, frozenset[RuleId]]
+    """Family → the rules that no simulator can decide."""
     legacy: bool
     walk: WalkFunction
     observe: Callable[[frozenset[str]], NetnsSnapshot]
@@ -138,10 +147,20 @@ def rig(bed: Bed, walk: WalkFunction, *, legacy: bool) -> Iterator[Rig]:
                 with observer.observe(Namespace(ref=ref, handle=handle), only=nouns) as part:
                     return part.snapshot
 
+            rules = _rules_of(shot)
             masters = {link.ifindex: link.name for link in shot.links if link.kind == "bridge"}
             yield Rig(
                 bed=bed,
                 observe=observe,
+                rules=rules,
+                open_rules={
+                    family: frozenset(
+                        key[1:]
+                        for key, text in rules.items()
+                        if key[0] == family and _OPEN.search(text)
+                    )
+                    for family in (4, 6)
+                },
                 masters={
                     link.name: masters[link.master] for link in shot.links if link.master in masters
                 },
@@ -183,11 +202,22 @@ def run_cases(machine: Rig, world: str, cases: Iterable[Case], count: int) -> Ta
         batch = list(itertools.islice(source, min(size, count - tally.cases)))
         if not batch:
             break
-        later = _run_batch(machine, world, batch, tally)
-        more = later[: max(0, count - tally.cases)]
-        while more:
-            more = _run_batch(machine, world, more, tally)[: max(0, count - tally.cases)]
+        more = [case for wave in _waves(batch) for case in _run_batch(machine, world, wave, tally)]
+        for wave in _waves(more[: max(0, count - tally.cases)]):
+            _run_batch(machine, world, wave, tally)
     return tally
+
+
+def _waves(batch: list[Case]) -> Iterator[list[Case]]:
+    """The batch in order, parted where a packet has the tuple of an earlier one (ICMP, GRE)."""
+    wave: dict[Tuple5, Case] = {}
+    for case in batch:
+        if case.packet.tuple5 in wave:
+            yield list(wave.values())
+            wave = {}
+        wave[case.packet.tuple5] = case
+    if wave:
+        yield list(wave.values())
 
 
 def _run_batch(machine: Rig, world: str, batch: list[Case], tally: Tally) -> list[Case]:
@@ -214,6 +244,10 @@ def _run_batch(machine: Rig, world: str, batch: list[Case], tally: Tally) -> lis
             case=case,
             reason=judgement.reason,
             kernel=str(seen),
+            rules=tuple(
+                f"{':'.join(map(str, rule))} {_rule_text(machine, case, rule)}"
+                for rule in judgement.rules
+            ),
             simulator=tuple(_leaf_text(leaf) for leaf in itertools.islice(walk.leaves(), 4)),
         )
         if judgement.verdict is Verdict.UNKNOWN:
@@ -222,6 +256,33 @@ def _run_batch(machine: Rig, world: str, batch: list[Case], tally: Tally) -> lis
         else:
             tally.disagreements.append(story)
     return later
+
+
+def _rule_text(machine: Rig, case: Case, rule: RuleId) -> str:
+    return machine.rules.get((case.packet.family, *rule), "")
+
+
+def _rules_of(shot: NetnsSnapshot) -> dict[tuple[int, str, str, int], str]:
+    """(family, table, chain, position) → the rule as iptables-save prints it."""
+    found: dict[tuple[int, str, str, int], str] = {}
+    for ruleset in shot.rulesets:
+        if not isinstance(ruleset, IptablesRuleset):
+            continue
+        table = ""
+        count: Counter[str] = Counter()
+        for line in ruleset.text.decode().splitlines():
+            if line.startswith("*"):
+                table = line[1:]
+                count.clear()
+            elif " -A " in line:
+                chain = line.split(" -A ", 1)[1].split()[0]
+                count[chain] += 1
+                found[ruleset.family, table, chain, count[chain]] = line
+    return found
+
+
+_OPEN = re.compile(r"-m (?:limit|hashlimit|u32|bpf|owner)\b|--mode nth")
+"""Matches that rest on what no snapshot shows."""
 
 
 def _fresh(case: Case) -> Case:
@@ -270,7 +331,13 @@ def _judge(machine: Rig, batch: list[Case]) -> list[Judged]:
             stories[key], machine.handles[family], machine.rule_count[family], machine.links
         )
         told = bool(stories[key].events) or not case.ingress
-        judgement = judge(walk, seen, machine.conntrack, machine.masters)
+        judgement = judge(
+            walk,
+            seen,
+            machine.conntrack,
+            machine.masters,
+            machine.open_rules[case.packet.family],
+        )
         judged.append((case, judgement, seen if told else None, walk))
     return judged
 
@@ -289,10 +356,13 @@ def _later(machine: Rig, case: Case, seen: Observed) -> list[Case]:
         first, src=ip_address(seen.seen.src), dst=ip_address(seen.seen.dst), sport=seen.seen.sport,
         dport=seen.seen.dport,
     )  # fmt: skip
+    answer = replace(sent.reply(), ttl=64, tcp_flags=TcpFlags.SYN | TcpFlags.ACK)
     return [
         Case(
             ingress=back,
-            packet=replace(sent.reply(), ttl=64, tcp_flags=TcpFlags.SYN | TcpFlags.ACK),
+            packet=replace(
+                answer, length=len(build(answer, 1)), src_mac=machine.bed.peer_mac(back)
+            ),
             label=f"later: answer to {case.label}",
         ),
         Case(
