@@ -112,6 +112,8 @@ class Namespace:
             nat_at = next((s.priority for s in found if s.kind is StationKind.NAT), 0)
             for ruleset in self.rulesets(family):
                 for chain in ruleset.base_chains(hook):
+                    if not _sees(ruleset, chain, family):
+                        continue
                     nat = chain.type is ChainType.NAT
                     found.append(
                         Station(
@@ -199,6 +201,14 @@ class Namespace:
             return self.snapshot.ipsets
         found = self.snapshot.ipsets.get(name)
         return Unavailable(reason=f"the ipset {name} was not there") if found is None else found
+
+
+def _sees(ruleset: Ruleset, chain: BaseChain, family: int) -> bool:
+    """Whether packets of `family` pass `chain`: nftables tables carry their own family."""
+    if ruleset.family:
+        return True
+    of_table = chain.table.partition(" ")[0]
+    return of_table == "inet" or of_table == ("ip" if family == 4 else "ip6")
 
 
 def _needs_conntrack(ruleset: Ruleset) -> bool:

@@ -98,7 +98,7 @@ def _chain(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...
     for alternative in alternatives:
         after = replace(cursor, state=alternative.state)
         if alternative.verdict.kind is not VerdictKind.ACCEPT:
-            ways.append(_stopped(after, alternative))
+            ways += _stopped(after, alternative)
             continue
         way = Way(
             cursor=after,
@@ -134,7 +134,7 @@ def _after(first: Way, then: Way) -> Way:
         flows=first.flows + then.flows,
         missing=first.missing + then.missing,
         chance=chance,
-        because=", ".join(part for part in (first.because, then.because) if part),
+        because=_joined(first.because, then.because),
     )
 
 
@@ -144,32 +144,49 @@ _STOPS: Final = {
 }
 
 
-def _stopped(cursor: Cursor, alternative: Alternative) -> Way:
+def _stopped(cursor: Cursor, alternative: Alternative) -> list[Way]:
+    """What comes of a verdict that is not ACCEPT."""
     verdict = alternative.verdict
+    chance, because = alternative.chance, alternative.because
     disposition = _STOPS.get(verdict.kind)
     if disposition is not None:
-        return end(
+        stop = end(
             cursor,
             disposition,
             verdict.detail,
             *alternative.steps,
             citation=verdict.citation,
             reject_with=verdict.reject_with,
-            chance=alternative.chance,
-            because=alternative.because,
+            chance=chance,
+            because=because,
         )
+        return [stop]
+    ways: list[Way] = []
+    if verdict.kind is VerdictKind.QUEUE:
+        # nf_reinject(): accepted packets go on with the next thing on the hook.
+        accepted = "if the program that it is queued to lets it pass unchanged"
+        onward = Way(cursor=cursor, steps=alternative.steps, chance=chance, because=because)
+        ways.append(replace(onward, chance=None, because=_joined(because, accepted)))
+        chance, because = None, _joined(because, "if that program does something else with it")
     detail = verdict.detail or {
         VerdictKind.QUEUE: "handed to a program in user space; what that does is not known",
         VerdictKind.STOLEN: "taken by the rule's target; what becomes of it is not known",
     }.get(verdict.kind, "the rule is not understood")
-    return unknown(
-        cursor,
-        detail,
-        *alternative.steps,
-        citation=verdict.citation,
-        chance=alternative.chance,
-        because=alternative.because,
+    ways.append(
+        unknown(
+            cursor,
+            detail,
+            *alternative.steps,
+            citation=verdict.citation,
+            chance=chance,
+            because=because,
+        )
     )
+    return ways
+
+
+def _joined(*parts: str) -> str:
+    return ", ".join(part for part in parts if part)
 
 
 def _conntrack(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...]:
@@ -260,7 +277,7 @@ def _nat_chain(context: Context, cursor: Cursor, station: Station) -> tuple[Way,
     for alternative in traverse(station.ruleset, station.chain, cursor.state, cursor.space):
         after = replace(cursor, state=alternative.state)
         if alternative.verdict.kind is not VerdictKind.ACCEPT:
-            ways.append(_stopped(after, alternative))
+            ways += _stopped(after, alternative)
             continue
         way = Way(
             cursor=after,

@@ -589,3 +589,13 @@ def test_a_zone_has_its_own_connections() -> None:
     leaf = one(walked)
     assert [flow.entry.zone for flow in leaf.flows] == [3]
     assert [m.what for m in walked.missing] == ["conntrack"]
+
+
+def test_a_queued_packet_may_pass_or_not() -> None:
+    node = ptp()
+    node.host.iptables(
+        "*filter\n:FORWARD ACCEPT [0:0]\n-A FORWARD -j NFQUEUE --queue-num 3\nCOMMIT\n"
+    )
+    leaves = list(node.walk(tcp("10.142.0.9:4000", "10.40.0.6:8080"), into="eth0").leaves())
+    assert [leaf.outcome.disposition for leaf in leaves] == [D.DELIVERED, D.UNKNOWN]
+    assert [leaf.chance for leaf in leaves] == [None, None]
