@@ -71,8 +71,9 @@ class Programs:
     ipset: tuple[str, ...] = ("ipset",)
     python_iptables: bool = True
     """Read legacy with python-iptables where its save command is missing."""
-    timeout: float = 30.0
-    """Seconds for all the dumps of one namespace."""
+    timeout: float = 120.0
+    """Seconds for all the dumps of one namespace; iptables-nft-save was seen to need 50 for
+    140,000 lines on a busy machine."""
     limit: int = 512 << 20
     """Bytes that one dump may have."""
 
@@ -162,7 +163,14 @@ class DumpCache:
     def __init__(self, *, most_bytes: int = 256 << 20) -> None:
         self._most = most_bytes
         self._lock = threading.Lock()
+        self._readers: dict[int, threading.Lock] = {}
         self._dumps: OrderedDict[tuple[int, int], IptablesDump] = OrderedDict()
+
+    def reader(self, cookie: int) -> threading.Lock:
+        """Held by whoever reads a namespace's rules for the cache, so that a burst of calls reads
+        them once."""
+        with self._lock:
+            return self._readers.setdefault(cookie, threading.Lock())
 
     def get(self, cookie: int | None, family: int, generation: int) -> IptablesDump | None:
         """The dump of this very generation, if there is one."""
@@ -184,6 +192,10 @@ class DumpCache:
             self._dumps.move_to_end((cookie, dump.family))
             while sum(len(kept.text) for kept in self._dumps.values()) > self._most:
                 self._dumps.popitem(last=False)
+            alive = {kept for kept, _ in self._dumps}
+            for idle in [c for c, lock in self._readers.items() if not lock.locked()]:
+                if idle not in alive:
+                    del self._readers[idle]
 
 
 @dataclass(slots=True)
@@ -219,25 +231,60 @@ class IptablesReading:
             () if self.generation is None else nft_tables(reader.netfilter)
         )
         """Every nf_tables table, iptables-nft's included."""
-        self._wanted = [*self._want_legacy(), *self._want_nft()]
+        self._turn: threading.Lock | None = None
+        self._wanted: list[_Wanted] = []
+        try:
+            self._wait_for_others()
+            self._start_legacy()
+            for family in self._nft_families():
+                self._wanted.append(self._start(NFT, family))
+        except BaseException:
+            self.abandon()
+            raise
 
-    def _want_legacy(self) -> list[_Wanted]:
-        wanted = []
+    def _wait_for_others(self) -> None:
+        """Takes the turn to fill the cache, unless it is filled; after the time that a dump may
+        take it reads without a turn."""
+        if self._cache is None or self._cookie is None or self._fresh or self._cached():
+            return
+        turn = self._cache.reader(self._cookie)
+        if not turn.acquire(timeout=self._programs.timeout):
+            return
+        self._turn = turn
+        self.generation = nft_generation(self._reader.netfilter)
+        if self.generation is not None:
+            self.tables = nft_tables(self._reader.netfilter)
+        if self._cached():
+            self._release()
+
+    def _cached(self) -> bool:
+        """True when no nft dump has to be made."""
+        families = self._nft_families()
+        if not families or self._cache is None or self.generation is None:
+            return not families
+        generation, cache = self.generation, self._cache
+        return all(cache.get(self._cookie, f, generation) is not None for f in families)
+
+    def _nft_families(self) -> list[int]:
+        return [
+            family
+            for family, name in _NFT_FAMILY.items()
+            if any(t.family == name and t.name in IPTABLES_TABLES for t in self.tables)
+        ]
+
+    def _release(self) -> None:
+        turn, self._turn = self._turn, None
+        if turn is not None:
+            turn.release()
+
+    def _start_legacy(self) -> None:
         for family, names in _NAMES.items():
             try:
                 tables = self._reader.read_net(names).split()
             except FileNotFoundError:
                 continue  # the module is not loaded
             if tables:
-                wanted.append(self._start(LEGACY, family))
-        return wanted
-
-    def _want_nft(self) -> list[_Wanted]:
-        wanted = []
-        for family, name in _NFT_FAMILY.items():
-            if any(t.family == name and t.name in IPTABLES_TABLES for t in self.tables):
-                wanted.append(self._start(NFT, family))
-        return wanted
+                self._wanted.append(self._start(LEGACY, family))
 
     def _start(self, backend: str, family: int) -> _Wanted:
         wanted = _Wanted(backend=backend, family=family)
@@ -264,13 +311,20 @@ class IptablesReading:
         return wanted
 
     def abandon(self) -> None:
-        """Kills what is under way."""
+        """Kills what is under way; after `finish` there is nothing."""
+        self._release()
         for wanted in self._wanted:
             if wanted.child is not None:
                 wanted.child.kill()
 
     def finish(self) -> IptablesDumps:
         """Waits for the dumps; those of nft again when the rules changed meanwhile."""
+        try:
+            return self._finish()
+        finally:
+            self._release()
+
+    def _finish(self) -> IptablesDumps:
         self._collect(self._wanted)
         consistent = True
         for attempt in range(_ATTEMPTS):

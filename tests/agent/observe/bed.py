@@ -94,7 +94,11 @@ class Bed:
     def netns(self, name: str) -> Netns:
         full = f"{self.prefix}-{name}"
         subprocess.run(["ip", "netns", "add", full], check=True)
-        made = Netns(full, open_path(Path("/run/netns") / full))
+        try:
+            made = Netns(full, open_path(Path("/run/netns") / full))
+        except BaseException:
+            subprocess.run(["ip", "netns", "delete", full], check=False)
+            raise
         self.made.append(made)
         made.ip("link", "set", "lo", "up")
         return made

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from gketrace.snapshot import Unavailable
@@ -164,6 +166,15 @@ def test_the_cache_forgets_over_its_bound(bed: Bed) -> None:
     netns.run("iptables-nft", "-A", "INPUT", "-j", "ACCEPT")
     (first,) = read(netns, cache=cache).dumps
     assert read(netns, cache=cache).dumps != (first,)
+
+
+def test_a_burst_of_calls_reads_once(bed: Bed) -> None:
+    netns = bed.netns("burst")
+    netns.run("iptables-nft", "-A", "INPUT", "-j", "ACCEPT")
+    cache = DumpCache()
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: read(netns, cache=cache).dumps, range(8)))
+    assert {id(dump) for (dump,) in results} == {id(results[0][0])}
 
 
 def test_legacy_is_read_again_each_time(bed: Bed) -> None:
