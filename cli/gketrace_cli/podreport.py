@@ -118,7 +118,7 @@ def build_pod_report(
     gaps = [*missing, *inside.missing, *(host.missing if not resolved.host_network else ())]
     problems: list[str] = []
     attachments = () if resolved.host_network else tuple(_attachments(inside, host, gaps))
-    towards = () if resolved.host_network else tuple(_both_ways(pod, inside, host))
+    towards = () if resolved.host_network else tuple(_both_ways(pod, inside, host, gaps))
     forwarding = tuple(_forwarding(pod, resolved, inside, host, attachments))
     summaries = tuple(rulesets)
     for summary in summaries:
@@ -250,15 +250,17 @@ def _state(link: Link) -> str:
     return "up" if link.carrier else "up, without carrier (its other end is down)"
 
 
-def _both_ways(pod: Pod, inside: NetnsSnapshot, host: NetnsSnapshot) -> Iterator[Towards]:
+def _both_ways(
+    pod: Pod, inside: NetnsSnapshot, host: NetnsSnapshot, gaps: list[Missing]
+) -> Iterator[Towards]:
     """One entry per address family and direction."""
     fib_inside, fib_host = Fib(inside), Fib(host)
     for text in pod.pod_ips:
         ip = ip_address(text)
         back = next(iter(_host_addresses(pod, host, ip.version)), None)
         if back is not None:
-            yield _towards("pod → node", fib_inside, back, inside, host)
-        yield _towards("node → pod", fib_host, ip, host, inside)
+            yield _towards("pod → node", fib_inside, back, inside, host, gaps)
+        yield _towards("node → pod", fib_host, ip, host, inside, gaps)
 
 
 def _host_addresses(pod: Pod, host: NetnsSnapshot, version: int) -> Iterator[IPAddress]:
@@ -271,14 +273,20 @@ def _host_addresses(pod: Pod, host: NetnsSnapshot, version: int) -> Iterator[IPA
 
 
 def _towards(
-    what: str, fib: Fib, destination: IPAddress, near: NetnsSnapshot, far: NetnsSnapshot
+    what: str,
+    fib: Fib,
+    destination: IPAddress,
+    near: NetnsSnapshot,
+    far: NetnsSnapshot,
+    gaps: list[Missing],
 ) -> Towards:
     decision = fib.output(destination)[0]
     text = ""
     if decision.route is not None:
         text = decision.route.text
     if decision.kind is RouteKind.UNKNOWN:
-        return Towards(what=what, destination=destination, route=decision.detail)
+        gaps.append(_gap("route", Unavailable(reason=decision.detail), near))
+        return Towards(what=what, destination=destination)
     if decision.kind not in _GOOD_ROUTES:
         side = "pod" if what.startswith("pod") else "node"
         return Towards(

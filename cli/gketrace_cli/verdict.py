@@ -68,7 +68,7 @@ _COMMENT: Final = re.compile(r'--comment (?:"([^"]*)"|(\S+))|comment "([^"]*)"')
 _WORDS: Final = {
     Disposition.DELIVERED: "delivered",
     Disposition.TRANSMITTED: "leaves the cluster",
-    Disposition.REFUSED: "refused: nothing listens",
+    Disposition.REFUSED: "refused",
     Disposition.DROPPED: "dropped",
     Disposition.REJECTED: "rejected",
     Disposition.UNREACHABLE: "unreachable",
@@ -85,12 +85,20 @@ def target_text(question: Question) -> str:
     return f"{host}{port}/{protocol_name(question.protocol)}"
 
 
-def path_standing(question: Question, path: Path) -> Standing:
-    """How one path counts."""
+def path_standing(answer: Answer, path: Path) -> Standing:
+    """How one of the answer's paths counts.
+
+    A failure that hangs on something unknown proves something only when all other ways fail too.
+    """
+    question = answer.question
     disposition = path.outcome.disposition
     if path.missing or disposition is Disposition.UNKNOWN:
         return Standing.UNKNOWN
     if disposition in FAILURE:
+        if path.chance is None and not all(
+            other.outcome.disposition in FAILURE for other in answer.paths
+        ):
+            return Standing.UNKNOWN
         dropped = disposition is Disposition.DROPPED and question.configured_drop
         return Standing.CONFIGURED if dropped else Standing.BROKEN
     if disposition not in SUCCESS:
@@ -117,9 +125,8 @@ def outcome_text(path: Path) -> str:
         return f"{word}: {outcome.detail}"
     cited = outcome.citation
     if cited is not None and cited.chain:
-        word += f" by {cited.table} {cited.chain}" + (
-            f":{cited.position}" if cited.position else ""
-        )
+        place = f":{cited.position}" if cited.position else ""
+        word += f" by {cited.table} {cited.chain}{place}"
         comment = _COMMENT.search(cited.text)
         if comment:
             word += f" ({next(filter(None, comment.groups()))})"
@@ -137,13 +144,11 @@ def _code(standings: Iterable[tuple[Question, Standing]], missing: Sequence[Miss
 
 def judge_service(name: str, answers: Sequence[Answer], missing: Sequence[Missing]) -> Verdict:
     """For `gketrace service`."""
-    judged = [(a.question, p, path_standing(a.question, p)) for a in answers for p in a.paths]
+    judged = [(a.question, p, path_standing(a, p)) for a in answers for p in a.paths]
     code = _code(((q, s) for q, _, s in judged), missing)
     ways = len(answers)
     by_way = {
-        standing: sum(
-            1 for a in answers if any(path_standing(a.question, p) is standing for p in a.paths)
-        )
+        standing: sum(1 for a in answers if any(path_standing(a, p) is standing for p in a.paths))
         for standing in Standing
     }
     broken = [(q, p) for q, p, s in judged if s is Standing.BROKEN]
@@ -159,32 +164,43 @@ def judge_service(name: str, answers: Sequence[Answer], missing: Sequence[Missin
         question, path = asked[0]
         text = f"{name} does not answer this way, as configured: {question.configured_drop}"
     elif unknown or not judged:
+        missing = [] if unknown and unknown[0][1].missing and not _absent(missing) else missing
+        fine = by_way[Standing.FINE]
         text = f"Could not tell whether {name} works"
-        if unknown:
+        if fine:
+            text = f"Could not see all of {name}: {fine} of {ways} ways lead to {_ends(judged)}"
+        if unknown and not _absent(missing):
             question, path = unknown[0]
-            text += f": {_way(question)} is {_uncertain(question, path)}"
+            text += f"; {_way(question)} is {_uncertain(question, path)}"
     else:
-        ends = sorted({p.endpoint for _, p, s in judged if s is Standing.FINE and p.endpoint})
         fine = by_way[Standing.FINE]
         if not fine:
             text = f"{name} drops all {ways} ways traced, as configured"
         else:
             count = f"all {ways} ways" if fine == ways else f"{fine} of {ways} ways"
             count = "the way" if ways == 1 else count
-            where = ends[0] if len(ends) == 1 else f"{len(ends)} endpoints"
-            text = f"{name} works: {count} traced lead{'s' if ways == 1 else ''} to {where}"
+            text = f"{name} works: {count} traced lead{'s' if ways == 1 else ''} to {_ends(judged)}"
         dropped = by_way[Standing.CONFIGURED]
         if dropped and fine:
             text += f"; {dropped} {'is' if dropped == 1 else 'are'} dropped as configured"
-    if unknown and unknown[0][1].missing and not broken:
-        missing = ()  # what is missing has just been said
     return Verdict(text=_also_missing(text, missing), code=code)
+
+
+def _ends(judged: Sequence[tuple[Question, Path, Standing]]) -> str:
+    """The one endpoint, or how many."""
+    ends = sorted({p.endpoint for _, p, s in judged if s is Standing.FINE and p.endpoint})
+    return ends[0] if len(ends) == 1 else f"{len(ends)} endpoints"
+
+
+def _absent(missing: Sequence[Missing]) -> list[str]:
+    """Nodes whose agent does not answer."""
+    return sorted({m.node for m in missing if m.what == "agent" and m.node})
 
 
 def judge_trace(answer: Answer, missing: Sequence[Missing]) -> Verdict:
     """For `gketrace trace`: just this way was asked for."""
     question = answer.question
-    judged = [(question, p, path_standing(question, p)) for p in answer.paths]
+    judged = [(question, p, path_standing(answer, p)) for p in answer.paths]
     code = _code(((q, s) for q, _, s in judged), missing)
     way = f"{question.sender.text} → {target_text(question)}"
     bad = next((p for _, p, s in judged if s in (Standing.BROKEN, Standing.CONFIGURED)), None)
@@ -256,7 +272,7 @@ def _percent(path: Path) -> str:
 def _also_missing(text: str, missing: Sequence[Missing]) -> str:
     if not missing:
         return f"{text}."
-    nodes = sorted({m.node for m in missing if m.what == "agent" and m.node})
+    nodes = _absent(missing)
     if nodes:
         return f"{text}; not everything was seen: no agent answers on {', '.join(nodes)}."
     return f"{text}; not everything was seen: {missing[0]}."

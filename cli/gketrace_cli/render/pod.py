@@ -146,7 +146,7 @@ def _outside(page: Page, report: PodReport) -> None:
             state = port.state if port is not None else "state not known"
             hairpin = f", hairpin {'on' if port.hairpin else 'off'}" if port is not None else ""
             _entry(page, "bridge", f"{at.bridge.name}: port {at.host.name} is {state}{hairpin}")
-            if not at.learned:
+            if not at.learned and at.link.mac:
                 _entry(page, "", f"{at.link.mac} is not in its forwarding table (it would flood)")
             for entry, name in at.learned:
                 _entry(page, "", f"{entry.mac} is on port {name}, {_age(entry)}")

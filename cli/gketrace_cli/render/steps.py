@@ -155,6 +155,8 @@ def _effect(step: Step, cited: Citation) -> str:
         chance = f" (p={float(drawn[1]):.3f})" if drawn[1] else f" (1 of {drawn[2]})"
     if step.before.mark != step.after.mark:
         return f"mark {step.before.mark:#x} → {step.after.mark:#x}{chance}"
+    if found is None and cited.text.startswith("-A "):
+        return "matches and has no target"
     if found is None:
         return f"{step.note or cited.text}{chance}"
     if step.action in (StepAction.JUMP, StepAction.GOTO):

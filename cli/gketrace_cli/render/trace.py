@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from gketrace.trace import Hop, Missing, NetnsKind, Path, Step, StepAction, StepKind
-from gketrace_cli.frontdoors import Question
 from gketrace_cli.render.layout import Page
 from gketrace_cli.render.steps import STYLES, draw_idle_jumps, draw_step, idle_jumps, minor
 from gketrace_cli.verdict import (
@@ -76,8 +75,7 @@ def _representatives(answers: Sequence[Answer], *, all_of_them: bool) -> list[in
             question.sender.outside,
             question.sender.pod is None,
             tuple(
-                (p.outcome.disposition, p.endpoint, path_standing(question, p))
-                for p in answer.paths
+                (p.outcome.disposition, p.endpoint, path_standing(answer, p)) for p in answer.paths
             ),
         )
         like.append(index if all_of_them else first.setdefault(kind, index))
@@ -103,7 +101,7 @@ def _ends(answer: Answer) -> list[tuple[str, str]]:
     """One line per end, alike ones joined: (text, style)."""
     question = answer.question
     lines: list[tuple[str, str]] = []
-    fine = [p for p in answer.paths if path_standing(question, p) is Standing.FINE]
+    fine = [p for p in answer.paths if path_standing(answer, p) is Standing.FINE]
     if fine:
         seen = sorted({p.source_seen for p in fine if p.source_seen})
         source = f"; source seen: {' or '.join(seen)}" if seen else ""
@@ -113,7 +111,7 @@ def _ends(answer: Answer) -> list[tuple[str, str]]:
             shares = ", ".join(f"{_address(p)} ({_chance(p)})" for p in fine)
             lines.append((f"delivered to one of {len(fine)}: {shares}{source}", "green"))
     for path in answer.paths:
-        standing = path_standing(question, path)
+        standing = path_standing(answer, path)
         if standing is Standing.FINE:
             continue
         text = f"{_share(path)}{outcome_text(path)}"
@@ -162,7 +160,7 @@ def _draw_answer(page: Page, number: int, answer: Answer) -> None:
                 for why in path.because:
                     page.entry("because", why)
         last = _draw_steps(page, flat[shared:], hop)
-        _draw_end(page, question, path)
+        _draw_end(page, answer, path)
         if path.reply is not None:
             _draw_back(page, path, path.reply, last + 1)
 
@@ -219,16 +217,18 @@ def _place(page: Page, hop: Hop) -> str:
     return page.short(f"{ref} on node {ref.node}")
 
 
-def _draw_end(page: Page, question: Question, path: Path) -> None:
+def _draw_end(page: Page, answer: Answer, path: Path) -> None:
     style = STYLES.get(path.outcome.disposition, "red")
     text = outcome_text(path)
     if path.source_seen:
         text += f"; source seen: {path.source_seen}"
-    if path_standing(question, path) is Standing.CONFIGURED:
-        text += f" (as configured: {question.configured_drop})"
+    if path_standing(answer, path) is Standing.CONFIGURED:
+        text += f" (as configured: {answer.question.configured_drop})"
     page.entry("end", text, style, "bold")
     cited = path.outcome.citation
-    if cited is not None and path.outcome.disposition.value not in ("delivered", "transmitted"):
+    last = path.hops[-1].steps[-1].citation if path.hops and path.hops[-1].steps else None
+    shown = cited == last or path.outcome.disposition.value in _FINE_BACK
+    if cited is not None and not shown:
         page.entry("", f"because of: {cited.text}", style)
     for item in path.missing:
         page.entry("not seen", str(item), "yellow")

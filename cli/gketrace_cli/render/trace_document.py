@@ -27,7 +27,7 @@ def trace_document(
     for answer in answers:
         question = answer.question
         for path in answer.paths:
-            standing = path_standing(question, path)
+            standing = path_standing(answer, path)
             unknown = unknown or standing is Standing.UNKNOWN
             configured = standing is Standing.CONFIGURED
             paths.append(
