@@ -194,10 +194,6 @@ class Chain:
         return count
 
 
-_NFT_SECURITY: Final = 150
-"""iptables/nft.c, xtables_ipv4: the one table whose priority is not the kernel table's."""
-
-
 class IptablesRuleset(Ruleset):
     """What one run of iptables-save printed.  Made by `parse_iptables_save`."""
 
@@ -235,9 +231,6 @@ class IptablesRuleset(Ruleset):
                 chain = self.chain(table, hook.value) if on is hook else None
                 if table == "security" and self.backend == "iptables-nft":
                     priority = IPTABLES_NFT_SECURITY
-                if table == "security" and self.backend == "iptables-nft":
-                    # iptables-nft hangs it behind nat (150, where the kernel's own table is at 50).
-                    priority = _NFT_SECURITY
                 if chain is not None and chain.policy:
                     found.append(
                         BaseChain(

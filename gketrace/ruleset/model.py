@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "IPTABLES_HOOKS",
+    "IPTABLES_NFT_SECURITY",
     "BaseChain",
     "ChainType",
     "Match",
@@ -188,5 +189,9 @@ IPTABLES_HOOKS: Final[Mapping[str, tuple[tuple[Hook, int, ChainType], ...]]] = {
         (Hook.OUTPUT, 50, _FILTER),
     ),
 }
-"""Table → its base chains: enum nf_ip_hook_priorities and iptable_*.c; iptables/nft.c has the same
-(xtables_ipv4).  With ``raw_before_defrag=1`` raw is at -450; nothing else is in between."""
+"""Table → its base chains: enum nf_ip_hook_priorities and iptable_*.c.  With
+``raw_before_defrag=1`` raw is at -450; nothing else is in between."""
+
+IPTABLES_NFT_SECURITY: Final = 150
+"""iptables-nft puts its security table behind nat's source translation, not at 50 as the kernel's
+own table (xtables_ipv4 in iptables/nft.c)."""

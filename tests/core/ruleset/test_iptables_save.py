@@ -141,6 +141,13 @@ def test_priorities_interleave_tables() -> None:
     assert ruleset.base_chains(Hook.OUTPUT)[2].type is ChainType.NAT
 
 
+@pytest.mark.parametrize(("backend", "priority"), [("iptables-legacy", 50), ("iptables-nft", 150)])
+def test_iptables_nft_hangs_security_behind_nat(backend: str, priority: int) -> None:
+    text = b"*security\n:INPUT ACCEPT [0:0]\nCOMMIT\n"
+    ruleset = parse_iptables_save(text, source="x", backend=backend)
+    assert [b.priority for b in ruleset.base_chains(Hook.INPUT)] == [priority]
+
+
 @pytest.mark.parametrize(
     ("text", "line", "message"),
     [

@@ -382,6 +382,7 @@ def test_mac() -> None:
     assert ask(rule, replace(TCP, src_mac="00:11:22:aa:bb:cc")) is Y
     assert ask(rule, replace(TCP, src_mac="00:11:22:aa:bb:cd")) is N
     assert ask(rule, in_iface="", hook=Hook.OUTPUT) is N
+    assert ask("-m mac ! --mac-source 00:11:22:AA:BB:CC", in_iface="lo") is N
 
 
 @pytest.mark.parametrize(
