@@ -53,6 +53,9 @@ _VALID_FLAGS: Final = frozenset(
 """tcp_valid_flags of nf_conntrack_proto_tcp.c; PSH, ECE and CWR are not looked at."""
 _IGNORED_FLAGS: Final = TcpFlags.PSH | TcpFlags.ECE | TcpFlags.CWR
 _CLOSED: Final = frozenset({"TIME_WAIT", "CLOSE"})
+_ANSWERABLE: Final = frozenset({"SYN_RECV", "SYN_SENT2"})
+_REOPENABLE: Final = frozenset({"SYN_SENT", "SYN_SENT2", "TIME_WAIT"})
+_OPENING: Final = frozenset({"SYN_SENT", "SYN_SENT2"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +101,10 @@ def track(
             elif entry is not None:
                 flow = Flow(netns=netns, entry=entry, assumed=False)
     if flow is not None and not _reopened(packet, flow.entry):
-        return (_existing(tuple5, flow),)
+        known = _existing(tuple5, flow)
+        if why := _out_of_turn(packet, flow.entry, known.ct.direction):
+            return (_invalid(why),)
+        return (known,)
     return _first(packet, tcp_loose=tcp_loose, unavailable=unavailable)
 
 
@@ -210,6 +216,29 @@ def _reopened(packet: Packet, entry: ConntrackEntry) -> bool:
         and packet.tcp_flags & (TcpFlags.SYN | TcpFlags.ACK | TcpFlags.RST) == TcpFlags.SYN
         and _same(entry.orig, packet.tuple5)
     )
+
+
+def _out_of_turn(packet: Packet, entry: ConntrackEntry, direction: Direction) -> str:
+    """Why TCP tracking refuses a segment in the entry's state; "" when it does not.
+
+    What the table tcp_conntracks of nf_conntrack_proto_tcp.c maps to sIV.  Sequence numbers are
+    not part of the question, so the window is taken to be kept.
+    """
+    if packet.protocol != Protocol.TCP or not entry.tcp_state:
+        return ""
+    flags, state = packet.tcp_flags, entry.tcp_state
+    original = direction is Direction.ORIGINAL
+    if flags & TcpFlags.RST:
+        return ""
+    if flags & TcpFlags.SYN and flags & TcpFlags.ACK:
+        what, bad = "a SYN+ACK from the opener", original and state not in _ANSWERABLE
+    elif flags & TcpFlags.SYN:
+        what, bad = "a SYN from the answerer", not original and state not in _REOPENABLE
+    elif flags & TcpFlags.FIN:
+        what, bad = "a FIN", state in _OPENING
+    else:
+        what, bad = "an ACK from the opener", original and state in _OPENING
+    return f"{what} in the state {state}" if bad else ""
 
 
 def _malformed(packet: Packet) -> Tracking | None:

@@ -77,6 +77,27 @@ def test_a_closed_connection_is_opened_again_by_a_syn_only() -> None:
     assert seen(replace(SYN, tcp_flags=TcpFlags.ACK), closed).flow is not None
 
 
+@pytest.mark.parametrize(
+    ("flags", "state", "answer", "valid"),
+    [
+        (TcpFlags.ACK, "SYN_SENT", False, False),
+        (TcpFlags.ACK, "SYN_SENT", True, True),
+        (TcpFlags.ACK, "SYN_RECV", False, True),
+        (TcpFlags.SYN | TcpFlags.ACK, "SYN_SENT", True, True),
+        (TcpFlags.SYN | TcpFlags.ACK, "ESTABLISHED", False, False),
+        (TcpFlags.FIN | TcpFlags.ACK, "SYN_SENT", False, False),
+        (TcpFlags.FIN | TcpFlags.ACK, "ESTABLISHED", True, True),
+        (TcpFlags.SYN, "ESTABLISHED", True, False),
+        (TcpFlags.RST, "SYN_SENT", True, True),
+    ],
+)
+def test_tcp_out_of_turn_is_invalid(flags: int, state: str, answer: bool, valid: bool) -> None:
+    packet = replace(SYN.reply() if answer else SYN, tcp_flags=flags)
+    found = seen(packet, entry(tcp_state=state))
+    assert (found.ct.state is not CtState.INVALID) is valid
+    assert valid or state in found.note
+
+
 def test_the_kernel_is_not_asked_for_what_is_not_known_in_full() -> None:
     assert seen(tcp("10.0.0.1", "10.0.0.2:80"), entry()).flow is None
     assert not complete_tuple(tcp("10.0.0.1", "10.0.0.2:80").tuple5)
