@@ -1,0 +1,182 @@
+"""The program as a process: start-up, one-line errors, signals, pipes, colour."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from gketrace.errors import GketraceError
+from gketrace_cli import __version__
+from gketrace_cli import app as application
+from gketrace_cli.main import run
+from tests.cli.stage import Stage
+
+BIN = Path(sys.executable).parent
+
+
+def gketrace(
+    *words: str, program: str = "gketrace", **more: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(BIN / program), *words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "COLUMNS": "80", **more},
+        check=False,
+    )
+
+
+def test_help_is_quick_and_fits_80_columns() -> None:
+    times = []
+    for _ in range(5):
+        begun = time.monotonic()
+        done = gketrace("--help")
+        times.append(time.monotonic() - begun)
+        assert done.returncode == 0
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    for command in ("pod", "service", "trace"):
+        assert command in done.stdout
+    assert min(times) < 0.3, statistics.median(times)
+
+
+@pytest.mark.parametrize("command", ["pod", "service", "trace"])
+def test_each_command_explains_itself(command: str) -> None:
+    result = CliRunner().invoke(application.app, [command, "--help"])
+    assert result.exit_code == 0
+    assert "--namespace" in result.stdout
+    assert "For example:" in result.stdout
+
+
+def test_version() -> None:
+    assert gketrace("--version").stdout == f"gketrace {__version__}\n"
+
+
+def test_no_command_shows_help_and_is_a_usage_error() -> None:
+    done = gketrace()
+    assert done.returncode == 2
+    assert "Usage: gketrace" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["nonsense"],
+        ["pod"],
+        ["pod", "a", "b"],
+        ["pod", "a", "--nonsense"],
+        ["pod", "a", "-o", "xml"],
+        ["pod", "a", "--timeout", "soon"],
+        ["service", "a", "--via", "pigeon"],
+        ["trace", "pod/a"],
+        ["pod", "a", "--agent", "x"],
+        ["pod", "a", "--agent", "x=y"],
+        ["pod", "a", "--kubeconfig", "/nonexistent"],
+    ],
+)
+def test_usage_errors_are_one_line(words: list[str]) -> None:
+    done = gketrace(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_kubectl_plugin_is_the_same_program() -> None:
+    done = gketrace("pod", program="kubectl-gketrace")
+    assert done.returncode == 2
+    assert "'kubectl gketrace pod --help'" in done.stderr
+
+
+def test_a_bug_is_one_line_and_never_exit_0(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError("a\nb")
+
+    made = typer.Typer()
+    made.command()(broken)
+    monkeypatch.setattr(application, "app", made)
+    assert run(["--"]) == 3
+    err = capsys.readouterr().err
+    assert err.startswith("internal error: ZeroDivisionError: a b (please report this")
+    assert err.count("\n") == 1
+    monkeypatch.setenv("GKETRACE_DEBUG", "1")
+    run(["--"])
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_error_prints_its_hint(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> None:
+        raise GketraceError("it broke", hint="mend it")
+
+    made = typer.Typer()
+    made.command()(broken)
+    monkeypatch.setattr(application, "app", made)
+    assert run(["--"]) == 3
+    assert capsys.readouterr().err == "error: it broke; mend it\n"
+
+
+def test_ctrl_c_is_quiet(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        kubeconfig = tmp_path / "kubeconfig"
+        kubeconfig.write_text(
+            f"""
+apiVersion: v1
+kind: Config
+current-context: c
+clusters: [{{name: c, cluster: {{server: "http://127.0.0.1:{silent.getsockname()[1]}"}}}}]
+users: [{{name: u, user: {{token: t}}}}]
+contexts: [{{name: c, context: {{cluster: c, user: u}}}}]
+"""
+        )
+        process = subprocess.Popen(
+            [str(BIN / "gketrace"), "pod", "a", "--kubeconfig", str(kubeconfig)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        connection, _ = silent.accept()  # it is asking, and nobody answers
+        with connection:
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (130, "", "")
+
+
+def test_a_closed_pipe_is_quiet(shared_stage: Stage) -> None:
+    words = shared_stage.arguments("service", "web-nodeport", "-o", "json")
+    with subprocess.Popen(
+        [str(BIN / "gketrace"), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(30) == 0
+
+
+def test_no_colour_and_no_progress_when_not_on_a_terminal(shared_stage: Stage) -> None:
+    done = gketrace(*shared_stage.arguments("service", "hello-server", "--via", "clusterip"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\033" not in done.stdout
+
+
+def test_a_terminal_without_unicode_gets_ascii(shared_stage: Stage) -> None:
+    words = shared_stage.arguments("trace", "pod/web-0", "svc/hello-server")
+    done = gketrace(*words, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0
+    assert " -> " in done.stdout
+    assert done.stdout.isascii()
