@@ -171,8 +171,9 @@ def _flow_differs(flow: Flow, conntrack: ConntrackView) -> str:
 
 
 def _tracked(flow: Flow) -> bool:
-    """An entry that the walk says the kernel would make."""
-    return flow.assumed and not flow.entry.status & CtStatus.UNTRACKED
+    """An entry that the walk says the kernel would make, in the zone in which it is looked up."""
+    entry = flow.entry
+    return flow.assumed and not entry.status & CtStatus.UNTRACKED and not entry.zone
 
 
 def _leaf_differs(
@@ -192,7 +193,8 @@ def _leaf_differs(
     if seen.seen is None:
         return ""
     out = leaf.outcome.interface
-    if seen.end == "sent" and seen.interface != masters.get(out, out):
+    left = leaf.outcome.disposition is Disposition.TRANSMITTED
+    if seen.end == "sent" and left and seen.interface != masters.get(out, out):
         return f"leaves by {leaf.outcome.interface} but kernel {seen.interface}"
     return _packet_differs(leaf.outcome.packet, seen.seen, seen.mark)
 
@@ -218,13 +220,15 @@ def _first_difference(mine: Sequence[RuleId], its: Sequence[RuleId]) -> str:
     return f"at {at}: {show[0]} but kernel {show[1]}"
 
 
-def _unknown_fits(leaf: Leaf, seen: Observed) -> bool:
-    """An UNKNOWN leaf whose rules so far are a prefix of the kernel's."""
+def _unknown_fits(leaf: Leaf, seen: Observed, open_rules: frozenset[RuleId]) -> bool:
+    """An UNKNOWN leaf whose rules, all but the last, begin the kernel's."""
     if leaf.outcome.disposition is not Disposition.UNKNOWN:
         return False
-    nft, legacy = _predicted_rules(leaf)
-    nft_known, legacy_known = seen.nft[: len(nft)], seen.legacy[: len(legacy)]
-    return nft_known[:-1] == nft[:-1] and legacy_known[:-1] == legacy[:-1]
+    for mine, its in zip(_predicted_rules(leaf), (seen.nft, seen.legacy), strict=True):
+        known = [rule for rule in mine[:-1] if rule not in open_rules]
+        if known != [rule for rule in its if rule not in open_rules][: len(known)]:
+            return False
+    return True
 
 
 def judge(
@@ -254,7 +258,7 @@ def judge(
             if leaf.chance is not None and leaf.chance <= 0:
                 return Judgement(verdict=Verdict.DISAGREE, reason="chance is 0", leaf=leaf)
             return Judgement(verdict=Verdict.AGREE, leaf=leaf)
-        unknown = unknown or _unknown_fits(leaf, seen)
+        unknown = unknown or _unknown_fits(leaf, seen, open_rules)
         nft, legacy = _predicted_rules(leaf)
         common = sum(a == b for a, b in zip(nft, seen.nft, strict=False))
         common += sum(a == b for a, b in zip(legacy, seen.legacy, strict=False))

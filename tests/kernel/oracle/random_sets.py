@@ -81,5 +81,9 @@ def prepare(bed: Bed) -> None:
 
 def clean(bed: Bed, tool: str) -> None:
     """Empties all tables, and connection tracking."""
-    bed.command([tool], text="".join(f"*{table}\nCOMMIT\n" for table in HOOKS))
+    text = ""
+    for table, hooks in HOOKS.items():
+        policies = "".join(f":{hook} ACCEPT [0:0]\n" for hook in hooks)
+        text += f"*{table}\n{policies}COMMIT\n"
+    bed.command([tool], text=text)
     bed.command(["conntrack", "-F"])
