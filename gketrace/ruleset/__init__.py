@@ -5,6 +5,7 @@
     model.py           Ruleset, BaseChain, Rule, Match, Target: what every backend's rules are
     options.py         iptables' command-line grammar: tokens → options, and values back to text
     iptables.py        IptablesRuleset: an index over the text; chains are parsed when entered
+    rule_text.py       one line → Rule; what is not understood is kept word for word
     iptables_save.py   parse_iptables_save(text) → IptablesRuleset, parse_rule(line) → Rule
     render.py          Rule, IptablesRuleset → text that iptables-restore accepts
 

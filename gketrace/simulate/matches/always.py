@@ -40,8 +40,11 @@ class CommentMatch(Match):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NfacctMatch(Match):
-    """``-m nfacct``: counts in a named object and is true, but for a quota, which nobody sets by
-    iptables (nfacct_mt() returns the overquota state, NFACCT_NO_QUOTA counts as a match)."""
+    """``-m nfacct``: counts in a named object, and is true.
+
+    nfacct_mt() is false only for an object that was made with a quota and is still below it.
+    kube-proxy makes its objects without; quotas of others are not read (docs/limitations).
+    """
 
     module: ClassVar[str] = "nfacct"
     OPTIONS: ClassVar[Mapping[str, int]] = {"--nfacct-name": 1}
