@@ -12,7 +12,7 @@ from gketrace.simulate.fib.multipath import shares
 from gketrace.simulate.fib.rules import Flow, RuleOutcome, RuleTable
 from gketrace.simulate.fib.saddr4 import select_address
 from gketrace.simulate.fib.table import Hit, PrefixIndex, group_tables
-from gketrace.simulate.fib.view import NetView, scope_number
+from gketrace.simulate.fib.view import NetView, NotKnown, scope_number
 from gketrace.snapshot import Link, NextHop, PolicyRule, Route, RouteType
 
 __all__ = ["Choice", "Ipv4Tables", "hop_text"]
@@ -91,7 +91,7 @@ class Ipv4Tables:
         def look_up(table: int) -> Hit | None:
             return self.table(table, flow, ignore_linkstate=ignore_linkstate)
 
-        outcomes = self.rules.resolve(flow, look_up, self._suppressed)
+        outcomes = self.rules.resolve(flow, look_up, self._kept)
         if not self._plain:
             return outcomes
         # Until a rule is added or deleted for the first time, the kernel keeps local and main in
@@ -119,12 +119,14 @@ class Ipv4Tables:
             replace(split, assumptions=("if a policy rule was changed before",)),
         ]
 
-    def _suppressed(self, rule: PolicyRule, hit: Hit) -> bool:
+    def _kept(self, rule: PolicyRule, hit: Hit) -> Hit | None:
+        """fib4_rule_suppress; of a multipath route the first next hop's device counts."""
         if rule.suppress_prefixlength is not None and hit.prefixlen <= rule.suppress_prefixlength:
-            return True
+            return None
         if rule.suppress_ifgroup is None or hit.route is None or not hit.route.next_hops:
-            return False
-        return self.view.device(hit.route.next_hops[0]).group == rule.suppress_ifgroup
+            return hit
+        group = self.view.device(hit.route.next_hops[0]).group
+        return None if group == rule.suppress_ifgroup else hit
 
     def _search(self, index: PrefixIndex[Route], flow: Flow, ignore_linkstate: bool) -> Hit | None:
         tos = flow.tos & RT_TOS_MASK
@@ -249,7 +251,7 @@ class Ipv4Tables:
             direct = gateway is None or gateway.version == 6 or "onlink" in choice.hop.flags
             if not direct and gateway is not None:
                 hit = self.table(LOCAL, Flow(family=4, dst=int(gateway)))
-                direct = hit is None or hit.route is None or hit.route.type is not RouteType.LOCAL
+                direct = not _is_local(hit)
             if direct:
                 result.append(replace(choice, gateway=gateway))
                 continue
@@ -266,10 +268,33 @@ class Ipv4Tables:
         own = self.view.own.get(IPv4Address(address))
         if own is not None:
             return self.view.link_by_index.get(own.ifindex)
-        hit = self.table(LOCAL, Flow(family=4, dst=address))
-        if hit is None or hit.error or hit.route is None or hit.route.type is not RouteType.LOCAL:
+        hit = self.local(address)
+        if not _is_local(hit):
             return None
-        return self.view.device(hit.hop) if hit.hop is not None else None
+        return self.view.device(hit.hop) if hit is not None and hit.hop is not None else None
+
+    def local(self, address: int) -> Hit | None:
+        """What the local table alone says of an address, when it makes it local or broadcast.
+
+        Raises `NotKnown` where main, in one trie with it, would say something else.
+        """
+        flow = Flow(family=4, dst=address)
+        hit = self.table(LOCAL, flow)
+        if hit is not None and (hit.error or hit.route is None):
+            hit = None
+        if not self._plain or hit is None or hit.prefixlen == 32:
+            return hit
+        merged = self._search(self._merged, flow, False)
+        if merged is not None and merged.route is not None and merged.route.table != LOCAL:
+            raise NotKnown(
+                f"whether {IPv4Address(address)} counts as local hangs on whether policy rules "
+                "were ever changed in this namespace, which the kernel does not show"
+            )
+        return hit
+
+
+def _is_local(hit: Hit | None) -> bool:
+    return hit is not None and hit.route is not None and hit.route.type is RouteType.LOCAL
 
 
 def hop_text(view: NetView, hop: NextHop) -> str:

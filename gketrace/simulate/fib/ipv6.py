@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from ipaddress import IPv6Address
 
@@ -69,7 +69,7 @@ class Ipv6Tables:
         def look_up(table: int) -> Hit | None:
             return self.table(table, flow, oif, strict=strict)
 
-        return self.rules.resolve(flow, look_up, self._suppressed)
+        return self.rules.resolve(flow, look_up, self._kept)
 
     def table(self, table: int, flow: Flow, oif: str, *, strict: bool) -> Hit | None:
         """fib6_table_lookup: with routers known to be unreachable left out first on hosts."""
@@ -92,7 +92,7 @@ class Ipv6Tables:
                 return self._match_device(leaves, flow, oif, strict)
             return None
 
-        return self.rules.resolve(flow, look_up, self._suppressed)
+        return self.rules.resolve(flow, look_up, self._kept)
 
     def _match_device(self, leaves: list[_Leaf], flow: Flow, oif: str, strict: bool) -> Hit | None:
         alive = [leaf for leaf in leaves if "dead" not in leaf.hop.flags]
@@ -110,15 +110,19 @@ class Ipv6Tables:
             return None
         return _hit(leaves[0]) if leaves[0] in alive else None
 
-    def _suppressed(self, rule: PolicyRule, hit: Hit) -> bool:
+    def _kept(self, rule: PolicyRule, hit: Hit) -> Hit | None:
+        """fib6_rule_suppress; of a multipath route the device of the one that the hash took."""
         if rule.suppress_prefixlength is not None and hit.prefixlen <= rule.suppress_prefixlength:
-            return True
-        if rule.suppress_ifgroup is None or hit.hop is None or hit.route is None:
-            return False
-        link = self.view.device(hit.hop)
+            return None
+        if rule.suppress_ifgroup is None or hit.route is None or hit.hop is None:
+            return hit
         if self.over_loopback(hit.route):
-            link = self.view.link(LOOPBACK)
-        return link.group == rule.suppress_ifgroup
+            return hit if self.view.link(LOOPBACK).group != rule.suppress_ifgroup else None
+        spread = hit.spread or (hit.hop,)
+        left = tuple(h for h in spread if self.view.device(h).group != rule.suppress_ifgroup)
+        if len(left) == len(spread):
+            return hit
+        return replace(hit, hop=left[0], spread=left) if left else None
 
     def over_loopback(self, route: Route) -> bool:
         """Whether packets made here for this route go over the loopback (ip6_rt_get_dev_rcu).

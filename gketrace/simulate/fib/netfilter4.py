@@ -9,7 +9,7 @@ from gketrace.simulate.fib.address import (
     is_multicast,
     is_zeronet,
 )
-from gketrace.simulate.fib.ipv4 import LOCAL, Ipv4Tables
+from gketrace.simulate.fib.ipv4 import Ipv4Tables
 from gketrace.simulate.fib.rules import Flow
 from gketrace.snapshot import RouteType
 
@@ -22,8 +22,8 @@ def address_type(tables: Ipv4Tables, address: int, interface: str | None) -> str
         return "broadcast"
     if is_multicast(address):
         return "multicast"
-    hit = tables.table(LOCAL, Flow(family=4, dst=address))
-    if hit is None or hit.error or hit.route is None:
+    hit = tables.local(address)
+    if hit is None or hit.route is None:
         return "unicast"
     if interface is not None:
         first = hit.route.next_hops[0] if hit.route.next_hops else None

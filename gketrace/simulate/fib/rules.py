@@ -106,17 +106,19 @@ class RuleTable:
         self,
         flow: Flow,
         look_up: Callable[[int], Hit | None],
-        suppressed: Callable[[PolicyRule, Hit], bool],
+        kept: Callable[[PolicyRule, Hit], Hit | None],
     ) -> list[RuleOutcome]:
-        """Asks the rules in turn; `look_up(table)` gives None for "go on" (EAGAIN)."""
+        """Asks the rules in turn; `look_up(table)` gives None for "go on" (EAGAIN).
+
+        `kept(rule, hit)` is what the rule's suppressors leave of a hit: the hit, fewer siblings of
+        a multipath route, or None.
+        """
         outcomes: list[RuleOutcome] = []
         # Explicit stack: each unknown rule forks the walk, the branch where it matches first.
         pending: list[tuple[int, bool, tuple[str, ...]]] = [(0, False, ())]
         while pending:
             position, forced, assumptions = pending.pop()
-            outcomes.append(
-                self._run(position, forced, assumptions, flow, look_up, suppressed, pending)
-            )
+            outcomes.append(self._run(position, forced, assumptions, flow, look_up, kept, pending))
         return outcomes
 
     def _run(
@@ -126,7 +128,7 @@ class RuleTable:
         assumptions: tuple[str, ...],
         flow: Flow,
         look_up: Callable[[int], Hit | None],
-        suppressed: Callable[[PolicyRule, Hit], bool],
+        kept: Callable[[PolicyRule, Hit], Hit | None],
         pending: list[tuple[int, bool, tuple[str, ...]]],
     ) -> RuleOutcome:
         while position < len(self.rules):
@@ -155,10 +157,15 @@ class RuleTable:
                 hit = Hit(route=None, hop=None, error=error)
                 return RuleOutcome(hit=hit, rule=rule, assumptions=assumptions)
             found = look_up(rule.table)
-            if found is None or (not found.error and suppressed(rule, found)):
+            left = found if found is None or found.error else kept(rule, found)
+            if left is None:
                 position += 1
                 continue
-            return RuleOutcome(hit=found, rule=rule, assumptions=assumptions)
+            if left is not found:
+                text = f"the hash takes a next hop that is suppressed: {rule.text}"
+                pending.append((position + 1, False, (*assumptions, f"if {text}")))
+                assumptions = (*assumptions, f"unless {text}")
+            return RuleOutcome(hit=left, rule=rule, assumptions=assumptions)
         return RuleOutcome(hit=None, rule=None, assumptions=assumptions)
 
     def match(self, rule: PolicyRule, flow: Flow) -> Ternary:
