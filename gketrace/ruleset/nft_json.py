@@ -1,0 +1,167 @@
+"""``nft -j list ruleset`` or ``list table`` → one `NftRuleset` for each table.
+
+Schema: libnftables-json(5).  nft prints one line; a regular expression over the bytes finds where
+each object of the top-level array begins, which is safe because an unescaped quotation mark cannot
+be part of a JSON string.  Text that is laid out in another way is read with `json` and laid out
+anew first.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Final
+
+from gketrace.errors import ParseError
+from gketrace.ruleset.nft import Json, NftRuleset, Span, TableText
+
+__all__ = ["NftTables", "parse_nft_json"]
+
+_KINDS: Final = (
+    "table|chain|rule|set|map|element|counter|quota|limit|flowtable|secmark|synproxy"
+    "|ct helper|ct timeout|ct expectation|meter"
+)
+_STRING: Final = rb'"(?:[^"\\]|\\.)*+"'
+_OBJECT: Final = re.compile(
+    rb'\{"(' + _KINDS.encode() + rb')": \{"family": "([a-z0-9]+)"'
+    rb'((?:, "(?:name|table|chain)": ' + _STRING + rb")++)"
+)
+_PAIR: Final = re.compile(rb', "(name|table|chain)": "((?:[^"\\]|\\.)*+)"')
+_HEAD: Final = re.compile(rb'\s*\{"nftables": \[(?:\{"metainfo": \{[^{}]*\}\})?(?:, )?')
+_MODELLED: Final = frozenset(("ip", "ip6", "inet"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NftTables:
+    """What one run of nft printed."""
+
+    rulesets: tuple[NftRuleset, ...]
+    """One for each table of the families ip, ip6 and inet."""
+    unmodelled: tuple[str, ...]
+    """What may decide about packets and is not simulated, one sentence each: tables of other
+    families that hold rules, chains on other hooks."""
+
+
+@dataclass(slots=True)
+class _Table:
+    chains: dict[str, Span] = field(default_factory=dict)
+    rules: dict[str, list[Span]] = field(default_factory=dict)
+    sets: dict[str, Span] = field(default_factory=dict)
+
+
+def parse_nft_json(text: bytes, *, source: str, taken_at: float) -> NftTables:
+    """Raises `ParseError` with `source` and the offending text, in any kind of wrong input.
+
+    What stands inside rules and sets is parsed later, when it is asked for, and may raise then.
+    """
+    if not text.strip():
+        raise ParseError("empty output of nft", source=source, line=0, text="")
+    tables = _index(text)
+    if tables is None:
+        text = _normal(text, source)
+        tables = _index(text)
+        if tables is None:
+            raise ParseError("not a list of nftables objects", source=source, line=0,
+                             text=text[:200].decode("utf-8", "replace"))  # fmt: skip
+    made: list[NftRuleset] = []
+    unmodelled: list[str] = []
+    for (family, name), found in tables.items():
+        if family in _MODELLED:
+            index = TableText(
+                family=family,
+                name=name,
+                chains=found.chains,
+                rules={chain: _runs(spans) for chain, spans in found.rules.items()},
+                sets=found.sets,
+            )
+            try:
+                ruleset = NftRuleset(text=text, index=index, source=source, taken_at=taken_at)
+            except (KeyError, TypeError, ValueError) as error:
+                raise ParseError(
+                    f"table {family} {name} has a chain of another shape: {error!r}",
+                    source=source, line=0, text="",
+                ) from error  # fmt: skip
+            made.append(ruleset)
+            unmodelled += ruleset.unmodelled
+        elif found.rules and family != "arp":
+            # ARP hooks see no IP packets.
+            unmodelled.append(f"table {family} {name}: tables of family {family} are not modelled")
+    return NftTables(rulesets=tuple(made), unmodelled=tuple(unmodelled))
+
+
+def _index(text: bytes) -> dict[tuple[str, str], _Table] | None:
+    """Where the objects stand; None for text that nft did not lay out."""
+    head = _HEAD.match(text)
+    if head is None:
+        return None
+    end = len(text.rstrip())
+    if text[end - 2 : end] != b"]}":
+        return None
+    tables: dict[tuple[str, str], _Table] = {}
+    found = list(_OBJECT.finditer(text, head.end()))
+    if not found:
+        return tables if head.end() == end - 2 else None
+    if found[0].start() != head.end():
+        return None
+    starts = [match.start() for match in found]
+    ends = [start - 2 for start in starts[1:]] + [end - 2]
+    for match, start, stop in zip(found, starts, ends, strict=True):
+        if text[stop - 1 : stop] != b"}":
+            return None
+        names = {pair[1]: _name(pair[2]) for pair in _PAIR.finditer(match[3])}
+        kind, family = match[1], match[2].decode()
+        own = names.get(b"name", "")
+        key = family, own if kind == b"table" else names.get(b"table", "")
+        table = tables.setdefault(key, _Table())
+        if kind == b"rule":
+            table.rules.setdefault(names.get(b"chain", ""), []).append((start, stop))
+        elif kind == b"chain":
+            table.chains[own] = (start, stop)
+        elif kind in (b"set", b"map"):
+            table.sets[own] = (start, stop)
+    return tables
+
+
+def _name(raw: bytes) -> str:
+    if b"\\" in raw:
+        return str(json.loads(b'"' + raw + b'"'))
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def _runs(spans: list[Span]) -> tuple[Span, ...]:
+    """Rules that stand next to one another are one stretch."""
+    runs: list[Span] = []
+    for start, end in spans:
+        if runs and runs[-1][1] + 2 == start:
+            runs[-1] = (runs[-1][0], end)
+        else:
+            runs.append((start, end))
+    return tuple(runs)
+
+
+def _normal(text: bytes, source: str) -> bytes:
+    """The same objects as nft lays them out."""
+    try:
+        whole: Json = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ParseError(f"not JSON: {error}", source=source, line=0,
+                         text=text[:200].decode("utf-8", "replace")) from error  # fmt: skip
+    items = whole.get("nftables") if isinstance(whole, dict) else None
+    if not isinstance(items, list):
+        raise ParseError("no list of nftables objects", source=source, line=0,
+                         text=text[:200].decode("utf-8", "replace"))  # fmt: skip
+    ordered: list[Json] = []
+    for item in items:
+        if not isinstance(item, dict) or len(item) != 1:
+            raise ParseError("not an object with one key", source=source, line=0,
+                             text=json.dumps(item)[:200])  # fmt: skip
+        ((kind, body),) = item.items()
+        if kind == "metainfo":
+            continue
+        if not isinstance(body, dict) or not isinstance(body.get("family"), str):
+            raise ParseError(f"a {kind} without a family", source=source, line=0,
+                             text=json.dumps(item)[:200])  # fmt: skip
+        first = {k: body[k] for k in ("family", "name", "table", "chain") if k in body}
+        ordered.append({kind: {**first, **body}})
+    return json.dumps({"nftables": ordered}, ensure_ascii=False).encode("utf-8", "replace")
