@@ -98,6 +98,13 @@ class PodReport:
     problems: tuple[str, ...]
     missing: tuple[Missing, ...]
 
+    def container_name(self, container: pb.Container) -> str:
+        """By the runtime, or by the Pod object that has its id; empty: neither says."""
+        if container.name:
+            return container.name
+        known = {c.id: c.name for c in self.pod.containers if c.id}
+        return known.get(container.id, "")
+
     @property
     def shared(self) -> bool:
         """True: the pod lives in the node's own namespace."""

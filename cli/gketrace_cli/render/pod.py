@@ -49,7 +49,7 @@ def _where(page: Page, report: PodReport) -> None:
         pid = f"PID {container.pid}" if container.pid else "not running"
         command = f" {container.command}" if container.command and page.wide else ""
         identifier = container.id if page.wide else container.id[:12]
-        name = container.name or "(name not known)"
+        name = report.container_name(container) or "(name not known)"
         _entry(page, "container", f"{name} {identifier}, {pid}{command}")
     if not resolved.containers:
         _entry(page, "container", "none is running")
@@ -151,7 +151,8 @@ def _outside(page: Page, report: PodReport) -> None:
             for entry, name in at.learned:
                 _entry(page, "", f"{entry.mac} is on port {name}, {_age(entry)}")
         for route in at.host_routes:
-            _entry(page, "host route", f"{route.text} (table {route.table})")
+            table = "" if route.table == 254 else f" (table {route.table})"
+            _entry(page, "host route", f"{route.text}{table}")
     for item in report.forwarding:
         state = {"0": "off", "1": "on"}.get(item.value, item.value)
         style = ("red",) if item.value == "0" and item.where == "node" else ()
@@ -248,7 +249,7 @@ def pod_document(report: PodReport, verdict: Verdict) -> dict[str, Any]:
             },
             "containers": [
                 {
-                    "name": c.name or None,
+                    "name": report.container_name(c) or None,
                     "id": c.id,
                     "pid": c.pid or None,
                     "state": c.state or None,

@@ -1,0 +1,107 @@
+"""Agents' pods, and the agent that `--local` starts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gketrace.errors import NotFoundError, TimeoutExceeded, UnavailableError
+from gketrace_cli.agents import Fleet, agent_port
+from gketrace_cli.local import local_node, start_local_agent
+from gketrace_cli.object_json import parse_node, parse_pod
+from gketrace_cli.objects import Container, ContainerPort, Pod
+from gketrace_proto.v1alpha1 import agent_pb2 as pb
+from tests.cli.stage import Stage
+
+WORLD = Path(__file__).parents[1] / "data/worlds/kube-proxy-1.36-iptables-nft"
+
+
+def first(stem: str) -> Any:
+    return json.loads((WORLD / f"{stem}.json").read_text())["items"][0]
+
+
+def agent_pod(node: str, name: str = "agent-1", **changes: Any) -> Pod:
+    container = Container(name="agent", ports=(ContainerPort(port=9410, name="grpc"),))
+    pod = parse_pod(first("pods"))
+    changes = {"phase": "Running", "pod_ips": ("127.0.0.1",), "ready": True, **changes}
+    return replace(pod, name=name, node=node, containers=(container,), **changes)
+
+
+def test_the_port_named_grpc() -> None:
+    assert agent_port(agent_pod("n1")) == 9410
+    assert agent_port(parse_pod(first("pods"))) == 0
+
+
+def test_a_pod_that_does_not_run_is_said() -> None:
+    with Fleet(timeout=1) as fleet:
+        fleet.add_pods(
+            [agent_pod("n1", phase="Pending"), replace(agent_pod("n2"), containers=())],
+            forwards=None,
+        )
+        assert fleet.nodes == ()
+        whys = {m.node: m.why for m in fleet.missing(["n1", "n2", "n3"])}
+    assert "is Pending" in whys["n1"]
+    assert "no container port named grpc" in whys["n2"]
+    assert whys["n3"] == "no agent on node n3"
+
+
+def test_the_ready_pod_is_taken_and_a_given_address_kept() -> None:
+    pods = [agent_pod("n1", "old", ready=False), agent_pod("n1", "new"), agent_pod("n2")]
+    with Fleet(timeout=1) as fleet:
+        fleet.add_address("n2", "unix:///nowhere.sock")
+        fleet.add_pods(pods, forwards=None)
+        assert fleet.agent("n1").how.endswith("/new")
+        assert fleet.agent("n1").address == "127.0.0.1:9410"
+        assert fleet.agent("n2").how == "--agent"
+
+
+def test_nobody_there(world: Stage) -> None:
+    with Fleet(timeout=1) as fleet:
+        fleet.add_address("2jdh", world.sockets["2jdh"])
+        fleet.add_address("gone", "unix:///nonexistent/agent.sock")
+        fleet.greet()
+        assert fleet.nodes == ("2jdh",)
+        with pytest.raises(UnavailableError, match="does not answer"):
+            fleet.agent("gone")
+        world.agents["2jdh"].sleeps = 5
+        quick = Fleet(timeout=0.2)
+        quick.add_address("2jdh", world.sockets["2jdh"])
+        with quick, pytest.raises(TimeoutExceeded, match=r"within 0\.2 s"):
+            quick.call("2jdh", "GetInfo", pb.GetInfoRequest())
+
+
+def test_this_machine_is_a_node_by_its_address() -> None:
+    node = parse_node(first("nodes"))
+    here = replace(node, name="me", internal_ips=("127.0.0.1",))
+    assert local_node([node, here]).name == "me"
+    with pytest.raises(NotFoundError, match="none of the cluster's 1 nodes"):
+        local_node([node])
+
+
+def test_a_local_agent_is_stopped_and_leaves_nothing() -> None:
+    here = replace(parse_node(first("nodes")), name="me", internal_ips=("127.0.0.1",))
+    agent = start_local_agent([here], timeout=30)
+    try:
+        assert agent.socket.parent.stat().st_mode & 0o777 == 0o700
+        with Fleet(timeout=30) as fleet:
+            fleet.add_address(agent.node, agent.address, "--local")
+            fleet.greet()
+            assert fleet.agent("me").info is not None
+    finally:
+        agent.stop()
+    assert not agent.socket.parent.exists()
+
+
+def test_a_local_agent_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = replace(parse_node(first("nodes")), internal_ips=("127.0.0.1",))
+    program = tmp_path / "gketrace-agent"
+    program.write_text("#!/bin/sh\necho it will not do >&2\nexit 5\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(UnavailableError, match="did not start: it will not do"):
+        start_local_agent([here], timeout=10)
