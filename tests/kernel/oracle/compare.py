@@ -155,7 +155,7 @@ def _tuple_differs(mine: Tuple5, its: Tuple5) -> bool:
 _NAT_BITS = CtStatus.SRC_NAT | CtStatus.DST_NAT
 
 
-def _flow_differs(flow: Flow, conntrack: ConntrackView) -> str:
+def _flow_differs(flow: Flow, conntrack: ConntrackView, *, mark: bool) -> str:
     found = conntrack.lookup(flow.entry.orig)
     if isinstance(found, Unavailable):
         return f"conntrack unavailable: {found.reason}"
@@ -163,7 +163,7 @@ def _flow_differs(flow: Flow, conntrack: ConntrackView) -> str:
         return f"no conntrack entry for {flow.entry.orig}"
     if _tuple_differs(flow.entry.reply, found.reply):
         return f"conntrack reply {flow.entry.reply} but kernel {found.reply}"
-    if (flow.entry.mark or 0) != (found.mark or 0):
+    if mark and (flow.entry.mark or 0) != (found.mark or 0):
         return f"ct mark {flow.entry.mark} but kernel {found.mark}"
     if flow.entry.status & _NAT_BITS != found.status & _NAT_BITS:
         return f"ct status {flow.entry.status:#x} but kernel {found.status:#x}"
@@ -186,7 +186,8 @@ def _leaf_differs(
         its = tuple(rule for rule in all_its if rule not in open_rules)
         if mine != its and not (leaf.chance is None and _is_part_of(mine, its)):
             return f"{name} rules {_first_difference(mine, its)}"
-    if _end_of(leaf) != seen.end:
+    unresolved = leaf.outcome.disposition is Disposition.NO_NEIGHBOUR and seen.end == "gone"
+    if _end_of(leaf) != seen.end and not unresolved:
         return (
             f"ends {leaf.outcome.disposition.value} ({leaf.outcome.detail}) but kernel {seen.end}"
         )
@@ -251,8 +252,12 @@ def judge(
         # A RST from the node's own stack takes the entry away again at once.
         lasting = seen.end == "sent" or leaf.outcome.disposition is Disposition.DELIVERED
         if not reason and lasting and conntrack is not None:
+            # The node's own answer to what it takes in runs through the rules too, and may mark
+            # the connection again.
+            mark = seen.end == "sent"
+            tracked = (flow for flow in leaf.flows if _tracked(flow))
             reason = "; ".join(
-                filter(None, (_flow_differs(f, conntrack) for f in leaf.flows if _tracked(f)))
+                filter(None, (_flow_differs(flow, conntrack, mark=mark) for flow in tracked))
             )
         if not reason:
             if leaf.chance is not None and leaf.chance <= 0:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 
 from tests.kernel.oracle.bed import Bed
 from tests.kernel.oracle.generate import HOOKS, IPSETS, NFACCT, Generator, probe_kernel
-from tests.kernel.oracle.run import Tally, WalkFunction, rig, run_cases
+from tests.kernel.oracle.record import Record
+from tests.kernel.oracle.run import Tally, rig, run_cases
+from tests.kernel.oracle.view import WalkFunction
 
 __all__ = ["PER_SET", "RandomRun"]
 
@@ -28,6 +30,7 @@ class RandomRun:
     """How often each match and target stands in a rule set that was sent packets."""
     absent: frozenset[str] = frozenset()
     sets: int = 0
+    records: list[Record] | None = None
     refused: int = 0
     """Rule sets that iptables-restore refused: they are counted, not judged."""
 
@@ -61,7 +64,7 @@ class RandomRun:
             self.refused += 1
             return
         try:
-            with rig(bed, self.walk, legacy=backend == "legacy") as machine:
+            with rig(bed, self.walk, legacy=backend == "legacy", records=self.records) as machine:
                 name = f"random {self.seed}/{number} {backend} IPv{family}"
                 self.tally.add(run_cases(machine, name, maker.cases(bed), share))
         finally:

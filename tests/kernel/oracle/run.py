@@ -23,28 +23,15 @@ from tests.kernel.oracle.bed import Bed
 from tests.kernel.oracle.compare import Judgement, Observed, RuleId, Verdict, judge, observe_story
 from tests.kernel.oracle.fixtures import Case
 from tests.kernel.oracle.inject import build
+from tests.kernel.oracle.record import Record, Remembered
 from tests.kernel.oracle.tracing import Story, gather
+from tests.kernel.oracle.view import DutView, WalkFunction
 
-__all__ = ["Disagreement", "Rig", "Tally", "WalkFunction", "rig", "run_cases"]
-
-WalkFunction = Callable[["DutView", WalkQuery], Walk]
+__all__ = ["Disagreement", "Rig", "Tally", "rig", "run_cases"]
 
 BATCH = 48
 LEGACY_BATCH = 16
 """Smaller: the kernel log is a ring of a few hundred KiB."""
-
-
-@dataclass(slots=True, kw_only=True)
-class DutView:
-    """`gketrace.snapshot.NodeView` over the namespace under test, as it was observed once."""
-
-    node: str
-    shot: NetnsSnapshot
-
-    def snapshot(self, netns: NetnsRef) -> NetnsSnapshot | Unavailable:
-        if netns == self.shot.netns:
-            return self.shot
-        return Unavailable(reason=f"{netns} is not part of the test bed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +104,8 @@ class Rig:
     walk: WalkFunction
     observe: Callable[[frozenset[str]], NetnsSnapshot]
     """Observes some nouns of the namespace under test again."""
+    records: list[Record] | None = None
+    """Where to keep what kernel and simulator agreed on; None: nowhere."""
     keys: Iterator[int] = field(default_factory=lambda: itertools.cycle(range(1, 65536)))
 
     def refresh(self) -> None:
@@ -130,7 +119,9 @@ class Rig:
 
 
 @contextmanager
-def rig(bed: Bed, walk: WalkFunction, *, legacy: bool) -> Iterator[Rig]:
+def rig(
+    bed: Bed, walk: WalkFunction, *, legacy: bool, records: list[Record] | None = None
+) -> Iterator[Rig]:
     """Observes the bed's namespace (rules must be in place), then turns the kernel's trace on."""
     handle = open_path(f"/run/netns/{bed.dut}")
     ref = NetnsRef(node=bed.node.name, inode=handle.inode)
@@ -174,6 +165,7 @@ def rig(bed: Bed, walk: WalkFunction, *, legacy: bool) -> Iterator[Rig]:
                 links={link.ifindex: link.name for link in shot.links},
                 legacy=legacy,
                 walk=walk,
+                records=records,
             )
             bed.command(["nft", "delete", "table", "ip", "gktrace"])
             bed.command(["nft", "delete", "table", "ip6", "gktrace"])
@@ -202,9 +194,14 @@ def run_cases(machine: Rig, world: str, cases: Iterable[Case], count: int) -> Ta
         batch = list(itertools.islice(source, min(size, count - tally.cases)))
         if not batch:
             break
-        more = [case for wave in _waves(batch) for case in _run_batch(machine, world, wave, tally)]
-        for wave in _waves(more[: max(0, count - tally.cases)]):
-            _run_batch(machine, world, wave, tally)
+        later = [case for wave in _waves(batch) for case in _run_batch(machine, world, wave, tally)]
+        # The answers first: a second packet is judged by what connection tracking then knows.
+        for more in (
+            [case for case in later if case.label.startswith("later: answer")],
+            [case for case in later if not case.label.startswith("later: answer")],
+        ):
+            for wave in _waves(more[: max(0, count - tally.cases)]):
+                _run_batch(machine, world, wave, tally)
     return tally
 
 
@@ -227,7 +224,7 @@ def _run_batch(machine: Rig, world: str, batch: list[Case], tally: Tally) -> lis
     """
     later: list[Case] = []
     for case, judgement, seen, walk in _judge(machine, batch):
-        if judgement.verdict is Verdict.DISAGREE or seen is None:
+        if judgement.verdict is not Verdict.AGREE or seen is None:
             again = _fresh(case)
             case, judgement, seen, walk = _judge(machine, [again])[0]
         tally.cases += 1
@@ -298,13 +295,13 @@ Judged = tuple[Case, Judgement, Observed | None, Walk]
 def _judge(machine: Rig, batch: list[Case]) -> list[Judged]:
     machine.refresh()
     host = machine.view.shot.netns
-    walks = [
-        machine.walk(
-            machine.view,
-            WalkQuery(ingress=Ingress(netns=host, interface=c.ingress), packet=c.packet),
-        )
-        for c in batch
+    queries = [
+        WalkQuery(ingress=Ingress(netns=host, interface=c.ingress), packet=c.packet) for c in batch
     ]
+    before = Remembered(machine.conntrack)
+    shot = replace(machine.view.shot, conntrack=before)
+    view = DutView(node=machine.view.node, shot=shot)
+    walks = [machine.walk(view, query) for query in queries]
     keys = [(case.packet.family, next(machine.keys)) for case in batch]
     stories = {key: Story(key=key) for key in keys}
     if machine.legacy:
@@ -325,19 +322,28 @@ def _judge(machine: Rig, batch: list[Case]) -> list[Judged]:
         time.monotonic() + 5,
     )
     judged: list[Judged] = []
-    for case, key, walk in zip(batch, keys, walks, strict=True):
+    after = Remembered(machine.conntrack)
+    kept = replace(shot, conntrack=before.closed())
+    for case, key, query, walk in zip(batch, keys, queries, walks, strict=True):
         family = "ip" if case.packet.family == 4 else "ip6"
         seen = observe_story(
             stories[key], machine.handles[family], machine.rule_count[family], machine.links
         )
         told = bool(stories[key].events) or not case.ingress
-        judgement = judge(
-            walk,
-            seen,
-            machine.conntrack,
-            machine.masters,
-            machine.open_rules[case.packet.family],
-        )
+        open_rules = machine.open_rules[case.packet.family]
+        judgement = judge(walk, seen, after, machine.masters, open_rules)
+        if machine.records is not None and told and judgement.verdict is Verdict.AGREE:
+            machine.records.append(
+                Record(
+                    world=case.label,
+                    query=query,
+                    shot=kept,
+                    seen=seen,
+                    after=after.closed(),
+                    masters=machine.masters,
+                    open_rules=open_rules,
+                )
+            )
         judged.append((case, judgement, seen if told else None, walk))
     return judged
 
