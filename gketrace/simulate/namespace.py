@@ -12,6 +12,7 @@ from gketrace.packet import IPAddress, Packet
 from gketrace.ruleset import BaseChain, Ruleset
 from gketrace.ruleset.iptables import IptablesRuleset
 from gketrace.ruleset.model import ChainType
+from gketrace.ruleset.nft import NftRuleset
 from gketrace.simulate.routing import Fib
 from gketrace.simulate.state import Ternary
 from gketrace.snapshot import (
@@ -132,7 +133,7 @@ class Namespace:
         """Whether connection tracking is on here: it is while some rule needs it."""
         known = self._tracks.get(family)
         if known is None:
-            known = any(_needs_conntrack(r) for r in self.rulesets(family))
+            known = any(_needs_conntrack(r, family) for r in self.rulesets(family))
             self._tracks[family] = known
         return known
 
@@ -211,9 +212,11 @@ def _sees(ruleset: Ruleset, chain: BaseChain, family: int) -> bool:
     return of_table == "inet" or of_table == ("ip" if family == 4 else "ip6")
 
 
-def _needs_conntrack(ruleset: Ruleset) -> bool:
+def _needs_conntrack(ruleset: Ruleset, family: int) -> bool:
     if isinstance(ruleset, IptablesRuleset):
         return _NEEDS_CONNTRACK.search(ruleset.text) is not None
+    if isinstance(ruleset, NftRuleset):
+        return ruleset.needs_conntrack(family)
     return any(ruleset.base_chains(hook) for hook in Hook)
 
 

@@ -11,7 +11,6 @@ from gketrace.conntrack import CtState, CtStatus
 from gketrace.packet import IPAddress, Tuple5
 from gketrace.ruleset.model import ChainType
 from gketrace.simulate import nat, tracking
-from gketrace.simulate.chains import traverse
 from gketrace.simulate.cursor import Context, Cursor, Way, end, on, step, unknown
 from gketrace.simulate.namespace import Station, StationKind
 from gketrace.simulate.routes import reroute
@@ -23,6 +22,7 @@ from gketrace.simulate.state import (
     PacketState,
     VerdictKind,
 )
+from gketrace.simulate.traversal import traverse
 from gketrace.snapshot import Unavailable
 from gketrace.trace import (
     Citation,

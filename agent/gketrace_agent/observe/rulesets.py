@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from gketrace.errors import ParseError
 from gketrace.ruleset import Ruleset
+from gketrace.ruleset.nft_json import parse_nft_json
 from gketrace.snapshot import Maybe, Unavailable
 from gketrace_agent.observe.iptables import IptablesDump, IptablesDumps
 from gketrace_agent.observe.nftables import NftablesDump
@@ -17,7 +19,18 @@ def make_rulesets(
     made: list[Maybe[Ruleset]] = [
         dump.ruleset() if isinstance(dump, IptablesDump) else dump for dump in iptables.dumps
     ]
-    for table, text in () if nftables is None else nftables.tables:
-        why = text.reason if isinstance(text, Unavailable) else "not understood by this version"
-        made.append(Unavailable(reason=f"nftables table {table}: {why}"))
+    if nftables is None:
+        return tuple(made)
+    for table, text in nftables.tables:
+        if isinstance(text, Unavailable):
+            made.append(Unavailable(reason=f"nftables table {table}: {text.reason}"))
+            continue
+        source = f"{nftables.source} {table}"
+        try:
+            tables = parse_nft_json(text, source=source, taken_at=nftables.taken_at)
+        except ParseError as error:
+            made.append(Unavailable(reason=f"nftables table {table}: {error}"))
+            continue
+        made += tables.rulesets
+        made += [Unavailable(reason=why) for why in tables.unmodelled]
     return tuple(made)

@@ -1,0 +1,386 @@
+"""One rule's statements, one after the other, for one packet (nft_do_chain's inner loop).
+
+A statement may end the rule with a verdict, break it (the rule has not matched; what it changed
+before stays changed), or let the next one run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, Final, TypeAlias
+
+from gketrace.packet import Protocol
+from gketrace.ruleset.nft import NftRule, NftRuleset, NftSet
+from gketrace.ruleset.nft_text import statement_text
+from gketrace.simulate.nft.changes import Unclear, change_set, mangle
+from gketrace.simulate.nft.expressions import evaluate, types_of
+from gketrace.simulate.nft.lookup import find_data
+from gketrace.simulate.nft.matching import match
+from gketrace.simulate.nft.nat import nat_ways
+from gketrace.simulate.nft.scene import NftEnvironment, Scene
+from gketrace.simulate.nft.values import BREAK, Branch, NotKnown, Value, times
+from gketrace.simulate.state import PacketState, VerdictKind
+from gketrace.simulate.targets.base import Effect
+from gketrace.trace import StepAction
+
+__all__ = ["Way", "run_rule"]
+
+Json: TypeAlias = Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """One way through one rule."""
+
+    state: PacketState
+    chance: Fraction | None = Fraction(1)
+    drawn: str = ""
+    unknown: tuple[str, ...] = ()
+    """What is not known on this way: it is one of several."""
+    notes: tuple[str, ...] = ()
+    """Evidence, and what the rule did beside its verdict."""
+    broken: bool = False
+    """The rule has not matched."""
+    effect: Effect | None = None
+    """The verdict; None: on to the next rule."""
+
+
+def run_rule(
+    rule: NftRule, state: PacketState, env: NftEnvironment, ruleset: NftRuleset
+) -> list[Way]:
+    """All that one rule may do to the packet; the chances sum to 1 where all are known."""
+    done: list[Way] = []
+    open_ = [Way(state=state)]
+    for statement in rule.statements:
+        further: list[Way] = []
+        for way in open_:
+            scene = Scene(way.state, env, ruleset)
+            for after in _run(statement, way, scene):
+                (done if after.broken or after.effect is not None else further).append(after)
+        open_ = further
+        if not open_:
+            break
+    return open_ + done
+
+
+def _run(statement: Json, way: Way, scene: Scene) -> list[Way]:
+    kind, body = _single(statement)
+    run = _STATEMENTS.get(kind)
+    try:
+        if run is None:
+            return _not_modelled(statement, way, f"the statement {kind or statement!r}")
+        return run(kind, body, way, scene)
+    except Unclear as why:
+        return [_stop(way, str(why))]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        # JSON of another shape than this version knows, or a constant of an unknown type.
+        return _not_modelled(statement, way, str(error) or type(error).__name__)
+
+
+def _single(statement: Json) -> tuple[str, Json]:
+    if isinstance(statement, dict) and len(statement) == 1:
+        ((kind, body),) = statement.items()
+        return str(kind), body
+    return "", statement
+
+
+# -- what may come of a statement -------------------------------------------------------------
+
+
+def _branch(way: Way, branch: Branch, **changes: Any) -> Way:
+    """`way` as it goes on with one branch of an expression."""
+    notes = (*way.notes, branch.note) if branch.note and branch.note not in way.notes else way.notes
+    unknown, drawn = way.unknown, branch.drawn or way.drawn
+    if branch.chance is None:
+        unknown, drawn = (*unknown, branch.drawn or "a value that is not known"), way.drawn
+    return replace(
+        way,
+        chance=times(way.chance, branch.chance),
+        drawn=drawn,
+        notes=notes,
+        unknown=unknown,
+        **changes,
+    )
+
+
+def _either(way: Way, reason: str) -> list[Way]:
+    """It matches or does not; nobody knows."""
+    unsure = replace(way, chance=None, unknown=(*way.unknown, reason))
+    return [unsure, replace(unsure, broken=True)]
+
+
+def _stop(way: Way, why: str) -> Way:
+    """What becomes of the packet is not known."""
+    effect = Effect(
+        action=StepAction.UNKNOWN, state=way.state, verdict=VerdictKind.UNKNOWN, note=why
+    )
+    return replace(way, effect=effect)
+
+
+def _not_modelled(statement: Json, way: Way, why: str) -> list[Way]:
+    """A statement that may match, decide, or do nothing."""
+    reason = f"{statement_text(statement)}: {why}"
+    unsure = replace(way, chance=None, unknown=(*way.unknown, reason))
+    if _single(statement)[0] in ("match", "limit", "quota", "vmap"):
+        return [unsure, replace(unsure, broken=True)]
+    return [unsure, replace(unsure, broken=True), _stop(unsure, f"{reason} is not understood")]
+
+
+def _verdict(way: Way, kind: VerdictKind, action: StepAction, **more: Any) -> Way:
+    effect = Effect(action=action, state=way.state, verdict=kind, **more)
+    return replace(way, effect=effect)
+
+
+def _decide(kind: str, body: Json, way: Way) -> Way:
+    """A verdict statement, or the data of a verdict map."""
+    if kind == "accept":
+        return _verdict(way, VerdictKind.ACCEPT, StepAction.ACCEPT)
+    if kind == "drop":
+        return _verdict(way, VerdictKind.DROP, StepAction.DROP)
+    if kind == "return":
+        effect = Effect(action=StepAction.RETURN, state=way.state, returns=True)
+        return replace(way, effect=effect)
+    if kind in ("jump", "goto"):
+        action = StepAction.JUMP if kind == "jump" else StepAction.GOTO
+        effect = Effect(
+            action=action, state=way.state, jump=str(body["target"]), goto=kind == "goto"
+        )
+        return replace(way, effect=effect)
+    if kind == "queue":
+        return _queue(kind, body, way)
+    if kind != "continue":
+        raise ValueError(f"no such verdict: {kind}")
+    return way
+
+
+def _queue(kind: str, body: Json, way: Way) -> Way:
+    note = "handed to a program in user space; what it decides is not known"
+    return _verdict(way, VerdictKind.QUEUE, StepAction.UNKNOWN, note=note)
+
+
+# -- statements -------------------------------------------------------------------------------
+
+
+def _run_verdict(kind: str, body: Json, way: Way, scene: Scene) -> list[Way]:
+    return [_decide(kind, body, way)]
+
+
+def _run_match(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
+    ways: list[Way] = []
+    for branch in match(body, scene):
+        if isinstance(branch.value, NotKnown):
+            ways += _either(_branch(way, branch), branch.value.reason)
+        else:
+            ways.append(_branch(way, branch, broken=branch.value is BREAK))
+    return ways
+
+
+def _run_vmap(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
+    chosen: list[Json] = []
+
+    def read(data: Json, __: NftSet | None) -> Value:
+        # Verdicts are no register values: the branch holds the verdict's place in a list.
+        if data not in chosen:
+            chosen.append(data)
+        return chosen.index(data)
+
+    keys = evaluate(body["key"], scene)
+    ways: list[Way] = []
+    for branch in find_data(body, scene, keys, types_of(body["key"], scene), read):
+        if branch.value is BREAK:
+            ways.append(_branch(way, branch, broken=True))
+        elif isinstance(branch.value, int):
+            kind, target = _single(chosen[branch.value])
+            ways.append(_decide(kind, target, _branch(way, branch)))
+        elif isinstance(branch.value, NotKnown):
+            unsure = replace(_branch(way, branch), chance=None)
+            reason = branch.value.reason
+            ways += _either(unsure, reason)[1:]
+            ways.append(_stop(replace(unsure, unknown=(*unsure.unknown, reason)), reason))
+    return ways
+
+
+def _run_mangle(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
+    key = body["key"]
+    ways: list[Way] = []
+    for branch in evaluate(body["value"], scene, types_of(key, scene)):
+        onward = _branch(way, branch)
+        if branch.value is BREAK:
+            ways.append(replace(onward, broken=True))
+            continue
+        try:
+            state = mangle(key, branch.value, scene)
+        except Unclear as why:
+            ways.append(_stop(onward, str(why)))
+            continue
+        if state is None:
+            ways.append(replace(onward, broken=True))
+        else:
+            ways.append(replace(onward, state=state))
+    return ways
+
+
+def _run_set(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
+    """nft_dynset_eval(): the element is there afterwards; a limit of its own may break the rule."""
+    element = body["elem"]
+    if isinstance(element, dict) and "elem" in element:
+        element = element["elem"]["val"]
+    name = (body.get("set") or body.get("map") or "").removeprefix("@")
+    declared = scene.ruleset.set(name)
+    ways: list[Way] = []
+    for branch in evaluate(element, scene, declared.types if declared is not None else ()):
+        onward = _branch(way, branch)
+        if branch.value is BREAK:
+            ways.append(replace(onward, broken=True))
+            continue
+        try:
+            onward = replace(onward, state=change_set(body, branch.value, scene))
+        except Unclear as why:
+            # The packet is what it was; only later look-ups would see the difference.
+            onward = replace(onward, notes=(*onward.notes, str(why)))
+        gate = next((k for s in body.get("stmt", ()) for k in s if k in _GATES), "")
+        ways += _either(onward, f"the {gate} of the element") if gate else [onward]
+    return ways
+
+
+_GATES: Final = frozenset(("limit", "quota", "ct count"))
+
+
+def _run_nat(kind: str, body: Json, way: Way, scene: Scene) -> list[Way]:
+    ways: list[Way] = []
+    for found in nat_ways(kind, body, scene):
+        onward = _branch(way, found.branch)
+        if found.branch.value is BREAK:
+            ways.append(replace(onward, broken=True))
+        elif isinstance(found.branch.value, NotKnown):
+            ways.append(_stop(onward, found.branch.value.reason))
+        elif found.request is None:
+            ways.append(onward)
+        else:
+            ways.append(_verdict(onward, VerdictKind.ACCEPT, StepAction.ACCEPT, nat=found.request))
+    return ways
+
+
+_REJECTS: Final[Mapping[tuple[str, str], str]] = {
+    ("icmp", "net-unreachable"): "icmp-net-unreachable",
+    ("icmp", "host-unreachable"): "icmp-host-unreachable",
+    ("icmp", "prot-unreachable"): "icmp-proto-unreachable",
+    ("icmp", "port-unreachable"): "icmp-port-unreachable",
+    ("icmp", "net-prohibited"): "icmp-net-prohibited",
+    ("icmp", "host-prohibited"): "icmp-host-prohibited",
+    ("icmp", "admin-prohibited"): "icmp-admin-prohibited",
+    ("icmpv6", "no-route"): "icmp6-no-route",
+    ("icmpv6", "admin-prohibited"): "icmp6-adm-prohibited",
+    ("icmpv6", "addr-unreachable"): "icmp6-addr-unreachable",
+    ("icmpv6", "port-unreachable"): "icmp6-port-unreachable",
+    ("icmpv6", "policy-fail"): "icmp6-policy-fail",
+    ("icmpv6", "reject-route"): "icmp6-reject-route",
+}
+"""iptables' names, which the rest of the program uses."""
+_ICMPX: Final[Mapping[str, tuple[str, str]]] = {
+    "no-route": ("net-unreachable", "no-route"),
+    "port-unreachable": ("port-unreachable", "port-unreachable"),
+    "host-unreachable": ("host-unreachable", "addr-unreachable"),
+    "admin-prohibited": ("admin-prohibited", "admin-prohibited"),
+}
+"""icmp_code_v4[] and icmp_code_v6[] of nft_reject.c."""
+
+
+def _run_reject(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
+    body = body or {}
+    six = scene.packet.family == 6
+    kind, code = body.get("type", "icmpx"), body.get("expr", "port-unreachable")
+    if kind == "tcp reset":
+        # nft adds the test for TCP by itself.
+        if scene.packet.protocol != Protocol.TCP:
+            return [replace(way, broken=True)]
+        answer = "tcp-reset"
+    else:
+        if kind == "icmpx":
+            kind, code = ("icmpv6" if six else "icmp"), _ICMPX[code][six]
+        if (kind == "icmpv6") is not six:
+            return [replace(way, broken=True)]
+        answer = _REJECTS.get((kind, code), f"{kind} {code}")
+    return [_verdict(way, VerdictKind.REJECT, StepAction.REJECT, reject_with=answer)]
+
+
+def _run_notrack(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
+    """nft_notrack_eval(): nothing when tracking has looked already."""
+    if way.state.ct is not None:
+        return [way]
+    return [replace(way, state=replace(way.state, notrack=True))]
+
+
+def _run_passing(kind: str, body: Json, way: Way, scene: Scene) -> list[Way]:
+    """Counts or tells; an object map without the key breaks the rule."""
+    if isinstance(body, dict) and "map" in body:
+        inner = body["map"]
+        keys = evaluate(inner["key"], scene)
+        types = types_of(inner["key"], scene)
+        found = find_data(inner, scene, keys, types, lambda data, _: str(data))
+        return [
+            passed
+            for branch in found
+            for passed in (
+                _either(_branch(way, branch), branch.value.reason)
+                if isinstance(branch.value, NotKnown)
+                else [_branch(way, branch, broken=branch.value is BREAK)]
+            )
+        ]
+    return [way]
+
+
+def _run_gate(kind: str, body: Json, way: Way, scene: Scene) -> list[Way]:
+    """limit, quota, connlimit: state that changes with every packet."""
+    return _either(way, f"how much the {kind} has left")
+
+
+def _run_tproxy(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
+    """nft_tproxy_eval(): breaks where no socket is found."""
+    if scene.packet.protocol not in (Protocol.TCP, Protocol.UDP):
+        return [replace(way, broken=True)]
+    if {"ip": 4, "ip6": 6}.get(body.get("family", ""), scene.packet.family) != scene.packet.family:
+        return [replace(way, broken=True)]
+    return _either(way, "whether a transparent socket takes the packet")
+
+
+def _run_synproxy(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
+    """nft_synproxy_do_eval(): takes SYN and the ACK after it, breaks for what is not TCP."""
+    if scene.packet.protocol != Protocol.TCP:
+        return [replace(way, broken=True)]
+    note = "the kernel answers the handshake in the receiver's place"
+    taken = _verdict(way, VerdictKind.STOLEN, StepAction.UNKNOWN, note=note)
+    return [taken]
+
+
+def _run_flow(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
+    """nft_flow_offload_eval(): breaks until the connection is established."""
+    return _either(way, "whether the connection can be offloaded")
+
+
+def _run_queue(kind: str, body: Json, way: Way, scene: Scene) -> list[Way]:
+    return [_queue(kind, body, way)]
+
+
+_STATEMENTS: Final[Mapping[str, Callable[[str, Json, Way, Scene], list[Way]]]] = {
+    **dict.fromkeys(("accept", "drop", "continue", "return", "jump", "goto"), _run_verdict),
+    "match": _run_match,
+    "vmap": _run_vmap,
+    "mangle": _run_mangle,
+    "set": _run_set,
+    "map": _run_set,
+    **dict.fromkeys(("dnat", "snat", "masquerade", "redirect"), _run_nat),
+    "reject": _run_reject,
+    "notrack": _run_notrack,
+    **dict.fromkeys(
+        ("counter", "log", "last", "dup", "ct helper", "ct timeout", "ct expectation"),
+        _run_passing,
+    ),
+    **dict.fromkeys(("limit", "quota", "ct count"), _run_gate),
+    "tproxy": _run_tproxy,
+    "synproxy": _run_synproxy,
+    "flow": _run_flow,
+    "queue": _run_queue,
+}
