@@ -9,8 +9,10 @@ Addresses come from ``--agent``, or from the agents' pods (label
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
@@ -57,6 +59,11 @@ class Agent:
     """The port-forward it goes through."""
     info: pb.GetInfoReply | None = None
     """Set once it has answered."""
+
+
+_AT_ONCE: Final = 8
+"""Calls to one agent at the same time: a fraction of what an agent allows (32), which all its
+callers share."""
 
 
 class Fleet:
@@ -203,31 +210,43 @@ class Fleet:
         return answer
 
     def ask(self, calls: Mapping[K, tuple[str, str, Message]]) -> dict[K, Any]:
-        """Many calls (node, method, request) at the same time.
+        """Many calls (node, method, request) at the same time, up to `_AT_ONCE` of a node.
 
         Each answer is the reply (a list of replies for a streaming method), or the `GketraceError`
         that came instead.
         """
-        started: dict[K, Any] = {}
         answers: dict[K, Any] = {}
-        for key, (node, method, request) in calls.items():
+        queues: dict[str, deque[K]] = {}
+        for key, (node, _, _) in calls.items():
             try:
-                agent = self.agent(node)
+                self.agent(node)
             except GketraceError as error:
                 answers[key] = error
-                continue
-            bound = getattr(agent.stub, method)
-            if hasattr(bound, "future"):
-                started[key] = bound.future(request, timeout=self._timeout)
             else:
-                started[key] = bound(request, timeout=self._timeout)
-        begun = time.monotonic()
-        for key, running in started.items():
-            node, method, _ = calls[key]
+                queues.setdefault(node, deque()).append(key)
+        ended: SimpleQueue[tuple[K, Any, float]] = SimpleQueue()
+
+        def start(key: K) -> None:
+            node, method, request = calls[key]
+            bound, begun = getattr(self.agent(node).stub, method), time.monotonic()
+            if hasattr(bound, "future"):
+                running = bound.future(request, timeout=self._timeout)
+                running.add_done_callback(lambda done: ended.put((key, done, begun)))
+            else:
+                ended.put((key, bound(request, timeout=self._timeout), begun))
+
+        for queue in queues.values():
+            for _ in range(min(_AT_ONCE, len(queue))):
+                start(queue.popleft())
+        while len(answers) < len(calls):
+            key, running, begun = ended.get()
+            node = calls[key][0]
             try:
                 answers[key] = running.result() if hasattr(running, "result") else list(running)
             except grpc.RpcError as error:
                 answers[key] = self._explain(node, error, time.monotonic() - begun)
+            if queues[node]:
+                start(queues[node].popleft())
         return {key: answers[key] for key in calls}
 
     def _explain(self, node: str, error: grpc.RpcError, seconds: float) -> GketraceError:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 
 from gketrace.errors import NotFoundError, TimeoutExceeded, UnavailableError
@@ -16,6 +19,7 @@ from gketrace_cli.local import local_node, start_local_agent
 from gketrace_cli.object_json import parse_node, parse_pod
 from gketrace_cli.objects import Container, ContainerPort, Pod
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
+from gketrace_proto.v1alpha1.agent_pb2_grpc import AgentServicer, add_AgentServicer_to_server
 from tests.cli.stage import Stage
 
 WORLD = Path(__file__).parents[1] / "data/worlds/kube-proxy-1.36-iptables-nft"
@@ -73,6 +77,31 @@ def test_nobody_there(world: Stage) -> None:
         quick.add_address("2jdh", world.sockets["2jdh"])
         with quick, pytest.raises(TimeoutExceeded, match=r"within 0\.2 s"):
             quick.call("2jdh", "GetInfo", pb.GetInfoRequest())
+
+
+def test_many_calls_stay_below_an_agents_bound(tmp_path: Path) -> None:
+    """An agent refuses what comes beyond its bound, so the CLI sends a few at a time."""
+
+    class Slow(AgentServicer):
+        def GetInfo(
+            self, request: pb.GetInfoRequest, context: grpc.ServicerContext
+        ) -> pb.GetInfoReply:
+            time.sleep(0.01)
+            return pb.GetInfoReply(node="n1")
+
+    server = grpc.server(ThreadPoolExecutor(16), maximum_concurrent_rpcs=16)
+    add_AgentServicer_to_server(Slow(), server)
+    server.add_insecure_port(f"unix:{tmp_path}/agent.sock")
+    server.start()
+    try:
+        with Fleet(timeout=10) as fleet:
+            fleet.add_address("n1", f"unix://{tmp_path}/agent.sock")
+            calls = {number: ("n1", "GetInfo", pb.GetInfoRequest()) for number in range(100)}
+            answers = fleet.ask(calls)
+    finally:
+        server.stop(None).wait()
+    assert list(answers) == list(range(100))
+    assert {answer.node for answer in answers.values()} == {"n1"}
 
 
 def test_this_machine_is_a_node_by_its_address() -> None:
