@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 
@@ -38,7 +39,14 @@ def test_a_process_over_its_output_is_killed() -> None:
     child = start(["yes"], limit=100_000)
     with pytest.raises(ExhaustedError, match="yes wrote more than 100000 bytes"):
         raise next(iter(collect([child], timeout=10)))  # type: ignore[misc]
-    assert child.process.returncode == -9
+    assert child.process.returncode == -signal.SIGXFSZ
+    just_enough = run(["head", "-c", "1000", "/dev/zero"], timeout=10, limit=1000)
+    assert (len(just_enough.stdout), just_enough.returncode) == (1000, 0)
+
+
+def test_much_on_stderr_is_cut() -> None:
+    done = run(["sh", "-c", "yes | head -c 1000000 >&2; echo end"], timeout=10, limit=1000)
+    assert (done.stdout, len(done.stderr)) == (b"end\n", 1 << 16)
 
 
 def test_large_outputs_come_whole_and_side_by_side() -> None:
