@@ -32,6 +32,7 @@ _TRACKS: Final = re.compile(
     rb'"(?:ct|ct count|ct helper|ct timeout|ct expectation|masquerade|redirect|flow|synproxy)": '
 )
 """Expressions whose init calls nf_ct_netns_get() with the table's family; notrack has none."""
+_WRITES: Final = re.compile(rb'\{"(?:set|map)": \{"op": ')
 _NAT: Final = re.compile(rb'"(?:dnat|snat)": \{(?:"family": "(ip6?)")?')
 """nft_nat_init() asks for the family that the statement names."""
 
@@ -197,6 +198,11 @@ class NftRuleset(Ruleset):
                     break
             self._needs = (4 in wanted, 6 in wanted)
         return self._needs[family == 6]
+
+    @property
+    def written_by_packets(self) -> bool:
+        """Whether some rule adds elements to sets: they change without a new generation."""
+        return any(_WRITES.search(self.text, *span) for span in self._spans())
 
     def _spans(self) -> Iterator[Span]:
         for runs in self._index.rules.values():

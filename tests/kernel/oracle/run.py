@@ -14,12 +14,14 @@ from ipaddress import ip_address
 
 from gketrace.packet import Protocol, TcpFlags, Tuple5
 from gketrace.ruleset.iptables import IptablesRuleset
+from gketrace.ruleset import Ruleset
+from gketrace.ruleset.nft import NftRuleset
 from gketrace.simulate.query import WalkQuery
 from gketrace.snapshot import ConntrackView, NetnsSnapshot, Unavailable
 from gketrace.trace import Ingress, Leaf, NetnsRef, StepKind, Walk
 from gketrace_agent.kernel.netns import open_path
 from gketrace_agent.observe.snapshot import Namespace, Observer
-from tests.kernel.oracle.bed import Bed
+from tests.kernel.oracle.bed import TRACE_TABLE, Bed
 from tests.kernel.oracle.compare import Judgement, Observed, RuleId, Verdict, judge, observe_story
 from tests.kernel.oracle.fixtures import Case
 from tests.kernel.oracle.inject import build
@@ -109,13 +111,21 @@ class Rig:
     keys: Iterator[int] = field(default_factory=lambda: itertools.cycle(range(1, 65536)))
 
     def refresh(self) -> None:
-        """Reads again what packets change: lists of xt_recent, and sets."""
+        """Reads again what packets change: lists of xt_recent, ipsets, nft sets."""
         shot = self.view.shot
         if shot.recent:
             shot = replace(shot, recent=self.observe(frozenset({"recent"})).recent)
         if shot.ipsets:
             shot = replace(shot, ipsets=self.observe(frozenset({"ipsets"})).ipsets)
+        if any(isinstance(r, NftRuleset) and r.written_by_packets for r in shot.rulesets):
+            seen = self.observe(frozenset({"rulesets"})).rulesets
+            shot = replace(shot, rulesets=tuple(r for r in seen if not _is_trace_table(r)))
         self.view.shot = shot
+
+
+def _is_trace_table(ruleset: Ruleset | Unavailable) -> bool:
+    """The table that turns the trace on is none of the rules under test."""
+    return isinstance(ruleset, NftRuleset) and ruleset.table.endswith(f" {TRACE_TABLE}")
 
 
 @contextmanager
