@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 
 from gketrace.packet import Protocol, TcpFlags, Tuple5
-from gketrace.ruleset.iptables import IptablesRuleset
 from gketrace.ruleset import Ruleset
+from gketrace.ruleset.iptables import IptablesRuleset
 from gketrace.ruleset.nft import NftRuleset
 from gketrace.simulate.query import WalkQuery
 from gketrace.snapshot import ConntrackView, NetnsSnapshot, Unavailable
