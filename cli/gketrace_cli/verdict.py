@@ -67,7 +67,7 @@ class Standing(Enum):
 _COMMENT: Final = re.compile(r'--comment (?:"([^"]*)"|(\S+))|comment "([^"]*)"')
 _WORDS: Final = {
     Disposition.DELIVERED: "delivered",
-    Disposition.TRANSMITTED: "leaves the cluster",
+    Disposition.TRANSMITTED: "left the cluster",
     Disposition.REFUSED: "refused",
     Disposition.DROPPED: "dropped",
     Disposition.REJECTED: "rejected",
@@ -156,10 +156,8 @@ def judge_service(name: str, answers: Sequence[Answer], missing: Sequence[Missin
     unknown = [(q, p) for q, p, s in judged if s is Standing.UNKNOWN]
     if broken:
         question, path = broken[0]
-        text = (
-            f"{name} is broken: {by_way[Standing.BROKEN]} of {ways} ways fail; {_way(question)} "
-            f"is {_failure(path)}"
-        )
+        count = f"{by_way[Standing.BROKEN]} of {ways} ways fail; " if ways > 1 else ""
+        text = f"{name} is broken: {count}{_way(question)} is {_failure(path)}"
     elif asked:
         question, path = asked[0]
         text = f"{name} does not answer this way, as configured: {question.configured_drop}"
@@ -251,15 +249,21 @@ def _way(question: Question) -> str:
 
 def _failure(path: Path) -> str:
     if path.outcome.disposition in SUCCESS and path.reply is not None:
-        return f"delivered to {path.endpoint}, and the answer is {outcome_text(path.reply)}"
+        return _unanswered(path.endpoint, path.reply)
     return outcome_text(path)
+
+
+def _unanswered(endpoint: str, reply: Path) -> str:
+    """``delivered to pod/default/web-0 10.40.0.10:8080, and the answer is dropped: …``."""
+    verb = "has" if reply.outcome.disposition is Disposition.TRANSMITTED else "is"
+    return f"delivered to {endpoint}, and the answer {verb} {outcome_text(reply)}"
 
 
 def _uncertain(question: Question, path: Path) -> str:
     if path.missing:
         return f"not seen whole ({path.missing[0]})"
     if path.outcome.disposition in SUCCESS and path.reply is not None:
-        return f"delivered to {path.endpoint}, and the answer is {outcome_text(path.reply)}"
+        return _unanswered(path.endpoint, path.reply)
     if path.outcome.disposition is Disposition.TRANSMITTED:
         return f"sent out by {path.outcome.netns.node}; what comes after is not visible to agents"
     return outcome_text(path)
