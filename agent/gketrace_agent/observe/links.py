@@ -107,17 +107,22 @@ _INET_CONF: Final = {
     25: "proxy_arp_pvlan",
     26: "route_localnet",
     29: "ignore_routes_with_linkdown",
+    32: "bc_forwarding",
 }
 """IPV4_DEVCONF_* (include/uapi/linux/ip.h) → name under net.ipv4.conf.IFACE."""
 _INET6_CONF: Final = {
     0: "forwarding",
+    2: "mtu",
     3: "accept_ra",
     4: "accept_redirects",
+    10: "use_tempaddr",
     22: "proxy_ndp",
     24: "accept_source_route",
     26: "disable_ipv6",
     27: "accept_dad",
+    37: "use_oif_addrs_only",
     39: "ignore_routes_with_linkdown",
+    59: "force_forwarding",
 }
 """DEVCONF_* (include/uapi/linux/ipv6.h) → name under net.ipv6.conf.IFACE."""
 
