@@ -139,16 +139,19 @@ class Namespace:
 
     def bridge_netfilter(self, bridge: Link, family: int) -> Maybe[Citation | None]:
         """Why frames on `bridge` pass iptables; None: they do not (br_nf_pre_routing)."""
-        own = bridge.bridge_nf_call_iptables if family == 4 else bridge.bridge_nf_call_ip6tables
-        if own:
-            suffix = "iptables" if family == 4 else "ip6tables"
-            return Citation(source=Source.LINK, text=f"{bridge.name}: nf_call_{suffix} 1")
-        name = f"net.bridge.bridge-nf-call-{'iptables' if family == 4 else 'ip6tables'}"
+        suffix = "iptables" if family == 4 else "ip6tables"
+        name = f"net.bridge.bridge-nf-call-{suffix}"
         value = self.sysctl(name)
         if isinstance(value, Unavailable):
             return value
-        if value == "1":
-            return Citation(source=Source.SYSCTL, text=f"{name} = 1")
+        if value is None:
+            # Without br_netfilter the sysctl is absent, and the bridge's flag has no effect.
+            return None
+        if value != "0":
+            return Citation(source=Source.SYSCTL, text=f"{name} = {value}")
+        own = bridge.bridge_nf_call_iptables if family == 4 else bridge.bridge_nf_call_ip6tables
+        if own:
+            return Citation(source=Source.LINK, text=f"{bridge.name}: nf_call_{suffix} 1")
         return None
 
     @property

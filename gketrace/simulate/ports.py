@@ -51,6 +51,8 @@ def choose_port(context: Context, space: Namespace, bridge: Link, target: IPAddr
         )
     if near is not None and near.mac:
         found = _learned(space, bridge, near.mac)
+        if isinstance(found, str):
+            return PortChoice(neighbour=near, why=found)
         if found is not None and (port := space.by_index.get(found.ifindex)) is not None:
             return PortChoice(port=port, neighbour=near, fdb=found)
     ports = [link for link in space.links.values() if link.master == bridge.ifindex]
@@ -70,6 +72,8 @@ def choose_port(context: Context, space: Namespace, bridge: Link, target: IPAddr
                 if near is not None and near.mac and far.mac and near.mac != far.mac:
                     continue
                 fdb = _learned(space, bridge, far.mac) if far.mac else None
+                if isinstance(fdb, str):
+                    return PortChoice(neighbour=near, why=fdb)
                 return PortChoice(
                     port=port, neighbour=near, fdb=fdb, why=f"{target} is behind {port.name}"
                 )
@@ -92,16 +96,21 @@ def neighbour_of(space: Namespace, link: Link, target: IPAddress) -> Neighbour |
     return None
 
 
-def _learned(space: Namespace, bridge: Link, mac: str) -> FdbEntry | None:
+def _learned(space: Namespace, bridge: Link, mac: str) -> FdbEntry | str | None:
+    """The bridge's entry for a station behind a port; None: there is none; text: why not known."""
     if isinstance(space.snapshot.fdb, Unavailable):
         return None
+    found: dict[int, FdbEntry] = {}
     for entry in space.snapshot.fdb:
-        if entry.mac != mac or entry.ifindex == bridge.ifindex:
+        if entry.mac != mac or "self" in entry.flags or "permanent" in entry.flags:
+            # NUD_PERMANENT: an address of the bridge or of a port itself (is_local).
             continue
         port = space.by_index.get(entry.ifindex)
         if port is not None and port.master == bridge.ifindex:
-            return entry
-    return None
+            found.setdefault(entry.ifindex, entry)
+    if len(found) > 1:
+        return f"{mac} is on several ports of {bridge.name}, by VLAN"
+    return next(iter(found.values()), None)
 
 
 def cite_neighbour(entry: Neighbour, interface: str) -> Citation:

@@ -84,11 +84,7 @@ def reroute(cursor: Cursor) -> tuple[Way, ...]:
     """
     old = cursor.decision
     ways = []
-    for decision in _output(cursor, source=True):
-        if decision.kind is RouteKind.BAD_SOURCE:
-            # FLOWI_FLAG_ANYSRC: the source address is not checked again.
-            ways.append(unknown(cursor, decision.detail or "routed again from a foreign source"))
-            continue
+    for decision in _output(cursor, source=True, any_source=True):
         if _bad(decision):
             ways.append(_failed(cursor, decision))
             continue
@@ -244,7 +240,7 @@ def _failed(cursor: Cursor, decision: RouteDecision, *first: Step) -> Way:
     )
 
 
-def _output(cursor: Cursor, *, source: bool) -> tuple[RouteDecision, ...]:
+def _output(cursor: Cursor, *, source: bool, any_source: bool = False) -> tuple[RouteDecision, ...]:
     packet: Packet = cursor.packet
     ports = packet.has_ports
     return cursor.space.fib.output(
@@ -256,6 +252,7 @@ def _output(cursor: Cursor, *, source: bool) -> tuple[RouteDecision, ...]:
         sport=packet.sport if ports else None,
         dport=packet.dport if ports else None,
         uid=cursor.state.uid,
+        any_source=any_source,
     )
 
 

@@ -8,7 +8,7 @@ from ipaddress import ip_address
 
 from gketrace.conntrack import ConntrackEntry, CtStatus
 from gketrace.packet import Packet, Protocol, TcpFlags
-from gketrace.snapshot import LinkPeer, PolicyRule, Unavailable
+from gketrace.snapshot import FdbEntry, LinkPeer, Neighbour, PolicyRule, Unavailable
 from gketrace.trace import Disposition, NetnsKind, NetnsRef, StepKind
 from tests.core.simulate.nodes import Node, Table, lines, one, tcp, udp, world_node
 
@@ -496,6 +496,40 @@ def test_pod_to_pod_on_a_bridge_passes_forward_if_iptables_sees_bridged_frames()
         "route deliver eth0",
         "socket deliver",
     ]
+
+
+def test_the_flag_of_a_bridge_counts_only_where_br_netfilter_is_loaded() -> None:
+    node = bridged()
+    node.host.iptables(
+        "*filter\n:FORWARD ACCEPT [0:0]\n-A FORWARD -i cbr0 -o cbr0 -j DROP\nCOMMIT\n"
+    )
+    node.host.set_link("cbr0", bridge_nf_call_iptables=True)
+    packet = tcp("0.0.0.0", "10.40.0.6:8080", 40000)
+    node.host.sysctls["net.bridge.bridge-nf-call-iptables"] = "0"
+    assert one(node.walk(packet, pod="near")).outcome.disposition is D.DROPPED
+    del node.host.sysctls["net.bridge.bridge-nf-call-iptables"]
+    assert one(node.walk(packet, pod="near")).outcome.disposition is D.DELIVERED
+
+
+def test_what_the_bridge_has_learned() -> None:
+    node = bridged()
+    host, mac = node.host, "0a:58:0a:28:00:06"
+    bridge, web, near = (host.index(name) for name in ("cbr0", "veth-web", "veth-near"))
+    host.neighbours.append(
+        Neighbour(ifindex=bridge, address=ip_address("10.40.0.6"), mac=mac, state="STALE")
+    )
+    learned = FdbEntry(mac=mac, ifindex=web, master=bridge, updated=12.0)
+    packet = tcp("10.142.0.9:40000", "10.40.0.6:8080")
+    # A port's own address is not a station behind it.
+    host.fdb[:] = [FdbEntry(mac=mac, ifindex=near, master=bridge, flags=("permanent",)), learned]
+    leaf = one(node.walk(packet, into="eth0"))
+    (step,) = (s for hop in leaf.hops() for s in hop.steps if s.kind is StepKind.BRIDGE)
+    assert step.citation is not None
+    assert step.citation.text == f"{mac} dev veth-web, seen 12 s ago"
+    host.fdb[:] = [learned, FdbEntry(mac=mac, ifindex=near, master=bridge, vlan=3)]
+    leaf = one(node.walk(packet, into="eth0"))
+    assert leaf.outcome.disposition is D.UNKNOWN
+    assert leaf.outcome.detail == f"{mac} is on several ports of cbr0, by VLAN"
 
 
 def test_service_on_the_same_bridge_is_translated_and_stays_on_the_bridge() -> None:
