@@ -140,6 +140,7 @@ def inquiry(question: Question) -> Inquiry:
         node=sender.node,
         pod=pod,
         entry=question.entry if sender.outside else "",
+        use_conntrack=question.use_conntrack,
     )
 
 

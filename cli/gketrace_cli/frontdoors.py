@@ -120,6 +120,8 @@ class Question:
     """True: the drop's cause was picked on the command line, so it counts as broken."""
     notes: tuple[str, ...] = field(default=())
     """What was assumed."""
+    use_conntrack: bool = True
+    """False: as if the connection did not exist yet."""
 
 
 def select_ports(service: Service, wanted: str) -> tuple[ServicePort, ...]:

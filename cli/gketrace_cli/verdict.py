@@ -26,6 +26,7 @@ __all__ = [
     "Verdict",
     "judge_pod",
     "judge_service",
+    "exists",
     "judge_trace",
     "path_standing",
     "target_text",
@@ -195,8 +196,33 @@ def _absent(missing: Sequence[Missing]) -> list[str]:
     return sorted({m.node for m in missing if m.what == "agent" and m.node})
 
 
-def judge_trace(answer: Answer, missing: Sequence[Missing]) -> Verdict:
-    """For `gketrace trace`: just this way was asked for."""
+def exists(answer: Answer) -> bool:
+    """True when it is a packet of a connection that some node's kernel tracks already: its entry
+    decides, and no nat rule is consulted."""
+    return any(not flow.assumed for path in answer.paths for flow in path.flows)
+
+
+def _fresh(answer: Answer, fresh: Answer) -> str:
+    """What would become of a new connection, beside the existing one."""
+    ends, before = (
+        list(dict.fromkeys(p.endpoint for p in a.paths if p.endpoint)) for a in (fresh, answer)
+    )
+    lost = [p for p in fresh.paths if path_standing(fresh, p) is not Standing.FINE]
+    if lost or not ends:
+        end = _failure(lost[0]) if lost else "UNKNOWN"
+        if len(fresh.paths) > 1:
+            return f"of new ones {_percent(lost[0])} would be {end}"
+        return f"a new one would be {end}"
+    if ends == before:
+        return "a new one would go there too"
+    return f"a new one would go to {ends[0] if len(ends) == 1 else f'one of {len(ends)} endpoints'}"
+
+
+def judge_trace(answer: Answer, missing: Sequence[Missing], fresh: Answer | None = None) -> Verdict:
+    """For `gketrace trace`: just this way was asked for.
+
+    `fresh` is the answer for a new connection, when it is about one that exists.
+    """
     question = answer.question
     judged = [(question, p, path_standing(answer, p)) for p in answer.paths]
     code = _code(((q, s) for q, _, s in judged), missing)
@@ -215,7 +241,12 @@ def judge_trace(answer: Answer, missing: Sequence[Missing]) -> Verdict:
     else:
         ends = list(dict.fromkeys(p.endpoint for p in answer.paths if p.endpoint))
         where = ends[0] if len(ends) == 1 else f"{len(ends)} endpoints"
-        text = f"{way} is delivered to {where}" if ends else f"{way} is delivered"
+        how = "an existing connection, pinned by conntrack" if fresh is not None else "delivered"
+        text = f"{way} is {how} to {where}" if ends else f"{way} is {how}"
+    if fresh is not None:
+        if bad is not None or unsure is not None:
+            text += "; it is an existing connection, pinned by conntrack"
+        text += f"; {_fresh(answer, fresh)}"
     return Verdict(text=_also_missing(text, missing), code=code)
 
 

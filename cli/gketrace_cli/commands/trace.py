@@ -50,6 +50,7 @@ def trace(
     from gketrace_cli.names import find_node, parse_named, short_names
     from gketrace_cli.senders import sender_of
     from gketrace_cli.session import Session, background
+    from gketrace_cli.verdict import exists, judge_trace, target_text
 
     from_, to = parse_named(source), parse_named(destination)
     with Session(options) as session:
@@ -61,16 +62,19 @@ def trace(
         if sender.pod is not None:
             session.pods.add(sender.pod)
         result = Asker(session, services=services).ask((question,))
+        fresh = None
+        if exists(result.answers[0]):
+            again = replace(question, use_conntrack=False)
+            fresh = Asker(session, services=services).ask((again,)).answers[0]
         short = short_names(n.name for n in session.nodes)
         session.progress.clear()
     from gketrace_cli.render.documents import dump
     from gketrace_cli.render.layout import Page, write
     from gketrace_cli.render.trace import draw_trace
     from gketrace_cli.render.trace_document import trace_document
-    from gketrace_cli.verdict import judge_trace, target_text
 
     notes = [*question.notes, *assumed_port((question,))]
-    verdict = judge_trace(result.answers[0], result.missing)
+    verdict = judge_trace(result.answers[0], result.missing, fresh)
     if options.format.machine:
         query = {"from": sender.text, "to": destination, "target": target_text(question)}
         document = trace_document(
