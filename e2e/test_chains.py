@@ -279,3 +279,53 @@ def test_conntrack_is_what_the_trace_says(
             at = (host, int(number))
             port = int(reply_src.rpartition(":")[2])
         port = held[3]
+
+
+NEW_DROPPED = "FORWARD -d 10.40.0.6 -m conntrack --ctstate NEW -j DROP"
+CHANGES = [
+    pytest.param(
+        f"-t nat -R {SEP} 2 -p tcp -j DNAT --to-destination 10.40.1.10:8080",
+        f"-t nat -R {SEP} 2 -p tcp -m comment --comment default/hello-server -m tcp -j DNAT "
+        "--to-destination 10.40.0.6:8080",
+        "a new one would go to pod/default/web-1 10.40.1.10:8080",
+        id="another endpoint",
+    ),
+    pytest.param(
+        f"-I {NEW_DROPPED}", f"-D {NEW_DROPPED}", "a new one would be dropped", id="dropped"
+    ),
+]
+
+
+def test_an_existing_connection_is_pinned(lab: Lab) -> None:
+    with lab.hold("client", "10.142.0.7", 31830) as hold:
+        assert hold.result.source is not None
+        source = f"{hold.result.source[0]}:{hold.result.source[1]}"
+        said = " ".join(run_cli(lab, "trace", source, "10.142.0.7:31830").out.split())
+    assert f"an existing connection, pinned by conntrack to {ENDPOINT}" in said
+    assert "; a new one would go there too." in said
+    assert "no nat rule is consulted" in said
+
+
+@pytest.mark.parametrize(("change", "undo", "new"), CHANGES)
+def test_an_existing_connection_outlives_its_rules(
+    lab: Lab, change: str, undo: str, new: str
+) -> None:
+    """The rules changed under it: the connection lives on, and the CLI says both."""
+    with lab.hold("client", "10.142.0.7", 31830) as hold:
+        assert hold.result.source is not None
+        source = f"{hold.result.source[0]}:{hold.result.source[1]}"
+        assert lab.exec("node/33fg", ["iptables-nft", *change.split()]).returncode == 0
+        try:
+            ran = run_cli(lab, "trace", source, "10.142.0.7:31830", "-o", "json")
+            fresh = lab.connect("client", "10.142.0.7", 31830)
+            assert hold.alive()
+        finally:
+            assert lab.exec("node/33fg", ["iptables-nft", *undo.split()]).returncode == 0
+    assert ran.code == ExitCode.OK, ran
+    answer = document(ran)
+    assert f"an existing connection, pinned by conntrack to {ENDPOINT}; {new}" in answer["verdict"]
+    (path,) = answer["paths"]
+    assert path["endpoint"] == ENDPOINT
+    cited = [s["citation"] for s in steps(path) if s["kind"] == "conntrack"]
+    assert f"sport={hold.result.source[1]}" in cited[0]["text"]
+    assert (fresh.pod == "default/web-1") if "web-1" in new else (fresh.kind == "timeout")
