@@ -37,18 +37,17 @@ _CACHED_RULES: Final = 20_000
 
 _BASE_NAMES: Final = frozenset(hook.value for hook in Hook)
 _LINE: Final = re.compile(rb"[^\n]*+\n")
-_COUNTERS: Final = rb"(?:\[[\d:]++\] )?+"
-_BY_DESTINATION: Final = re.compile(
-    _COUNTERS + rb"-A \S++(?: (?:! )?+-s \S++)?+ -d ([0-9a-f.:]++)/(?:32|128) [^\n]*+\n"
-)
-"""A rule whose first condition after ``-s`` is one destination address."""
-_BY_PORT: Final = re.compile(
-    _COUNTERS + rb"-A \S++(?: (?:! )?+-[sd] \S++)*+ -p (?:tcp|udp|sctp)"
+_RULE: Final = re.compile(
+    rb"(?:\[[\d:]++\] )?+-A \S++(?:"
+    # One destination address is its first condition after -s.
+    rb" (?:(?:! )?+-s \S++ )?+-d ([0-9a-f.:]++)/(?:32|128) |"
+    # One destination port is asked for before anything that has a side effect.
+    rb"(?: (?:! )?+-[sd] \S++)*+ -p (?:tcp|udp|sctp)"
     rb'(?: -m comment --comment (?:"(?:[^"\\\n]++|\\.)*+"|[^" ]\S*+))?+'
     rb"(?: -m addrtype --dst-type LOCAL)?+"
-    rb" -m (?:tcp|udp|sctp) --dport ([1-9]\d*+) [^\n]*+\n"
+    rb" -m (?:tcp|udp|sctp) --dport ([1-9]\d*+) |)[^\n]*+\n"
 )
-"""A rule that asks for one destination port before anything that has a side effect."""
+"""A rule, with the destination address or port without which it certainly does not match."""
 _DECLARATION: Final = re.compile(rb":([^ \n]+) (\S+)(?: \[(\d+):(\d+)\])?[^\n]*\n")
 
 
@@ -71,34 +70,73 @@ class TableIndex:
         return tuple((run >> 32, run & 0xFFFFFFFF) for run in runs)
 
 
+class _Store:
+    """What a rule set and its chains share.  Holds no chain: a rule set of 50 MB must go when it is
+    let go of, not when the garbage collector next looks for cycles."""
+
+    __slots__ = ("backend", "epoch", "family", "parsed", "tables", "text")
+
+    def __init__(
+        self, text: bytes, backend: str, family: int, tables: Mapping[str, TableIndex]
+    ) -> None:
+        self.text, self.backend, self.family, self.tables = text, backend, family, tables
+        self.parsed = 0
+        """Rules that are kept by all chains together."""
+        self.epoch = 0
+        """Goes up when they are too many; each chain then drops its own."""
+
+    def count_parsed(self) -> None:
+        self.parsed += 1
+        if self.parsed > _CACHED_RULES:
+            self.parsed = 0
+            self.epoch += 1
+
+    def declaration(self, table: str, key: bytes) -> re.Match[bytes] | None:
+        """The line ``:CHAIN POLICY [0:0]``."""
+        needle = b":" + key + b" "
+        for start, end in self.tables[table].declared:
+            at = start if self.text.startswith(needle, start) else -1
+            if at < 0 and (at := self.text.find(b"\n" + needle, start, end)) >= 0:
+                at += 1
+            if at >= 0:
+                return _DECLARATION.match(self.text, at, end)
+        return None
+
+    def has_chain(self, table: str, name: str) -> bool:
+        index = self.tables.get(table)
+        if index is None:
+            return False
+        key = name.encode("utf-8", "surrogateescape")
+        return key in index.rules or self.declaration(table, key) is not None
+
+
 class Chain:
     """One chain of one table; its rules are parsed when they are first asked for."""
 
-    __slots__ = ("_always", "_by_dst", "_by_port", "_owner", "_parsed", "_spans", "_starts",
-                 "bytes", "name", "packets", "policy", "table")  # fmt: skip
+    __slots__ = ("_always", "_by_dst", "_by_port", "_epoch", "_parsed", "_spans", "_starts",
+                 "_store", "bytes", "name", "packets", "policy", "table")  # fmt: skip
 
-    def __init__(
-        self, owner: IptablesRuleset, table: str, name: str, spans: tuple[Span, ...]
-    ) -> None:
+    def __init__(self, store: _Store, table: str, name: str, spans: tuple[Span, ...]) -> None:
         self.table: Final = table
         self.name: Final = name
         self.policy: str = ""
         """``ACCEPT`` or ``DROP`` of a base chain; empty for a user's chain."""
         self.packets: int | None = None
         self.bytes: int | None = None
-        self._owner = owner
+        self._store = store
+        self._epoch = store.epoch
         self._spans = spans
         self._starts: list[int] | None = None
         self._parsed: dict[int, Rule] = {}
         self._always: list[int] | None = None
-        self._by_dst: dict[str, list[int]] = {}
+        self._by_dst: dict[bytes, list[int]] = {}
         self._by_port: dict[int, list[int]] = {}
 
     @property
     def _lines(self) -> list[int]:
         """Offset of each rule's line."""
         if self._starts is None:
-            text = self._owner.text
+            text = self._store.text
             self._starts = [
                 m.start() for start, end in self._spans for m in _LINE.finditer(text, start, end)
             ]
@@ -109,12 +147,14 @@ class Chain:
 
     def rule(self, position: int) -> Rule:
         """The rule at `position`, 1-based.  Raises `IndexError`."""
+        if self._epoch != self._store.epoch:
+            self._epoch, self._parsed = self._store.epoch, {}
         known = self._parsed.get(position)
         if known is None:
             if not 1 <= position <= len(self._lines):
                 raise IndexError(position)
+            self._store.count_parsed()
             known = self._parsed[position] = self._read(position)
-            self._owner.count_parsed(1)
         return known
 
     def __iter__(self) -> Iterator[Rule]:
@@ -137,26 +177,25 @@ class Chain:
             yield self.rule(position)
 
     def _read(self, position: int) -> Rule:
-        text = self._owner.text
+        text = self._store.text
         start = self._lines[position - 1]
         line = text[start : text.index(b"\n", start)].decode("utf-8", "surrogateescape")
         return read_rule(
             line,
-            backend=self._owner.backend,
-            family=self._owner.family,
+            backend=self._store.backend,
+            family=self._store.family,
             table=self.table,
             position=position,
             is_chain=self._is_chain,
         )
 
     def _is_chain(self, name: str) -> bool:
-        return self._owner.has_chain(self.table, name)
+        return self._store.has_chain(self.table, name)
 
     def _select(self, packet: Packet) -> Sequence[int]:
         if self._always is None:
-            self._index()
-        assert self._always is not None
-        some = self._always + self._by_dst.get(str(packet.dst), [])
+            self._always = self._index()
+        some = self._always + self._by_dst.get(str(packet.dst).encode(), [])
         if packet.protocol in PORT_PROTOCOLS and not packet.fragment:
             if packet.dport is None:
                 for positions in self._by_port.values():
@@ -166,38 +205,30 @@ class Chain:
         some.sort()
         return some
 
-    def _index(self) -> None:
+    def _index(self) -> list[int]:
+        """Fills `_by_dst` and `_by_port`; the positions that are in neither."""
         always: list[int] = []
-        by_dst: dict[str, list[int]] = {}
-        by_port: dict[int, list[int]] = {}
-        text, six = self._owner.text, self._owner.family == 6
-        for position, start in enumerate(self._lines, 1):
-            if found := _BY_DESTINATION.match(text, start):
-                key = found[1].decode()
-                if six:
-                    try:
-                        key = str(IPv6Address(key))
-                    except ValueError:
-                        always.append(position)
-                        continue
-                by_dst.setdefault(key, []).append(position)
-            elif found := _BY_PORT.match(text, start):
-                by_port.setdefault(int(found[1]), []).append(position)
+        text, six = self._store.text, self._store.family == 6
+        keys = [key for start, end in self._spans for key in _RULE.findall(text, start, end)]
+        for position, (address, port) in enumerate(keys, 1):
+            if address:
+                try:
+                    key = str(IPv6Address(address.decode())).encode() if six else address
+                except ValueError:
+                    always.append(position)
+                else:
+                    self._by_dst.setdefault(key, []).append(position)
+            elif port:
+                self._by_port.setdefault(int(port), []).append(position)
             else:
                 always.append(position)
-        self._by_dst, self._by_port, self._always = by_dst, by_port, always
-
-    def forget(self) -> int:
-        """Drop parsed rules; how many they were."""
-        count = len(self._parsed)
-        self._parsed = {}
-        return count
+        return always
 
 
 class IptablesRuleset(Ruleset):
     """What one run of iptables-save printed.  Made by `parse_iptables_save`."""
 
-    __slots__ = ("_chains", "_parsed_rules", "_tables", "notes", "text")
+    __slots__ = ("_chains", "_store", "_tables", "notes", "text")
 
     def __init__(
         self,
@@ -216,8 +247,8 @@ class IptablesRuleset(Ruleset):
         self.notes: Final = notes
         """Comment lines other than the header and footer: warnings of the tool."""
         self._tables = tables
+        self._store = _Store(text, backend, family, tables)
         self._chains: dict[tuple[str, str], Chain | None] = {}
-        self._parsed_rules = 0
 
     @property
     def tables(self) -> tuple[str, ...]:
@@ -251,16 +282,14 @@ class IptablesRuleset(Ruleset):
         try:
             return self._chains[table, name]
         except KeyError:
+            if len(self._chains) > _CACHED_RULES:
+                self._chains.clear()
             chain = self._chains[table, name] = self._find(table, name)
             return chain
 
     def has_chain(self, table: str, name: str) -> bool:
         """Cheaper than `chain` for chains that have rules."""
-        index = self._tables.get(table)
-        if index is None:
-            return False
-        key = name.encode("utf-8", "surrogateescape")
-        return key in index.rules or self.chain(table, name) is not None
+        return self._store.has_chain(table, name)
 
     def chain_names(self, table: str) -> tuple[str, ...]:
         """All chains of a table, in the order of the text.  Walks all declarations."""
@@ -280,33 +309,15 @@ class IptablesRuleset(Ruleset):
         if index is None:
             return None
         key = name.encode("utf-8", "surrogateescape")
-        needle = b":" + key + b" "
-        declaration = None
         # A chain with rules exists; only base chains say more in their declaration.
-        search = key not in index.rules or name in _BASE_NAMES
-        for start, end in index.declared if search else ():
-            at = start if self.text.startswith(needle, start) else -1
-            if at < 0 and (at := self.text.find(b"\n" + needle, start, end)) >= 0:
-                at += 1
-            if at >= 0:
-                declaration = _DECLARATION.match(self.text, at, end)
-                break
+        declaration = None
+        if key not in index.rules or name in _BASE_NAMES:
+            declaration = self._store.declaration(table, key)
         if declaration is None and key not in index.rules:
             return None
-        chain = Chain(self, table, name, index.spans(key))
+        chain = Chain(self._store, table, name, index.spans(key))
         if declaration is not None and declaration[2] != b"-":
             chain.policy = declaration[2].decode()
             if declaration[3] is not None:
                 chain.packets, chain.bytes = int(declaration[3]), int(declaration[4])
         return chain
-
-    def count_parsed(self, number: int) -> None:
-        """Keeps the parsed rules within bounds: beyond the limit all are dropped and read again."""
-        self._parsed_rules += number
-        if self._parsed_rules > _CACHED_RULES:
-            self._parsed_rules = 0
-            for chain in list(self._chains.values()):
-                if chain is not None:
-                    chain.forget()
-            if len(self._chains) > _CACHED_RULES:
-                self._chains.clear()
