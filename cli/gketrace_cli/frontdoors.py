@@ -182,8 +182,12 @@ def questions(
         for door in Door:
             if selection.door in (None, door):
                 found += maker.through(door)
+    strangers = _strangers(service, selection.senders)
     if found:
+        skipped += [f"Nothing is traced from {text}." for text in strangers]
         return tuple(found), tuple(dict.fromkeys(skipped))
+    if strangers and len(strangers) == len(selection.senders):
+        raise UsageError(strangers[0], hint="--from an address of the Service's family")
     doors = ", ".join(_doors_of(service)) or "none"
     if selection.door is not None:
         raise NotFoundError(
@@ -434,6 +438,16 @@ def _alternate(first: Sequence[Node], second: Sequence[Node]) -> list[Node]:
         mixed += first[position : position + 1]
         mixed += second[position : position + 1]
     return mixed
+
+
+def _strangers(service: Service, senders: Iterable[Sender]) -> list[str]:
+    """Senders of an address family that the Service does not have, and why they are left out."""
+    families = {ip_address(ip).version for ip in service.cluster_ips}
+    return [
+        f"{sender.text}: it is IPv{sender.address.version} and service {service.key} is not"
+        for sender in senders
+        if families and sender.address is not None and sender.address.version not in families
+    ]
 
 
 def _of_family(senders: Iterable[Sender], ip: IPAddress) -> list[Sender]:

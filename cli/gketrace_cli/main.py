@@ -75,6 +75,7 @@ def _one_line(error: Exception, program: str) -> str:
     if not text:
         return f"error: no command; see '{program} --help'"
     context = getattr(error, "ctx", None)
+    text = text.replace(": Value error, ", ": ")  # what typer says before a choice's complaint
     path = context.command_path if context is not None else program
     return f"error: {text[0].lower()}{text[1:].rstrip('.')}; see '{path} --help'"
 

@@ -120,10 +120,14 @@ def _number(to: Named, known: dict[str, int]) -> int | None:
         return int(to.port)
     if to.port:
         if to.port not in known:
-            names = ", ".join(known) or "none"
-            raise NotFoundError(f"{to.text!r}: no port named {to.port!r}", hint=f"it has {names}")
+            names = ", ".join(known)
+            raise NotFoundError(
+                f"{to.text!r}: no port is named {to.port!r} there",
+                hint=f"it has {names}" if names else "use a number",
+            )
         return known[to.port]
-    raise UsageError(f"{to.text!r}: which port?", hint=f"for example {to.text}:80")
+    bare = f"[{to.address}]" if to.address is not None and to.address.version == 6 else to.text
+    raise UsageError(f"{to.text!r} lacks a port", hint=f"for example {bare}:80")
 
 
 def _pick(addresses: list[IPAddress], sender: Sender, what: str) -> IPAddress:
@@ -178,7 +182,8 @@ def _to_service(session: Session, sender: Sender, to: Named) -> Question:
         ports = tuple(p for p in ports if protocol_number(p.protocol) == to.protocol)
     if len(ports) != 1:
         known = ", ".join(f"{p.port}/{p.protocol.lower()}" for p in ports or service.ports)
-        raise UsageError(f"service {service.key}: which port?", hint=f"it has {known}")
+        what = ("matches several ports" if to.port else "lacks a port") if ports else "is no port"
+        raise UsageError(f"{to.text!r} {what}", hint=f"service {service.key} has {known}")
     return Question(
         door=Door.CLUSTER_IP,
         sender=sender,
