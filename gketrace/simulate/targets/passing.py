@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Final
 
+from gketrace.conntrack import CtState
 from gketrace.packet import TcpFlags
 from gketrace.ruleset.model import Target
 from gketrace.ruleset.options import Option, integer, quote
@@ -152,7 +153,8 @@ class NotrackTarget(Target):
 
 
 def _untrack(state: PacketState) -> Effect:
-    if state.ct is not None:
+    """xt_ct_target(): only where no entry is attached; one found INVALID on lo's way has none."""
+    if state.ct is not None and state.ct.state is not CtState.INVALID:
         return pass_on(state, "the packet is tracked already: nothing changes")
     return pass_on(replace(state, notrack=True), "connection tracking and NAT will not see it")
 
