@@ -7,41 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
 import time
 from collections import Counter
 
 from gketrace.simulate.walk import walk
-from tests.kernel.oracle.bed import Bed
-from tests.kernel.oracle.fixtures import worlds
+from tests.kernel.oracle.dumps import run_fixtures, summary
 from tests.kernel.oracle.generate import MATCHES, TARGETS
 from tests.kernel.oracle.random_sets import RandomRun
-from tests.kernel.oracle.run import Tally, rig, run_cases
-
-
-def run_fixtures(count: int, seed: int, wanted: str, *, quiet: bool) -> Tally:
-    """The dumps whose name contains `wanted`, `count` cases shared out among them."""
-    chosen = [world for world in worlds() if wanted in world.name]
-    total = Tally()
-    for index, world in enumerate(chosen):
-        share = count // len(chosen) + (index < count % len(chosen))
-        rng = random.Random(f"{seed}/{world.name}")
-        with Bed(node=world.node) as bed:
-            world.restore(bed)
-            with rig(bed, walk, legacy=world.backend == "legacy") as machine:
-                tally = run_cases(machine, world.name, world.cases(rng), share)
-        if not quiet:
-            print(f"{world.name}: {_line(tally)}")
-        total.add(tally)
-    return total
-
-
-def _line(tally: Tally) -> str:
-    return (
-        f"{tally.cases} cases, {tally.agreements} agreements, {len(tally.disagreements)} "
-        f"disagreements, {tally.unknown} unknown, {tally.lost} lost; {dict(tally.ends)}"
-    )
+from tests.kernel.oracle.run import Tally
 
 
 def _print_coverage(coverage: Counter[str], absent: frozenset[str]) -> None:
@@ -71,7 +45,7 @@ def main() -> int:
     if fixture_cases < options.cases:
         made.run(options.cases - fixture_cases)
         if not options.json:
-            print(f"random rule sets ({made.sets}, {made.refused} refused): {_line(made.tally)}")
+            print(f"random rule sets ({made.sets}, {made.refused} refused): {summary(made.tally)}")
             _print_coverage(made.coverage, made.absent)
     total = Tally()
     total.add(fixed)

@@ -49,6 +49,15 @@ class Node:
     local: tuple[str, ...] = ()
     """Extra local routes on eth0, as the guest agent adds them."""
 
+    def reachable_from_pod(self, address: str) -> bool:
+        """False for an address of the pods' own network that nobody has: it is never sent to."""
+        wanted = ip_address(address)
+        for bridge in map(ip_interface, self.cbr0):
+            if wanted in bridge.network:
+                known = {ip_address(a) for pod in self.pods for a in pod} | {bridge.ip}
+                return wanted in known
+        return True
+
 
 @dataclass
 class Bed:

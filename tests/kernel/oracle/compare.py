@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from gketrace.conntrack import CtStatus
-from gketrace.packet import Packet, Tuple5
+from gketrace.packet import PORT_PROTOCOLS, Packet, Protocol, Tuple5
 from gketrace.snapshot import ConntrackView, Unavailable
 from gketrace.trace import Disposition, Flow, Leaf, Source, StepKind, Walk
 from tests.kernel.oracle.bed import TRACE_TABLE
@@ -157,6 +157,12 @@ _NAT_BITS = CtStatus.SRC_NAT | CtStatus.DST_NAT
 
 def _flow_differs(flow: Flow, conntrack: ConntrackView, *, mark: bool) -> str:
     found = conntrack.lookup(flow.entry.orig)
+    # Two connections without ports may want the same answer's tuple: the second has no other to
+    # take and is lost when it is confirmed, behind all rules.
+    protocol = flow.entry.orig.protocol
+    portless = protocol not in PORT_PROTOCOLS and protocol not in (Protocol.ICMP, Protocol.ICMPV6)
+    if found is None and portless:
+        return ""
     if isinstance(found, Unavailable):
         return f"conntrack unavailable: {found.reason}"
     if found is None:

@@ -7,7 +7,6 @@ did, and judges each faulty simulator by it until the first disagreement.
 from __future__ import annotations
 
 import argparse
-import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,12 +37,10 @@ from gketrace.simulate.targets import mark, passing, standard
 from gketrace.simulate.targets import nat as nat_target
 from gketrace.simulate.targets.base import pass_on
 from gketrace.simulate.walk import walk
-from tests.kernel.oracle.bed import Bed
 from tests.kernel.oracle.compare import Verdict
-from tests.kernel.oracle.fixtures import worlds
+from tests.kernel.oracle.dumps import run_fixtures
 from tests.kernel.oracle.random_sets import RandomRun
 from tests.kernel.oracle.record import Record, replay
-from tests.kernel.oracle.run import rig, run_cases
 
 __all__ = ["FAULTS", "Fault", "caught_by", "record"]
 
@@ -244,17 +241,10 @@ FAULTS: tuple[Fault, ...] = (
 
 
 def record(cases: int, seed: int) -> list[Record]:
-    """What the kernel does with `cases` packets: a third over the dumps, the rest random."""
+    """What the kernel does with `cases` packets, half over the dumps, the rest random."""
     records: list[Record] = []
-    chosen = [w for w in worlds() if w.backend != "nftables"][::3]
-    for world in chosen:
-        with Bed(node=world.node) as bed:
-            world.restore(bed)
-            legacy = world.backend == "legacy"
-            with rig(bed, walk, legacy=legacy, records=records) as machine:
-                rng = random.Random(f"{seed}/{world.name}")
-                run_cases(machine, world.name, world.cases(rng), cases // 3 // len(chosen))
-    RandomRun(seed=seed, walk=walk, records=records).run(cases - cases // 3)
+    run_fixtures(cases // 2, seed, records=records)
+    RandomRun(seed=seed, walk=walk, records=records).run(cases - cases // 2)
     return records
 
 

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 
 from tests.kernel.oracle.bed import Bed
 from tests.kernel.oracle.generate import HOOKS, IPSETS, NFACCT, Generator, probe_kernel
+from tests.kernel.oracle.generate_nft import TABLE, NftGenerator, probe_nft, restore
 from tests.kernel.oracle.record import Record
 from tests.kernel.oracle.run import Tally, rig, run_cases
 from tests.kernel.oracle.view import WalkFunction
 
 __all__ = ["PER_SET", "RandomRun"]
 
-PER_SET = 100
+PER_SET = 50
 """Cases sent through one rule set."""
 
 
@@ -29,23 +30,30 @@ class RandomRun:
     coverage: Counter[str] = field(default_factory=Counter)
     """How often each match and target stands in a rule set that was sent packets."""
     absent: frozenset[str] = frozenset()
+    absent_nft: frozenset[str] = frozenset()
     sets: int = 0
     records: list[Record] | None = None
     refused: int = 0
     """Rule sets that iptables-restore refused: they are counted, not judged."""
+    refused_rules: int = 0
+    """Single rules that nft refused: they were left out."""
 
     def run(self, count: int) -> None:
-        """`count` cases, in turns through both backends and both families."""
+        """`count` cases, in turns through all backends and both families."""
         with Bed() as bed:
             prepare(bed)
             self.absent = probe_kernel(bed)
+            self.absent_nft = probe_nft(bed)
             for number in itertools.count():
                 if self.tally.cases >= count:
                     return
-                backend = ("nft", "legacy")[number % 2]
-                family = (4, 6)[number // 2 % 2]
+                backend = ("nft", "legacy", "nftables")[number % 3]
+                family = (4, 6)[number // 3 % 2]
                 share = min(PER_SET, count - self.tally.cases)
-                self._one(bed, number, backend, family, share)
+                if backend == "nftables":
+                    self._nftables(bed, number, family, share)
+                else:
+                    self._one(bed, number, backend, family, share)
 
     def _one(self, bed: Bed, number: int, backend: str, family: int, share: int) -> None:
         maker = Generator(
@@ -69,6 +77,37 @@ class RandomRun:
                 self.tally.add(run_cases(machine, name, maker.cases(bed), share))
         finally:
             clean(bed, tool)
+        self.sets += 1
+        self.coverage.update(maker.coverage)
+
+    def _nftables(self, bed: Bed, number: int, family: int, share: int) -> None:
+        """One table of nftables' own; now and then iptables' rules of either backend beside it."""
+        rng = random.Random(f"{self.seed}/{number}")
+        mac = bed.peer_mac("eth0")
+        maker = NftGenerator(rng=rng, family=family, absent=self.absent_nft, mac=mac)
+        self.refused_rules += len(restore(bed, maker.lines()))
+        beside = rng.choice(("", "", "nft", "legacy"))
+        tool = f"{'ip' if family == 4 else 'ip6'}tables-{beside}-restore" if beside else ""
+        try:
+            if beside:
+                other = Generator(
+                    rng=rng, family=family, backend=beside, absent=self.absent, mac=mac
+                )
+                try:
+                    bed.command([tool], text=other.ruleset())
+                    self.coverage.update(other.coverage)
+                except RuntimeError:
+                    self.refused += 1
+            with rig(bed, self.walk, legacy=beside == "legacy", records=self.records) as machine:
+                name = (
+                    f"random {self.seed}/{number} nftables{beside and ' and '}{beside} IPv{family}"
+                )
+                self.tally.add(run_cases(machine, name, maker.cases(bed), share))
+        finally:
+            bed.command(["nft", "delete", "table", maker.table_family, TABLE])
+            if tool:
+                clean(bed, tool)
+            bed.command(["conntrack", "-F"])
         self.sets += 1
         self.coverage.update(maker.coverage)
 

@@ -24,6 +24,7 @@ from gketrace_agent.observe.snapshot import Namespace, Observer
 from tests.kernel.oracle.bed import TRACE_TABLE, Bed
 from tests.kernel.oracle.compare import Judgement, Observed, RuleId, Verdict, judge, observe_story
 from tests.kernel.oracle.fixtures import Case
+from tests.kernel.oracle.generate_nft import NFT_OPEN
 from tests.kernel.oracle.inject import build
 from tests.kernel.oracle.record import Record, Remembered
 from tests.kernel.oracle.tracing import Story, gather
@@ -158,7 +159,7 @@ def rig(
                     family: frozenset(
                         key[1:]
                         for key, text in rules.items()
-                        if key[0] == family and _OPEN.search(text)
+                        if key[0] == family and (_OPEN if "-A " in text else NFT_OPEN).search(text)
                     )
                     for family in (4, 6)
                 },
@@ -167,7 +168,9 @@ def rig(
                 },
                 view=DutView(node=bed.node.name, shot=shot),
                 conntrack=conntrack,
-                handles={"ip": bed.handles("ip"), "ip6": bed.handles("ip6")},
+                handles={
+                    family: bed.handles(family) | bed.handles("inet") for family in ("ip", "ip6")
+                },
                 rule_count={
                     "ip": _count_legacy(bed, "iptables-legacy-save") if legacy else {},
                     "ip6": _count_legacy(bed, "ip6tables-legacy-save") if legacy else {},
@@ -273,6 +276,12 @@ def _rules_of(shot: NetnsSnapshot) -> dict[tuple[int, str, str, int], str]:
     """(family, table, chain, position) → the rule as iptables-save prints it."""
     found: dict[tuple[int, str, str, int], str] = {}
     for ruleset in shot.rulesets:
+        if isinstance(ruleset, NftRuleset):
+            name = ruleset.table.split()[-1]
+            for rule in (r for chain in ruleset.chain_names for r in ruleset.chain(chain) or ()):
+                for family in (ruleset.family,) if ruleset.family else (4, 6):
+                    found[family, name, rule.chain, rule.position] = rule.text
+            continue
         if not isinstance(ruleset, IptablesRuleset):
             continue
         table = ""
@@ -373,6 +382,8 @@ def _later(machine: Rig, case: Case, seen: Observed) -> list[Case]:
         dport=seen.seen.dport,
     )  # fmt: skip
     answer = replace(sent.reply(), ttl=64, tcp_flags=TcpFlags.SYN | TcpFlags.ACK)
+    if back.startswith("veth") and not machine.bed.node.reachable_from_pod(str(answer.dst)):
+        return []
     return [
         Case(
             ingress=back,
