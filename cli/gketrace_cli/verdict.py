@@ -164,7 +164,7 @@ def judge_service(name: str, answers: Sequence[Answer], missing: Sequence[Missin
         text = f"{name} does not answer this way, as configured: {question.configured_drop}"
     elif unknown or not judged:
         missing = [] if unknown and unknown[0][1].missing and not _absent(missing) else missing
-        fine = by_way[Standing.FINE]
+        fine = sum(1 for a in answers if {path_standing(a, p) for p in a.paths} == {Standing.FINE})
         text = f"Could not tell whether {name} works"
         if fine:
             text = f"Could not see all of {name}: {fine} of {ways} ways lead to {_ends(judged)}"
@@ -295,6 +295,9 @@ def _uncertain(question: Question, path: Path) -> str:
         return f"not seen whole ({path.missing[0]})"
     if path.outcome.disposition in SUCCESS and path.reply is not None:
         return _unanswered(path.endpoint, path.reply)
+    condition = next((b for b in path.because if b.startswith("if ")), "")
+    if path.outcome.disposition in FAILURE and condition:
+        return f"perhaps {outcome_text(path)}, {condition}"
     if path.outcome.disposition is Disposition.TRANSMITTED:
         return f"sent out by {path.outcome.netns.node}; what comes after is not visible to agents"
     return outcome_text(path)
