@@ -72,6 +72,21 @@ class ConntrackEntry:
     orig_bytes: int | None = None
     reply_packets: int | None = None
     reply_bytes: int | None = None
+    zone_orig: int = 0
+    """The zone of the original direction alone (``CT --zone-orig``)."""
+    zone_reply: int = 0
+    use: int | None = None
+    """References that the kernel holds to it."""
+    started: int | None = None
+    """Nanoseconds since the epoch; None: net.netfilter.nf_conntrack_timestamp is off."""
+    stopped: int | None = None
+    """Nanoseconds since the epoch; only in the event of its end."""
+    helper: str = ""
+    secctx: str = ""
+    labels: str = ""
+    """The label bits as the kernel sends them, in hexadecimal."""
+    gre_keys: tuple[int, ...] | None = None
+    """GRE's keys: source and destination of ``orig``, then of ``reply``."""
 
     @property
     def dst_nat(self) -> bool:

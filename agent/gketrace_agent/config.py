@@ -52,8 +52,10 @@ class Limits:
     request_bytes: int = 4 << 20
     reply_bytes: int = 64 << 20
     """Of one message; streams have many."""
-    conntrack_entries: int = 100_000
-    """Sent by one ListConntrack call."""
+    conntrack_entries: int = 4_000_000
+    """Sent by one ListConntrack call, which streams them: its memory does not grow with them."""
+    stall_seconds: float = 30.0
+    """A stream ends when its client takes nothing for so long."""
     call_seconds: float = 60.0
     """The longest that a call may take, whatever deadline its client set."""
 
@@ -161,6 +163,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
         help="entries that one call may list (default: %(default)s)",
     )
     add(
+        "--max-stall-seconds",
+        type=_positive,
+        default=int(defaults.stall_seconds),
+        metavar="N",
+        help="end a stream whose client takes nothing for so long (default: %(default)s)",
+    )
+    add(
         "--max-call-seconds",
         type=_positive,
         default=int(defaults.call_seconds),
@@ -191,6 +200,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
             request_bytes=given.max_request_bytes,
             reply_bytes=given.max_reply_bytes,
             conntrack_entries=given.max_conntrack_entries,
+            stall_seconds=float(given.max_stall_seconds),
             call_seconds=float(given.max_call_seconds),
         ),
     )

@@ -9,13 +9,14 @@ from google.protobuf.message import Message
 
 from gketrace.errors import GketraceError, UsageError
 from gketrace.snapshot import IPNetwork
-from gketrace_agent.observe.conntrack import ConntrackFilter
+from gketrace_agent.observe.conntrack_filter import ConntrackFilter, ConntrackFilters
 from gketrace_agent.resolve.model import PodRef, ResolvedPod
 from gketrace_proto import codec
 from gketrace_proto.v1alpha1 import agent_pb2
 
 __all__ = [
     "conntrack_filter",
+    "conntrack_filters",
     "describe_request",
     "pod_ref",
     "request_part",
@@ -84,7 +85,20 @@ def conntrack_filter(message: agent_pb2.ConntrackFilter) -> ConntrackFilter:
         mark_mask=message.mark_mask or 0xFFFFFFFF,
         zone=number("zone"),
         address=_network(message.address),
+        tcp_state=message.tcp_state.upper(),
+        status=message.status,
+        status_mask=message.status_mask,
     )
+
+
+def conntrack_filters(
+    request: agent_pb2.ListConntrackRequest | agent_pb2.FollowConntrackRequest,
+) -> ConntrackFilters:
+    """All filters of a request; without any, every entry is wanted."""
+    given = list(request.any)
+    if request.HasField("filter") or not given:
+        given.insert(0, request.filter)
+    return ConntrackFilters(tuple(map(conntrack_filter, given)))
 
 
 def _network(text: str) -> IPNetwork | None:

@@ -8,39 +8,40 @@ import os
 import time
 from collections.abc import Iterator
 from importlib import metadata
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import grpc
 
 from gketrace.errors import GketraceError, UnavailableError, UsageError
 from gketrace.packet import Packet
-from gketrace.snapshot import Unavailable
 from gketrace.trace import Flow
 from gketrace_agent.config import Config
 from gketrace_agent.info import NOUNS as INFO_NOUNS
-from gketrace_agent.info import detect_data_plane
+from gketrace_agent.info import detect_data_plane, own_addresses
 from gketrace_agent.kernel.conntrack import preload as preload_conntrack
 from gketrace_agent.messages import (
-    conntrack_filter,
+    conntrack_filters,
     pod_ref,
     request_part,
     resolved_to_proto,
     target_pod,
 )
-from gketrace_agent.namespaces import NodeNamespaces
+from gketrace_agent.namespaces import NodeNamespaces, OpenTarget
 from gketrace_agent.observe.conntrack import Conntrack
 from gketrace_agent.observe.snapshot import Observer
 from gketrace_agent.resolve.resolver import Resolver
 from gketrace_agent.rulesets import rule_chunks, summaries
+from gketrace_agent.stall import until_stalled
 from gketrace_proto import codec
 from gketrace_proto.v1alpha1 import agent_pb2, agent_pb2_grpc
+
+if TYPE_CHECKING:
+    from gketrace_agent.observe.conntrack_table import ConntrackTable
 
 __all__ = ["AgentService"]
 
 _API_VERSION: Final = "gketrace.dev/v1alpha1"
 _VERSION: Final = metadata.version("gketrace")
-_BATCH: Final = 500
-"""Conntrack entries in one message: about 100 KiB."""
 _RUNTIME_TIMEOUT: Final = 0.5
 """Seconds for a runtime's version in GetInfo."""
 
@@ -56,6 +57,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         the rest of the agent to start.
         """
         preload_conntrack()
+        import gketrace_agent.conntracks
         import gketrace_agent.walks  # noqa: F401 - imported to be there
 
     def __init__(self, config: Config) -> None:
@@ -89,6 +91,12 @@ class AgentService(agent_pb2_grpc.AgentServicer):
                 runtime=self._runtime(),
                 missing=[codec.encode(missing) for missing in plane.missing],
                 now=time.time(),
+                addresses=[
+                    agent_pb2.NodeAddress(
+                        address=str(one.address), prefixlen=one.prefixlen, interface=name
+                    )
+                    for one, name in own_addresses(host.snapshot)
+                ],
             )
 
     def ResolvePod(
@@ -137,42 +145,60 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     def ListConntrack(
         self, request: agent_pb2.ListConntrackRequest, context: grpc.ServicerContext
     ) -> Iterator[agent_pb2.ListConntrackReply]:
-        wanted = conntrack_filter(request.filter)
-        bound = self._config.limits.conntrack_entries
-        limit = min(request.limit, bound) if request.limit else bound
-        nouns = frozenset({"rulesets", "conntrack", "sysctls"})
+        from gketrace_agent.conntracks import list_entries  # NumPy: see `preload`
+
+        wanted = conntrack_filters(request)
+        limits = self._config.limits
+        limit = min(request.limit or limits.conntrack_entries, limits.conntrack_entries)
         with (
             self._namespaces.open(
                 target_pod(request.target), timeout=self._remaining(context)
             ) as target,
-            self._observer.observe(target.here, only=nouns) as observation,
+            self._open_conntrack(target) as table,
         ):
+            for reply in until_stalled(
+                list_entries(table, wanted, request.format, limit), context, limits.stall_seconds
+            ):
+                if reply.HasField("summary"):
+                    reply.summary.tracked = self._tracked(target, table)
+                    reply.summary.netns.CopyFrom(codec.encode(target.here.ref))
+                yield reply
+
+    def GetConntrackStats(
+        self, request: agent_pb2.GetConntrackStatsRequest, context: grpc.ServicerContext
+    ) -> agent_pb2.GetConntrackStatsReply:
+        from gketrace_agent.conntracks import statistics  # see `preload`
+
+        with (
+            self._namespaces.open(
+                target_pod(request.target), timeout=self._remaining(context)
+            ) as target,
+            self._open_conntrack(target) as table,
+        ):
+            reply = statistics(table)
+            reply.tracked = self._tracked(target, table)
+            reply.netns.CopyFrom(codec.encode(target.here.ref))
+            return reply
+
+    def _open_conntrack(self, target: OpenTarget) -> ConntrackTable:
+        from gketrace_agent.observe.conntrack_table import open_conntrack  # see `preload`
+
+        return open_conntrack(target.here.handle, self._config.paths)
+
+    def _tracked(self, target: OpenTarget, table: ConntrackTable) -> bool:
+        """Whether anything in the target asks for connection tracking.
+
+        Where there are entries it does; otherwise the rules have to be read to know.
+        """
+        if table.size().entries:
+            return True
+        with self._observer.observe(
+            target.here, only=frozenset({"rulesets", "conntrack"})
+        ) as observation:
             tracking = observation.conntrack
             if not isinstance(tracking, Conntrack):
                 raise UnavailableError(f"conntrack: {tracking.reason}")
-            found = tracking.entries(wanted, limit=limit)
-            if isinstance(found, Unavailable):
-                raise UnavailableError(f"conntrack: {found.reason}")
-            for start in range(0, len(found.entries), _BATCH):
-                if not context.is_active():
-                    return
-                batch = found.entries[start : start + _BATCH]
-                yield agent_pb2.ListConntrackReply(entries=map(codec.encode, batch))
-            sysctls = observation.snapshot.sysctls
-            accounting = (
-                not isinstance(sysctls, Unavailable)
-                and sysctls.get("net.netfilter.nf_conntrack_acct") == "1"
-            )
-            yield agent_pb2.ListConntrackReply(
-                summary=agent_pb2.ConntrackSummary(
-                    sent=len(found.entries),
-                    consistent=found.consistent,
-                    truncated=found.truncated,
-                    tracked=tracking.tracked,
-                    accounting=accounting,
-                    netns=codec.encode(target.here.ref),
-                )
-            )
+            return tracking.tracked
 
     def Walk(
         self, request: agent_pb2.WalkRequest, context: grpc.ServicerContext

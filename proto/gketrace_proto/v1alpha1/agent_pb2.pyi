@@ -10,6 +10,7 @@ from gketrace_proto.v1alpha1 import trace_pb2 as _trace_pb2
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -20,6 +21,57 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _ConntrackFormat:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ConntrackFormatEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ConntrackFormat.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CONNTRACK_FORMAT_UNSPECIFIED: _ConntrackFormat.ValueType  # 0
+    """ConntrackEntry messages: for few entries, or clients in other languages."""
+    CONNTRACK_FORMAT_TEXT: _ConntrackFormat.ValueType  # 1
+    """Lines as conntrack(8) -L prints them, in the order of the kernel's table."""
+    CONNTRACK_FORMAT_RECORDS: _ConntrackFormat.ValueType  # 2
+    """Packed records of one size (gketrace/conntrack_records.py); an entry that has more than fits
+    (a helper, a security context, labels) comes as a ConntrackEntry beside them.
+    """
+
+class ConntrackFormat(_ConntrackFormat, metaclass=_ConntrackFormatEnumTypeWrapper):
+    """What the messages of a list hold."""
+
+CONNTRACK_FORMAT_UNSPECIFIED: ConntrackFormat.ValueType  # 0
+"""ConntrackEntry messages: for few entries, or clients in other languages."""
+CONNTRACK_FORMAT_TEXT: ConntrackFormat.ValueType  # 1
+"""Lines as conntrack(8) -L prints them, in the order of the kernel's table."""
+CONNTRACK_FORMAT_RECORDS: ConntrackFormat.ValueType  # 2
+"""Packed records of one size (gketrace/conntrack_records.py); an entry that has more than fits
+(a helper, a security context, labels) comes as a ConntrackEntry beside them.
+"""
+Global___ConntrackFormat: _TypeAlias = ConntrackFormat  # noqa: Y015
+
+class _ConntrackEventKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ConntrackEventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ConntrackEventKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CONNTRACK_EVENT_KIND_UNSPECIFIED: _ConntrackEventKind.ValueType  # 0
+    CONNTRACK_EVENT_KIND_NEW: _ConntrackEventKind.ValueType  # 1
+    CONNTRACK_EVENT_KIND_UPDATE: _ConntrackEventKind.ValueType  # 2
+    CONNTRACK_EVENT_KIND_DESTROY: _ConntrackEventKind.ValueType  # 3
+    CONNTRACK_EVENT_KIND_EXISTING: _ConntrackEventKind.ValueType  # 4
+    """It was there when the call began, or was found by reading the table after a loss."""
+
+class ConntrackEventKind(_ConntrackEventKind, metaclass=_ConntrackEventKindEnumTypeWrapper): ...
+
+CONNTRACK_EVENT_KIND_UNSPECIFIED: ConntrackEventKind.ValueType  # 0
+CONNTRACK_EVENT_KIND_NEW: ConntrackEventKind.ValueType  # 1
+CONNTRACK_EVENT_KIND_UPDATE: ConntrackEventKind.ValueType  # 2
+CONNTRACK_EVENT_KIND_DESTROY: ConntrackEventKind.ValueType  # 3
+CONNTRACK_EVENT_KIND_EXISTING: ConntrackEventKind.ValueType  # 4
+"""It was there when the call began, or was found by reading the table after a loss."""
+Global___ConntrackEventKind: _TypeAlias = ConntrackEventKind  # noqa: Y015
 
 @_typing.final
 class PodRef(_message.Message):
@@ -131,6 +183,7 @@ class GetInfoReply(_message.Message):
     ALLOW_SYSTEM_CHANGES_FIELD_NUMBER: _builtins.int
     MISSING_FIELD_NUMBER: _builtins.int
     NOW_FIELD_NUMBER: _builtins.int
+    ADDRESSES_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     api_version: _builtins.str
     node: _builtins.str
@@ -151,6 +204,10 @@ class GetInfoReply(_message.Message):
     def rulesets(self) -> _containers.RepeatedCompositeFieldContainer[_snapshot_pb2.RulesetSummary]: ...
     @_builtins.property
     def missing(self) -> _containers.RepeatedCompositeFieldContainer[_trace_pb2.Missing]: ...
+    @_builtins.property
+    def addresses(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeAddress]:
+        """What the node answers to on its network: see NodeAddress."""
+
     def __init__(
         self,
         *,
@@ -167,14 +224,44 @@ class GetInfoReply(_message.Message):
         allow_system_changes: _builtins.bool = ...,
         missing: _abc.Iterable[_trace_pb2.Missing] | None = ...,
         now: _builtins.float = ...,
+        addresses: _abc.Iterable[Global___NodeAddress] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_system_changes", b"allow_system_changes", "api_version", b"api_version", "data_plane", b"data_plane", "data_plane_reason", b"data_plane_reason", "iptables_backend", b"iptables_backend", "kernel", b"kernel", "missing", b"missing", "node", b"node", "now", b"now", "rulesets", b"rulesets", "runtime", b"runtime", "started_at", b"started_at", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "allow_system_changes", b"allow_system_changes", "api_version", b"api_version", "data_plane", b"data_plane", "data_plane_reason", b"data_plane_reason", "iptables_backend", b"iptables_backend", "kernel", b"kernel", "missing", b"missing", "node", b"node", "now", b"now", "rulesets", b"rulesets", "runtime", b"runtime", "started_at", b"started_at", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetInfoReply: _TypeAlias = GetInfoReply  # noqa: Y015
+
+@_typing.final
+class NodeAddress(_message.Message):
+    """An address of global scope of the node's own namespace.  Left out are loopback and dummy
+    interfaces, which hold Services' addresses, and what several interfaces have, as pods' gateways.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    PREFIXLEN_FIELD_NUMBER: _builtins.int
+    INTERFACE_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    prefixlen: _builtins.int
+    interface: _builtins.str
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        prefixlen: _builtins.int = ...,
+        interface: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "interface", b"interface", "prefixlen", b"prefixlen"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NodeAddress: _TypeAlias = NodeAddress  # noqa: Y015
 
 @_typing.final
 class ResolvePodRequest(_message.Message):
@@ -487,6 +574,9 @@ class ConntrackFilter(_message.Message):
     MARK_MASK_FIELD_NUMBER: _builtins.int
     ZONE_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    TCP_STATE_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    STATUS_MASK_FIELD_NUMBER: _builtins.int
     family: _builtins.int
     """0: any."""
     protocol: _builtins.int
@@ -505,6 +595,11 @@ class ConntrackFilter(_message.Message):
     zone: _builtins.int
     address: _builtins.str
     """In either direction."""
+    tcp_state: _builtins.str
+    """"ESTABLISHED", "SYN_SENT", ...: of TCP, SCTP or DCCP; empty: any."""
+    status: _builtins.int
+    """Bits of enum ip_conntrack_status: wanted are entries with (status & status_mask) == status."""
+    status_mask: _builtins.int
     def __init__(
         self,
         *,
@@ -522,10 +617,13 @@ class ConntrackFilter(_message.Message):
         mark_mask: _builtins.int = ...,
         zone: _builtins.int | None = ...,
         address: _builtins.str = ...,
+        tcp_state: _builtins.str = ...,
+        status: _builtins.int = ...,
+        status_mask: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_mark", b"_mark", "_orig_dport", b"_orig_dport", "_orig_sport", b"_orig_sport", "_reply_dport", b"_reply_dport", "_reply_sport", b"_reply_sport", "_zone", b"_zone", "mark", b"mark", "orig_dport", b"orig_dport", "orig_sport", b"orig_sport", "reply_dport", b"reply_dport", "reply_sport", b"reply_sport", "zone", b"zone"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mark", b"_mark", "_orig_dport", b"_orig_dport", "_orig_sport", b"_orig_sport", "_reply_dport", b"_reply_dport", "_reply_sport", b"_reply_sport", "_zone", b"_zone", "address", b"address", "family", b"family", "mark", b"mark", "mark_mask", b"mark_mask", "orig_dport", b"orig_dport", "orig_dst", b"orig_dst", "orig_sport", b"orig_sport", "orig_src", b"orig_src", "protocol", b"protocol", "reply_dport", b"reply_dport", "reply_dst", b"reply_dst", "reply_sport", b"reply_sport", "reply_src", b"reply_src", "zone", b"zone"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mark", b"_mark", "_orig_dport", b"_orig_dport", "_orig_sport", b"_orig_sport", "_reply_dport", b"_reply_dport", "_reply_sport", b"_reply_sport", "_zone", b"_zone", "address", b"address", "family", b"family", "mark", b"mark", "mark_mask", b"mark_mask", "orig_dport", b"orig_dport", "orig_dst", b"orig_dst", "orig_sport", b"orig_sport", "orig_src", b"orig_src", "protocol", b"protocol", "reply_dport", b"reply_dport", "reply_dst", b"reply_dst", "reply_sport", b"reply_sport", "reply_src", b"reply_src", "status", b"status", "status_mask", b"status_mask", "tcp_state", b"tcp_state", "zone", b"zone"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__mark: _TypeAlias = _typing.Literal["mark"]  # noqa: Y015
     _WhichOneofArgType__mark: _TypeAlias = _typing.Literal["_mark", b"_mark"]  # noqa: Y015
@@ -561,22 +659,31 @@ class ListConntrackRequest(_message.Message):
     TARGET_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
     LIMIT_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    ANY_FIELD_NUMBER: _builtins.int
     limit: _builtins.int
     """0: the server's bound."""
+    format: Global___ConntrackFormat.ValueType
     @_builtins.property
     def target(self) -> Global___Target: ...
     @_builtins.property
     def filter(self) -> Global___ConntrackFilter: ...
+    @_builtins.property
+    def any(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConntrackFilter]:
+        """More filters: an entry is wanted when any one of them, or `filter` where it is set, takes it."""
+
     def __init__(
         self,
         *,
         target: Global___Target | None = ...,
         filter: Global___ConntrackFilter | None = ...,
         limit: _builtins.int = ...,
+        format: Global___ConntrackFormat.ValueType = ...,
+        any: _abc.Iterable[Global___ConntrackFilter] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "limit", b"limit", "target", b"target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["any", b"any", "filter", b"filter", "format", b"format", "limit", b"limit", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -588,6 +695,12 @@ class ListConntrackReply(_message.Message):
 
     ENTRIES_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    RECORDS_FIELD_NUMBER: _builtins.int
+    text: _builtins.bytes
+    """With CONNTRACK_FORMAT_TEXT; whole lines."""
+    records: _builtins.bytes
+    """With CONNTRACK_FORMAT_RECORDS; whole records."""
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[_packet_pb2.ConntrackEntry]: ...
     @_builtins.property
@@ -599,16 +712,285 @@ class ListConntrackReply(_message.Message):
         *,
         entries: _abc.Iterable[_packet_pb2.ConntrackEntry] | None = ...,
         summary: Global___ConntrackSummary | None = ...,
+        text: _builtins.bytes = ...,
+        records: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_summary", b"_summary", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_summary", b"_summary", "entries", b"entries", "summary", b"summary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_summary", b"_summary", "entries", b"entries", "records", b"records", "summary", b"summary", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__summary: _TypeAlias = _typing.Literal["summary"]  # noqa: Y015
     _WhichOneofArgType__summary: _TypeAlias = _typing.Literal["_summary", b"_summary"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__summary) -> _WhichOneofReturnType__summary | None: ...
 
 Global___ListConntrackReply: _TypeAlias = ListConntrackReply  # noqa: Y015
+
+@_typing.final
+class FollowConntrackRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TARGET_FIELD_NUMBER: _builtins.int
+    FILTER_FIELD_NUMBER: _builtins.int
+    ANY_FIELD_NUMBER: _builtins.int
+    NEWS_FIELD_NUMBER: _builtins.int
+    UPDATES_FIELD_NUMBER: _builtins.int
+    DESTROYS_FIELD_NUMBER: _builtins.int
+    EXISTING_FIELD_NUMBER: _builtins.int
+    POLL_SECONDS_FIELD_NUMBER: _builtins.int
+    news: _builtins.bool
+    """Any of them; none of them: all three."""
+    updates: _builtins.bool
+    destroys: _builtins.bool
+    existing: _builtins.bool
+    """Send the entries that are there already, as EXISTING, before the events."""
+    poll_seconds: _builtins.float
+    """Seconds between polls where the kernel sends no events; 0: the server's choice."""
+    @_builtins.property
+    def target(self) -> Global___Target: ...
+    @_builtins.property
+    def filter(self) -> Global___ConntrackFilter: ...
+    @_builtins.property
+    def any(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConntrackFilter]: ...
+    def __init__(
+        self,
+        *,
+        target: Global___Target | None = ...,
+        filter: Global___ConntrackFilter | None = ...,
+        any: _abc.Iterable[Global___ConntrackFilter] | None = ...,
+        news: _builtins.bool = ...,
+        updates: _builtins.bool = ...,
+        destroys: _builtins.bool = ...,
+        existing: _builtins.bool = ...,
+        poll_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "target", b"target"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["any", b"any", "destroys", b"destroys", "existing", b"existing", "filter", b"filter", "news", b"news", "poll_seconds", b"poll_seconds", "target", b"target", "updates", b"updates"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FollowConntrackRequest: _TypeAlias = FollowConntrackRequest  # noqa: Y015
+
+@_typing.final
+class ConntrackEvent(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    ENTRY_FIELD_NUMBER: _builtins.int
+    POLLED_FIELD_NUMBER: _builtins.int
+    kind: Global___ConntrackEventKind.ValueType
+    polled: _builtins.bool
+    """True: found by comparing two readings of the table, not told by the kernel."""
+    @_builtins.property
+    def entry(self) -> _packet_pb2.ConntrackEntry: ...
+    def __init__(
+        self,
+        *,
+        kind: Global___ConntrackEventKind.ValueType = ...,
+        entry: _packet_pb2.ConntrackEntry | None = ...,
+        polled: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entry", b"entry", "kind", b"kind", "polled", b"polled"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConntrackEvent: _TypeAlias = ConntrackEvent  # noqa: Y015
+
+@_typing.final
+class FollowConntrackReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConntrackEvent]: ...
+    @_builtins.property
+    def status(self) -> Global___FollowConntrackStatus:
+        """When one of its numbers changed, and at least every second."""
+
+    def __init__(
+        self,
+        *,
+        events: _abc.Iterable[Global___ConntrackEvent] | None = ...,
+        status: Global___FollowConntrackStatus | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_status", b"_status", "status", b"status"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_status", b"_status", "events", b"events", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__status: _TypeAlias = _typing.Literal["status"]  # noqa: Y015
+    _WhichOneofArgType__status: _TypeAlias = _typing.Literal["_status", b"_status"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__status) -> _WhichOneofReturnType__status | None: ...
+
+Global___FollowConntrackReply: _TypeAlias = FollowConntrackReply  # noqa: Y015
+
+@_typing.final
+class FollowConntrackStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AT_FIELD_NUMBER: _builtins.int
+    SENT_FIELD_NUMBER: _builtins.int
+    OVERRUNS_FIELD_NUMBER: _builtins.int
+    LOST_FIELD_NUMBER: _builtins.int
+    RESYNCS_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    TRACKED_FIELD_NUMBER: _builtins.int
+    ACCOUNTING_FIELD_NUMBER: _builtins.int
+    NETNS_FIELD_NUMBER: _builtins.int
+    at: _builtins.float
+    """Seconds since the epoch."""
+    sent: _builtins.int
+    """Events sent to this client since the call began."""
+    overruns: _builtins.int
+    """Times that the kernel said that it dropped events for want of room (ENOBUFS)."""
+    lost: _builtins.int
+    """Datagrams of events that the kernel dropped, by its own count (/proc/net/netlink, Drops)."""
+    resyncs: _builtins.int
+    """Times that the whole table was read again after a loss."""
+    mode: _builtins.str
+    """"events", "events+poll" or "poll", and why."""
+    reason: _builtins.str
+    tracked: _builtins.bool
+    accounting: _builtins.bool
+    @_builtins.property
+    def netns(self) -> _trace_pb2.NetnsRef: ...
+    def __init__(
+        self,
+        *,
+        at: _builtins.float = ...,
+        sent: _builtins.int = ...,
+        overruns: _builtins.int = ...,
+        lost: _builtins.int = ...,
+        resyncs: _builtins.int = ...,
+        mode: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        tracked: _builtins.bool = ...,
+        accounting: _builtins.bool = ...,
+        netns: _trace_pb2.NetnsRef | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["netns", b"netns"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounting", b"accounting", "at", b"at", "lost", b"lost", "mode", b"mode", "netns", b"netns", "overruns", b"overruns", "reason", b"reason", "resyncs", b"resyncs", "sent", b"sent", "tracked", b"tracked"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FollowConntrackStatus: _TypeAlias = FollowConntrackStatus  # noqa: Y015
+
+@_typing.final
+class GetConntrackStatsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TARGET_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def target(self) -> Global___Target: ...
+    def __init__(
+        self,
+        *,
+        target: Global___Target | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetConntrackStatsRequest: _TypeAlias = GetConntrackStatsRequest  # noqa: Y015
+
+@_typing.final
+class GetConntrackStatsReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    BUCKETS_FIELD_NUMBER: _builtins.int
+    CPUS_FIELD_NUMBER: _builtins.int
+    TRACKED_FIELD_NUMBER: _builtins.int
+    ACCOUNTING_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
+    NETNS_FIELD_NUMBER: _builtins.int
+    entries: _builtins.int
+    """Entries of this namespace now."""
+    limit: _builtins.int
+    """net.netfilter.nf_conntrack_max."""
+    buckets: _builtins.int
+    tracked: _builtins.bool
+    """False: nothing in this namespace asks for connection tracking."""
+    accounting: _builtins.bool
+    events: _builtins.int
+    """net.netfilter.nf_conntrack_events: 0 never, 1 always, 2 only while somebody listens."""
+    @_builtins.property
+    def cpus(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConntrackCpuStats]: ...
+    @_builtins.property
+    def netns(self) -> _trace_pb2.NetnsRef: ...
+    def __init__(
+        self,
+        *,
+        entries: _builtins.int = ...,
+        limit: _builtins.int = ...,
+        buckets: _builtins.int = ...,
+        cpus: _abc.Iterable[Global___ConntrackCpuStats] | None = ...,
+        tracked: _builtins.bool = ...,
+        accounting: _builtins.bool = ...,
+        events: _builtins.int = ...,
+        netns: _trace_pb2.NetnsRef | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["netns", b"netns"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounting", b"accounting", "buckets", b"buckets", "cpus", b"cpus", "entries", b"entries", "events", b"events", "limit", b"limit", "netns", b"netns", "tracked", b"tracked"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetConntrackStatsReply: _TypeAlias = GetConntrackStatsReply  # noqa: Y015
+
+@_typing.final
+class ConntrackCpuStats(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class CountersEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    CPU_FIELD_NUMBER: _builtins.int
+    COUNTERS_FIELD_NUMBER: _builtins.int
+    cpu: _builtins.int
+    @_builtins.property
+    def counters(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """By the kernel's name: found, invalid, insert, insert_failed, drop, early_drop, error,
+        search_restart, clash_resolve, chain_toolong; what this kernel does not send is absent.
+        """
+
+    def __init__(
+        self,
+        *,
+        cpu: _builtins.int = ...,
+        counters: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["counters", b"counters", "cpu", b"cpu"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ConntrackCpuStats: _TypeAlias = ConntrackCpuStats  # noqa: Y015
 
 @_typing.final
 class ConntrackSummary(_message.Message):
@@ -621,6 +1003,9 @@ class ConntrackSummary(_message.Message):
     TRACKED_FIELD_NUMBER: _builtins.int
     ACCOUNTING_FIELD_NUMBER: _builtins.int
     NETNS_FIELD_NUMBER: _builtins.int
+    DUPLICATES_FIELD_NUMBER: _builtins.int
+    READINGS_FIELD_NUMBER: _builtins.int
+    READ_FIELD_NUMBER: _builtins.int
     sent: _builtins.int
     """Entries sent."""
     consistent: _builtins.bool
@@ -630,6 +1015,12 @@ class ConntrackSummary(_message.Message):
     tracked: _builtins.bool
     """False: nothing in this namespace asks for connection tracking."""
     accounting: _builtins.bool
+    duplicates: _builtins.int
+    """Entries that the kernel sent again and that were left out."""
+    readings: _builtins.int
+    """Times that the table was read, more than once when a reading was interrupted."""
+    read: _builtins.int
+    """Entries of the table that were read, wanted or not."""
     @_builtins.property
     def netns(self) -> _trace_pb2.NetnsRef: ...
     def __init__(
@@ -642,10 +1033,13 @@ class ConntrackSummary(_message.Message):
         tracked: _builtins.bool = ...,
         accounting: _builtins.bool = ...,
         netns: _trace_pb2.NetnsRef | None = ...,
+        duplicates: _builtins.int = ...,
+        readings: _builtins.int = ...,
+        read: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["netns", b"netns"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounting", b"accounting", "consistent", b"consistent", "lost", b"lost", "netns", b"netns", "sent", b"sent", "tracked", b"tracked", "truncated", b"truncated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounting", b"accounting", "consistent", b"consistent", "duplicates", b"duplicates", "lost", b"lost", "netns", b"netns", "read", b"read", "readings", b"readings", "sent", b"sent", "tracked", b"tracked", "truncated", b"truncated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -59,6 +59,16 @@ class AgentStub:
                 request_serializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.ListConntrackRequest.SerializeToString,
                 response_deserializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.ListConntrackReply.FromString,
                 _registered_method=True)
+        self.FollowConntrack = channel.unary_stream(
+                '/gketrace.v1alpha1.Agent/FollowConntrack',
+                request_serializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.FollowConntrackRequest.SerializeToString,
+                response_deserializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.FollowConntrackReply.FromString,
+                _registered_method=True)
+        self.GetConntrackStats = channel.unary_unary(
+                '/gketrace.v1alpha1.Agent/GetConntrackStats',
+                request_serializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.GetConntrackStatsRequest.SerializeToString,
+                response_deserializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.GetConntrackStatsReply.FromString,
+                _registered_method=True)
         self.Walk = channel.unary_unary(
                 '/gketrace.v1alpha1.Agent/Walk',
                 request_serializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.WalkRequest.SerializeToString,
@@ -104,6 +114,20 @@ class AgentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FollowConntrack(self, request, context):
+        """Entries as they are made, changed and destroyed, until the client ends the call.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetConntrackStats(self, request, context):
+        """How many entries there are, and the kernel's per-CPU statistics.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Walk(self, request, context):
         """What becomes of a packet on this node.
         """
@@ -138,6 +162,16 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.ListConntrack,
                     request_deserializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.ListConntrackRequest.FromString,
                     response_serializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.ListConntrackReply.SerializeToString,
+            ),
+            'FollowConntrack': grpc.unary_stream_rpc_method_handler(
+                    servicer.FollowConntrack,
+                    request_deserializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.FollowConntrackRequest.FromString,
+                    response_serializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.FollowConntrackReply.SerializeToString,
+            ),
+            'GetConntrackStats': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetConntrackStats,
+                    request_deserializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.GetConntrackStatsRequest.FromString,
+                    response_serializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.GetConntrackStatsReply.SerializeToString,
             ),
             'Walk': grpc.unary_unary_rpc_method_handler(
                     servicer.Walk,
@@ -280,6 +314,60 @@ class Agent:
             '/gketrace.v1alpha1.Agent/ListConntrack',
             gketrace__proto_dot_v1alpha1_dot_agent__pb2.ListConntrackRequest.SerializeToString,
             gketrace__proto_dot_v1alpha1_dot_agent__pb2.ListConntrackReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FollowConntrack(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/gketrace.v1alpha1.Agent/FollowConntrack',
+            gketrace__proto_dot_v1alpha1_dot_agent__pb2.FollowConntrackRequest.SerializeToString,
+            gketrace__proto_dot_v1alpha1_dot_agent__pb2.FollowConntrackReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetConntrackStats(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gketrace.v1alpha1.Agent/GetConntrackStats',
+            gketrace__proto_dot_v1alpha1_dot_agent__pb2.GetConntrackStatsRequest.SerializeToString,
+            gketrace__proto_dot_v1alpha1_dot_agent__pb2.GetConntrackStatsReply.FromString,
             options,
             channel_credentials,
             insecure,

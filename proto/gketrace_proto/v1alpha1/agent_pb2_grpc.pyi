@@ -41,6 +41,10 @@ class AgentStub:
     """Rule sets as text, chunk by chunk."""
     ListConntrack: _grpc.UnaryStreamMultiCallable[_agent_pb2.ListConntrackRequest, _agent_pb2.ListConntrackReply]
     """Connection-tracking entries by filter."""
+    FollowConntrack: _grpc.UnaryStreamMultiCallable[_agent_pb2.FollowConntrackRequest, _agent_pb2.FollowConntrackReply]
+    """Entries as they are made, changed and destroyed, until the client ends the call."""
+    GetConntrackStats: _grpc.UnaryUnaryMultiCallable[_agent_pb2.GetConntrackStatsRequest, _agent_pb2.GetConntrackStatsReply]
+    """How many entries there are, and the kernel's per-CPU statistics."""
     Walk: _grpc.UnaryUnaryMultiCallable[_agent_pb2.WalkRequest, _agent_pb2.WalkReply]
     """What becomes of a packet on this node."""
 
@@ -57,6 +61,10 @@ class AgentAsyncStub(AgentStub):
     """Rule sets as text, chunk by chunk."""
     ListConntrack: _aio.UnaryStreamMultiCallable[_agent_pb2.ListConntrackRequest, _agent_pb2.ListConntrackReply]  # type: ignore[assignment]
     """Connection-tracking entries by filter."""
+    FollowConntrack: _aio.UnaryStreamMultiCallable[_agent_pb2.FollowConntrackRequest, _agent_pb2.FollowConntrackReply]  # type: ignore[assignment]
+    """Entries as they are made, changed and destroyed, until the client ends the call."""
+    GetConntrackStats: _aio.UnaryUnaryMultiCallable[_agent_pb2.GetConntrackStatsRequest, _agent_pb2.GetConntrackStatsReply]  # type: ignore[assignment]
+    """How many entries there are, and the kernel's per-CPU statistics."""
     Walk: _aio.UnaryUnaryMultiCallable[_agent_pb2.WalkRequest, _agent_pb2.WalkReply]  # type: ignore[assignment]
     """What becomes of a packet on this node."""
 
@@ -100,6 +108,22 @@ class AgentServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_agent_pb2.ListConntrackReply], _abc.AsyncIterator[_agent_pb2.ListConntrackReply]]:
         """Connection-tracking entries by filter."""
+
+    @_abc_1.abstractmethod
+    def FollowConntrack(
+        self,
+        request: _agent_pb2.FollowConntrackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_agent_pb2.FollowConntrackReply], _abc.AsyncIterator[_agent_pb2.FollowConntrackReply]]:
+        """Entries as they are made, changed and destroyed, until the client ends the call."""
+
+    @_abc_1.abstractmethod
+    def GetConntrackStats(
+        self,
+        request: _agent_pb2.GetConntrackStatsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.GetConntrackStatsReply, _abc.Awaitable[_agent_pb2.GetConntrackStatsReply]]:
+        """How many entries there are, and the kernel's per-CPU statistics."""
 
     @_abc_1.abstractmethod
     def Walk(

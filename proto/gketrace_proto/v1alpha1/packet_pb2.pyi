@@ -227,6 +227,15 @@ class ConntrackEntry(_message.Message):
     ORIG_BYTES_FIELD_NUMBER: _builtins.int
     REPLY_PACKETS_FIELD_NUMBER: _builtins.int
     REPLY_BYTES_FIELD_NUMBER: _builtins.int
+    ZONE_ORIG_FIELD_NUMBER: _builtins.int
+    ZONE_REPLY_FIELD_NUMBER: _builtins.int
+    USE_FIELD_NUMBER: _builtins.int
+    STARTED_FIELD_NUMBER: _builtins.int
+    STOPPED_FIELD_NUMBER: _builtins.int
+    HELPER_FIELD_NUMBER: _builtins.int
+    SECCTX_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    GRE_KEYS_FIELD_NUMBER: _builtins.int
     status: _builtins.int
     """Bits of enum ip_conntrack_status."""
     tcp_state: _builtins.str
@@ -240,10 +249,27 @@ class ConntrackEntry(_message.Message):
     orig_bytes: _builtins.int
     reply_packets: _builtins.int
     reply_bytes: _builtins.int
+    zone_orig: _builtins.int
+    """The zone of one direction alone."""
+    zone_reply: _builtins.int
+    use: _builtins.int
+    """References that the kernel holds to it."""
+    started: _builtins.int
+    """Nanoseconds since the epoch; absent: nf_conntrack_timestamp is off."""
+    stopped: _builtins.int
+    """Nanoseconds since the epoch; only in the event of its end."""
+    helper: _builtins.str
+    secctx: _builtins.str
+    labels: _builtins.str
+    """Label bits as the kernel sends them, in hexadecimal."""
     @_builtins.property
     def orig(self) -> Global___Tuple5: ...
     @_builtins.property
     def reply(self) -> Global___Tuple5: ...
+    @_builtins.property
+    def gre_keys(self) -> Global___ByteList:
+        """GRE's keys: source and destination of orig, then of reply."""
+
     def __init__(
         self,
         *,
@@ -259,11 +285,22 @@ class ConntrackEntry(_message.Message):
         orig_bytes: _builtins.int | None = ...,
         reply_packets: _builtins.int | None = ...,
         reply_bytes: _builtins.int | None = ...,
+        zone_orig: _builtins.int = ...,
+        zone_reply: _builtins.int = ...,
+        use: _builtins.int | None = ...,
+        started: _builtins.int | None = ...,
+        stopped: _builtins.int | None = ...,
+        helper: _builtins.str = ...,
+        secctx: _builtins.str = ...,
+        labels: _builtins.str = ...,
+        gre_keys: Global___ByteList | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_id", b"_id", "_mark", b"_mark", "_orig_bytes", b"_orig_bytes", "_orig_packets", b"_orig_packets", "_reply_bytes", b"_reply_bytes", "_reply_packets", b"_reply_packets", "_timeout", b"_timeout", "id", b"id", "mark", b"mark", "orig", b"orig", "orig_bytes", b"orig_bytes", "orig_packets", b"orig_packets", "reply", b"reply", "reply_bytes", b"reply_bytes", "reply_packets", b"reply_packets", "timeout", b"timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_gre_keys", b"_gre_keys", "_id", b"_id", "_mark", b"_mark", "_orig_bytes", b"_orig_bytes", "_orig_packets", b"_orig_packets", "_reply_bytes", b"_reply_bytes", "_reply_packets", b"_reply_packets", "_started", b"_started", "_stopped", b"_stopped", "_timeout", b"_timeout", "_use", b"_use", "gre_keys", b"gre_keys", "id", b"id", "mark", b"mark", "orig", b"orig", "orig_bytes", b"orig_bytes", "orig_packets", b"orig_packets", "reply", b"reply", "reply_bytes", b"reply_bytes", "reply_packets", b"reply_packets", "started", b"started", "stopped", b"stopped", "timeout", b"timeout", "use", b"use"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_id", b"_id", "_mark", b"_mark", "_orig_bytes", b"_orig_bytes", "_orig_packets", b"_orig_packets", "_reply_bytes", b"_reply_bytes", "_reply_packets", b"_reply_packets", "_timeout", b"_timeout", "id", b"id", "mark", b"mark", "orig", b"orig", "orig_bytes", b"orig_bytes", "orig_packets", b"orig_packets", "reply", b"reply", "reply_bytes", b"reply_bytes", "reply_packets", b"reply_packets", "status", b"status", "tcp_state", b"tcp_state", "timeout", b"timeout", "zone", b"zone"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gre_keys", b"_gre_keys", "_id", b"_id", "_mark", b"_mark", "_orig_bytes", b"_orig_bytes", "_orig_packets", b"_orig_packets", "_reply_bytes", b"_reply_bytes", "_reply_packets", b"_reply_packets", "_started", b"_started", "_stopped", b"_stopped", "_timeout", b"_timeout", "_use", b"_use", "gre_keys", b"gre_keys", "helper", b"helper", "id", b"id", "labels", b"labels", "mark", b"mark", "orig", b"orig", "orig_bytes", b"orig_bytes", "orig_packets", b"orig_packets", "reply", b"reply", "reply_bytes", b"reply_bytes", "reply_packets", b"reply_packets", "secctx", b"secctx", "started", b"started", "status", b"status", "stopped", b"stopped", "tcp_state", b"tcp_state", "timeout", b"timeout", "use", b"use", "zone", b"zone", "zone_orig", b"zone_orig", "zone_reply", b"zone_reply"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__gre_keys: _TypeAlias = _typing.Literal["gre_keys"]  # noqa: Y015
+    _WhichOneofArgType__gre_keys: _TypeAlias = _typing.Literal["_gre_keys", b"_gre_keys"]  # noqa: Y015
     _WhichOneofReturnType__id: _TypeAlias = _typing.Literal["id"]  # noqa: Y015
     _WhichOneofArgType__id: _TypeAlias = _typing.Literal["_id", b"_id"]  # noqa: Y015
     _WhichOneofReturnType__mark: _TypeAlias = _typing.Literal["mark"]  # noqa: Y015
@@ -276,8 +313,16 @@ class ConntrackEntry(_message.Message):
     _WhichOneofArgType__reply_bytes: _TypeAlias = _typing.Literal["_reply_bytes", b"_reply_bytes"]  # noqa: Y015
     _WhichOneofReturnType__reply_packets: _TypeAlias = _typing.Literal["reply_packets"]  # noqa: Y015
     _WhichOneofArgType__reply_packets: _TypeAlias = _typing.Literal["_reply_packets", b"_reply_packets"]  # noqa: Y015
+    _WhichOneofReturnType__started: _TypeAlias = _typing.Literal["started"]  # noqa: Y015
+    _WhichOneofArgType__started: _TypeAlias = _typing.Literal["_started", b"_started"]  # noqa: Y015
+    _WhichOneofReturnType__stopped: _TypeAlias = _typing.Literal["stopped"]  # noqa: Y015
+    _WhichOneofArgType__stopped: _TypeAlias = _typing.Literal["_stopped", b"_stopped"]  # noqa: Y015
     _WhichOneofReturnType__timeout: _TypeAlias = _typing.Literal["timeout"]  # noqa: Y015
     _WhichOneofArgType__timeout: _TypeAlias = _typing.Literal["_timeout", b"_timeout"]  # noqa: Y015
+    _WhichOneofReturnType__use: _TypeAlias = _typing.Literal["use"]  # noqa: Y015
+    _WhichOneofArgType__use: _TypeAlias = _typing.Literal["_use", b"_use"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gre_keys) -> _WhichOneofReturnType__gre_keys | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__id) -> _WhichOneofReturnType__id | None: ...
     @_typing.overload
@@ -291,6 +336,12 @@ class ConntrackEntry(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__reply_packets) -> _WhichOneofReturnType__reply_packets | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__started) -> _WhichOneofReturnType__started | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__stopped) -> _WhichOneofReturnType__stopped | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout) -> _WhichOneofReturnType__timeout | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__use) -> _WhichOneofReturnType__use | None: ...
 
 Global___ConntrackEntry: _TypeAlias = ConntrackEntry  # noqa: Y015

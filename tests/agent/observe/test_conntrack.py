@@ -14,10 +14,13 @@ import pytest
 from gketrace.conntrack import ConntrackEntry, CtStatus
 from gketrace.packet import Protocol, Tuple5, protocol_number
 from gketrace.snapshot import Unavailable
+from gketrace_agent.kernel.conntrack_dump import TableReading
 from gketrace_agent.kernel.netns import run_in_netns
-from gketrace_agent.observe.conntrack import Conntrack, ConntrackEntries, ConntrackFilter
+from gketrace_agent.observe.conntrack import Conntrack
+from gketrace_agent.observe.conntrack_filter import ConntrackFilter, ConntrackFilters
+from gketrace_agent.observe.conntrack_table import open_conntrack
 from gketrace_agent.observe.snapshot import Observer
-from tests.agent.observe.bed import Bed, Netns, veth, wait_until
+from tests.agent.observe.bed import PATHS, Bed, Netns, veth, wait_until
 
 
 @contextmanager
@@ -27,6 +30,17 @@ def conntrack(netns: Netns) -> Iterator[Conntrack]:
         assert isinstance(view, Conntrack)
         assert observation.snapshot.conntrack is view
         yield view
+
+
+def read(
+    netns: Netns, wanted: ConntrackFilter | None = None
+) -> tuple[list[ConntrackEntry], TableReading]:
+    """The whole table, or what a filter takes of it."""
+    with open_conntrack(netns.handle, PATHS) as table:
+        reading = table.read(ConntrackFilters((wanted or ConntrackFilter(),)))
+        found = [entry for batch in reading.batches() for entry in batch.entries()]
+    assert reading.consistent
+    return found, reading
 
 
 def parse(entry: ElementTree.Element) -> ConntrackEntry:
@@ -134,12 +148,6 @@ def converse(bed: Bed) -> Iterator[tuple[Netns, list[Tuple5]]]:
 
     stream = client.inside(send)
     try:
-        import time
-
-        time.sleep(0.3)
-        print(node.run("conntrack", "-L", "-o", "xml,id"))
-        print(sent)
-        print(listed(node))
         wait_until(
             lambda: {e.orig for e in listed(node).values()} >= {without_icmp(t) for t in sent}
         )
@@ -178,17 +186,15 @@ def test_entries_are_those_of_conntrack(busy: tuple[Netns, list[Tuple5]]) -> Non
     node, sent = busy
     with conntrack(node) as view:
         assert view.tracked
-        found = view.entries(ConntrackFilter())
-        assert isinstance(found, ConntrackEntries)
-        assert found.consistent
-        assert not found.truncated
+    found, reading = read(node)
+    assert (reading.readings, reading.duplicates, reading.read) == (1, 0, len(found))
     theirs = listed(node)
-    mine = {entry.id: entry for entry in found.entries}
+    mine = {entry.id: entry for entry in found}
     assert mine.keys() == theirs.keys()
     for number, entry in theirs.items():
         same(mine[number], entry)
-    assert {entry.orig for entry in found.entries} >= set(sent)
-    (icmp,) = (entry for entry in found.entries if entry.orig.protocol == Protocol.ICMP)
+    assert {entry.orig for entry in found} >= set(sent)
+    (icmp,) = (entry for entry in found if entry.orig.protocol == Protocol.ICMP)
     printed = node.run("conntrack", "-L", "-p", "icmp").split()
     for words, half in ((printed[5:8], icmp.orig), (printed[12:15], icmp.reply)):
         assert words == [
@@ -262,6 +268,14 @@ def test_lookup_of_what_is_not_there_or_not_known(busy: tuple[Netns, list[Tuple5
         (ConntrackFilter(zone=7), [2]),
         (ConntrackFilter(address=ip_network("10.43.0.10/32")), [0]),
         (ConntrackFilter(orig_src=ip_network("10.1.0.0/16")), []),
+        (ConntrackFilter(tcp_state="ESTABLISHED"), [0]),
+        (ConntrackFilter(status=CtStatus.DST_NAT, status_mask=CtStatus.DST_NAT), [0]),
+        (ConntrackFilter(status=0, status_mask=CtStatus.SEEN_REPLY), [1, 2, 3]),
+        (ConntrackFilter(address=ip_network("fd09::1")), [3]),
+        (ConntrackFilter(orig_dst=ip_network("fd09::1"), protocol=17, orig_dport=5353), [3]),
+        (ConntrackFilter(orig_src=ip_network("fd09::/57")), [3]),
+        (ConntrackFilter(orig_src=ip_network("10.8.0.0/15"), protocol=17), [1, 2]),
+        (ConntrackFilter(reply_dst=ip_network("10.9.0.2"), reply_dport=1), []),
     ],
     ids=lambda value: "" if isinstance(value, list) else None,
 )
@@ -269,28 +283,20 @@ def test_filters(
     busy: tuple[Netns, list[Tuple5]], wanted: ConntrackFilter, expected: list[int]
 ) -> None:
     node, sent = busy
-    with conntrack(node) as view:
-        found = view.entries(wanted)
-        assert isinstance(found, ConntrackEntries)
-        mine = {entry.orig for entry in found.entries} & set(sent)
-        assert mine == {sent[number] for number in expected}
-
-
-def test_a_limit_is_said(busy: tuple[Netns, list[Tuple5]]) -> None:
-    node, _ = busy
-    with conntrack(node) as view:
-        found = view.entries(ConntrackFilter(family=4), limit=2)
-        assert isinstance(found, ConntrackEntries)
-        assert (len(found.entries), found.truncated) == (2, True)
+    found, _ = read(node, wanted)
+    mine = [entry.orig for entry in found if entry.orig in sent]
+    assert set(mine) == {sent[number] for number in expected}
+    assert len(mine) == len(expected)
+    everything, _ = read(node)
+    taken = {entry.id for entry in everything if wanted.takes(entry)}
+    assert {entry.id for entry in found} == taken, "an entry and a column must be judged alike"
 
 
 def test_nothing_tracks_where_no_rule_asks(bed: Bed) -> None:
     netns = bed.netns("idle")
     with conntrack(netns) as view:
         assert not view.tracked
-        assert view.entries(ConntrackFilter()) == ConntrackEntries(
-            entries=(), truncated=False, consistent=True
-        )
+    assert read(netns)[0] == []
     netns.run("iptables-nft", "-A", "INPUT", "-p", "tcp", "-j", "ACCEPT")
     with conntrack(netns) as view:
         assert not view.tracked

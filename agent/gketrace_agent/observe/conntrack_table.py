@@ -1,0 +1,115 @@
+"""The whole connection-tracking table of one namespace: its size, its settings, its entries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from gketrace_agent.kernel.conntrack_dump import BulkSocket, TableReading
+from gketrace_agent.kernel.conntrack_stats import (
+    CpuStatistics,
+    TableSize,
+    cpu_statistics,
+    table_size,
+)
+from gketrace_agent.kernel.hostpaths import HostPaths
+from gketrace_agent.kernel.netlink import NETLINK_NETFILTER, NetlinkSocket
+from gketrace_agent.kernel.netns import NetnsHandle, run_in_netns
+from gketrace_agent.observe.conntrack_filter import ConntrackFilters
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+__all__ = ["ConntrackSettings", "ConntrackTable", "open_conntrack"]
+
+_PREFIX: Final = "net.netfilter.nf_conntrack_"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConntrackSettings:
+    """net.netfilter.nf_conntrack_*, of the namespace."""
+
+    accounting: bool
+    """False: entries have no counters."""
+    events: int
+    """0: none are sent; 1: of every entry; 2: of entries that were made while somebody
+    listened."""
+
+
+class ConntrackTable:
+    """An open table.  Any thread may use it; one reading at a time."""
+
+    def __init__(
+        self, paths: HostPaths, netfilter: NetlinkSocket, settings: ConntrackSettings
+    ) -> None:
+        self._paths = paths
+        self._netfilter = netfilter
+        self._bulk = BulkSocket()
+        self.settings: Final = settings
+
+    def size(self) -> TableSize:
+        return table_size(self._netfilter)
+
+    def limit(self) -> int:
+        """net.netfilter.nf_conntrack_max, which holds for each namespace."""
+        told = self.size().limit
+        if told is None:
+            return int(self._paths.sysctl(f"{_PREFIX}max").read_text())
+        return told
+
+    def statistics(self) -> tuple[CpuStatistics, ...]:
+        return cpu_statistics(self._netfilter)
+
+    def buckets(self) -> int:
+        """Of the hash table, which all namespaces share."""
+        return int(self._paths.sysctl(f"{_PREFIX}buckets").read_text())
+
+    def read(self, wanted: ConntrackFilters) -> TableReading:
+        """A reading that has not begun: iterate over its `batches`."""
+        return TableReading(
+            socket=self._bulk,
+            filters=wanted.kernel(),
+            take=wanted.mask,
+            buckets=self.buckets,
+        )
+
+    def close(self) -> None:
+        """May be called twice."""
+        self._bulk.close()
+        self._netfilter.close()
+
+    def __enter__(self) -> ConntrackTable:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def open_conntrack(handle: NetnsHandle, paths: HostPaths) -> ConntrackTable:
+    """Opens the table of a namespace.  Raises `UnavailableError` without connection tracking."""
+
+    def opened() -> ConntrackTable:
+        netfilter = NetlinkSocket(NETLINK_NETFILTER)
+        try:
+            settings = ConntrackSettings(
+                accounting=_setting(paths, "acct") == 1, events=_setting(paths, "events")
+            )
+            return ConntrackTable(paths, netfilter, settings)
+        except BaseException:
+            netfilter.close()
+            raise
+
+    return run_in_netns(handle, opened)
+
+
+def _setting(paths: HostPaths, name: str) -> int:
+    """0 where the kernel was built without it."""
+    try:
+        return int(paths.sysctl(f"{_PREFIX}{name}").read_text())
+    except FileNotFoundError:
+        return 0
