@@ -6,10 +6,9 @@ br_nf_post_routing (net/bridge/br_netfilter_hooks.c).
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from gketrace.packet import IPAddress
 from gketrace.simulate.cursor import Context, Cursor, Stage, Way, end, enter_hook, step, unknown
+from gketrace.simulate.evolve import evolve
 from gketrace.simulate.namespace import cite_link
 from gketrace.simulate.ports import choose_port
 from gketrace.simulate.routes import decision_steps, routed_input
@@ -41,12 +40,12 @@ def bridge_in(context: Context, cursor: Cursor, port: Link, bridge: Link) -> Way
     if isinstance(netfilter, Unavailable):
         why = f"whether bridged frames pass iptables is not known: {netfilter.reason}"
         return unknown(cursor, why, what="sysctls")
-    state = replace(
+    state = evolve(
         cursor.state,
         in_iface=bridge.name,
         physdev_in=port.name if netfilter is not None else "",
     )
-    inside = replace(
+    inside = evolve(
         cursor,
         state=state,
         bridge=bridge,
@@ -69,7 +68,7 @@ def bridge_in(context: Context, cursor: Cursor, port: Link, bridge: Link) -> Way
         note=f"bridged by {bridge.name}, and iptables sees it",
         interface=bridge.name,
     )
-    return replace(way, steps=(through,))
+    return evolve(way, steps=(through,))
 
 
 def off_prerouting(context: Context, cursor: Cursor) -> tuple[Way, ...]:
@@ -79,7 +78,7 @@ def off_prerouting(context: Context, cursor: Cursor) -> tuple[Way, ...]:
     assert arrived is not None
     if cursor.packet.dst == arrived.dst:
         if cursor.for_bridge:
-            return (Way(cursor=replace(cursor, stage=Stage.ROUTE)),)
+            return (Way(cursor=evolve(cursor, stage=Stage.ROUTE)),)
         return (_across(context, cursor, _target(cursor), netfilter=True),)
     ways: list[Way] = []
     for decision in cursor.space.fib.input(cursor.packet, bridge.name):
@@ -87,12 +86,12 @@ def off_prerouting(context: Context, cursor: Cursor) -> tuple[Way, ...]:
             # Bridged and translated traffic does not need forwarding to be on.
             for out in cursor.space.fib.output(cursor.packet.dst, mark=cursor.packet.mark):
                 if out.kind is RouteKind.FORWARD and out.interface == bridge.name:
-                    decision = replace(out, citations=(*out.citations,))
+                    decision = evolve(out, citations=(*out.citations,))
         if decision.kind is RouteKind.FORWARD and decision.interface == bridge.name:
             target = decision.next_hop or cursor.packet.dst
-            way = _across(context, replace(cursor, decision=decision), target, netfilter=True)
+            way = _across(context, evolve(cursor, decision=decision), target, netfilter=True)
             ways.append(
-                replace(
+                evolve(
                     way,
                     steps=decision_steps(cursor, decision) + way.steps,
                     chance=decision.chance,
@@ -142,7 +141,7 @@ def _across(context: Context, cursor: Cursor, target: IPAddress, *, netfilter: b
                 note=note,
                 interface=bridge.name,
             )
-            return Way(cursor=replace(cursor, stage=Stage.ROUTE), steps=(taken,))
+            return Way(cursor=evolve(cursor, stage=Stage.ROUTE), steps=(taken,))
         why = f"a bridge sends no frame back out of its port, and hairpin is off on {port.name}"
         return _refused(cursor, port, why)
     both_isolated = (
@@ -155,11 +154,11 @@ def _across(context: Context, cursor: Cursor, target: IPAddress, *, netfilter: b
         return _refused(cursor, port, f"{port_in.name} and {port.name} are isolated ports")
     if port.port is not None and port.port.state not in ("forwarding", ""):
         return _refused(cursor, port, f"the bridge port {port.name} is {port.port.state}")
-    steps = bridge_steps(replace(cursor, decision=None), replace(choice, neighbour=None))
-    onward = replace(cursor, port_out=port, link_target=target)
+    steps = bridge_steps(evolve(cursor, decision=None), evolve(choice, neighbour=None))
+    onward = evolve(cursor, port_out=port, link_target=target)
     if not netfilter:
         return leave(context, onward, port, steps)
-    state = replace(
+    state = evolve(
         cursor.state,
         in_iface=bridge.name,
         out_iface=bridge.name,
@@ -167,7 +166,7 @@ def _across(context: Context, cursor: Cursor, target: IPAddress, *, netfilter: b
         bridged=True,
     )
     return Way(
-        cursor=enter_hook(replace(onward, state=state), Hook.FORWARD, Stage.POST), steps=steps
+        cursor=enter_hook(evolve(onward, state=state), Hook.FORWARD, Stage.POST), steps=steps
     )
 
 

@@ -9,6 +9,7 @@ its policy.
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Final
 
 from gketrace.ruleset.iptables import Chain, IptablesRuleset
 from gketrace.ruleset.model import BaseChain, Rule, Ruleset
@@ -19,6 +20,8 @@ from gketrace.simulate.threads import Fork, Link, Thread, joined_exits
 from gketrace.trace import StepAction
 
 __all__ = ["traverse"]
+
+_CERTAIN: Final = Fraction(1)
 
 
 def traverse(
@@ -95,7 +98,7 @@ class _IptablesRun(Run):
         effect happens only where all before it matched.
         """
         state = thread.state
-        chance: Fraction | None = Fraction(1)
+        chance: Fraction | None = _CERTAIN
         drawn = ""
         reasons: list[str] = []
         # Where a draw or an unknown may leave the rule: with what chance, in which state.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
 from typing import Final, TypeAlias
 
 from gketrace.packet import IPAddress, Packet
+from gketrace.simulate.evolve import evolve
 from gketrace.simulate.namespace import Namespace, Station
 from gketrace.simulate.routing import RouteDecision
 from gketrace.simulate.state import PacketState
@@ -156,11 +157,11 @@ def on(cursor: Cursor, *steps: Step) -> tuple[Way, ...]:
 
 def enter_hook(cursor: Cursor, hook: Hook, then: Stage) -> Cursor:
     """The cursor at the beginning of `hook`."""
-    return replace(
+    return evolve(
         cursor,
         stage=Stage.HOOK,
         then=then,
-        state=replace(cursor.state, hook=hook),
+        state=evolve(cursor.state, hook=hook),
         stations=cursor.space.stations(hook, cursor.packet.family),
     )
 

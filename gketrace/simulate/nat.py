@@ -8,7 +8,7 @@ a packet at one hook.  A port that only the kernel can know is None afterwards.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
 from ipaddress import ip_address
@@ -16,6 +16,7 @@ from typing import Final
 
 from gketrace.conntrack import CtStatus
 from gketrace.packet import PORT_PROTOCOLS, IPAddress, Packet, Protocol, Tuple5
+from gketrace.simulate.evolve import evolve
 from gketrace.simulate.state import CtInfo, Direction, NatRequest
 from gketrace.trace import Hook
 
@@ -65,7 +66,7 @@ def initialized(ct: CtInfo, manip: Manip) -> bool:
 
 def null_binding(ct: CtInfo, manip: Manip) -> CtInfo:
     """nf_nat_alloc_null_binding(): nothing changes, and the side is settled."""
-    return replace(ct, status=ct.status | _DONE[manip])
+    return evolve(ct, status=ct.status | _DONE[manip])
 
 
 def rewrite(packet: Packet, ct: CtInfo, manip: Manip) -> Packet:
@@ -78,12 +79,12 @@ def rewrite(packet: Packet, ct: CtInfo, manip: Manip) -> Packet:
     target = (ct.reply if original else ct.orig).inverted()
     if manip is Manip.SRC:
         sport = target.sport if packet.has_ports else packet.sport
-        after = replace(packet, src=target.src, sport=sport)
+        after = evolve(packet, src=target.src, sport=sport)
     else:
         dport = target.dport if packet.has_ports else packet.dport
-        after = replace(packet, dst=target.dst, dport=dport)
+        after = evolve(packet, dst=target.dst, dport=dport)
     if packet.protocol in (Protocol.ICMP, Protocol.ICMPV6):
-        after = replace(after, icmp_id=target.sport)
+        after = evolve(after, icmp_id=target.sport)
     return packet if after == packet else after
 
 
@@ -132,8 +133,8 @@ def set_up(
 
 def _with(current: Tuple5, manip: Manip, address: IPAddress) -> Tuple5:
     if manip is Manip.SRC:
-        return replace(current, src=address)
-    return replace(current, dst=address)
+        return evolve(current, src=address)
+    return evolve(current, dst=address)
 
 
 def _addresses(
@@ -198,7 +199,7 @@ def _ports(
         # For destinations the search begins at a fixed offset: 0, or that of a shifted map.
         offset = 0 if request.base_port is None or own is None else own - request.base_port
         first = low + offset % (high - low + 1)
-        if not taken(replace(wanted, dport=first)):
+        if not taken(evolve(wanted, dport=first)):
             return ((first, ""),)
     if high - low + 1 <= MAX_MEMBERS:
         return tuple((port, "") for port in range(low, high + 1))
@@ -215,11 +216,11 @@ def _bound(
 ) -> CtInfo:
     icmp = current.protocol in (Protocol.ICMP, Protocol.ICMPV6)
     if icmp or manip is Manip.SRC:
-        new = replace(wanted, sport=port)
+        new = evolve(wanted, sport=port)
     else:
-        new = replace(wanted, dport=port)
+        new = evolve(wanted, dport=port)
     random = manip is Manip.SRC and (request.random or request.random_fully)
     status = ct.status | _DONE[manip]
     if new != current or (random and port is None and current.protocol in PORT_PROTOCOLS):
         status |= _CHANGED[manip]
-    return replace(ct, reply=new.inverted(), status=status)
+    return evolve(ct, reply=new.inverted(), status=status)

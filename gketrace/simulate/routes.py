@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Final
 
 from gketrace.packet import Packet
 from gketrace.simulate.cursor import Cursor, Stage, Way, end, enter_hook, step, unknown
+from gketrace.simulate.evolve import evolve
 from gketrace.simulate.routing import RouteDecision, RouteKind
 from gketrace.snapshot import PolicyRule
 from gketrace.trace import Citation, Disposition, Hook, Source, Step, StepAction, StepKind
@@ -46,8 +46,8 @@ def send(cursor: Cursor) -> tuple[Way, ...]:
     for decision in _output(cursor, source=not packet.src.is_unspecified):
         sent = packet
         if packet.src.is_unspecified and decision.source is not None:
-            sent = replace(packet, src=decision.source)
-        from_here = replace(cursor, state=replace(cursor.state, packet=sent))
+            sent = evolve(packet, src=decision.source)
+        from_here = evolve(cursor, state=evolve(cursor.state, packet=sent))
         first = step(
             from_here,
             StepKind.SEND,
@@ -61,11 +61,11 @@ def send(cursor: Cursor) -> tuple[Way, ...]:
             why = decision.detail or "the source address that the kernel selects is not known"
             ways.append(unknown(from_here, why, first))
         else:
-            state = replace(from_here.state, out_iface=decision.interface)
+            state = evolve(from_here.state, out_iface=decision.interface)
             ways.append(
                 Way(
                     cursor=enter_hook(
-                        replace(from_here, state=state, decision=decision),
+                        evolve(from_here, state=state, decision=decision),
                         Hook.OUTPUT,
                         Stage.POST,
                     ),
@@ -95,7 +95,7 @@ def reroute(cursor: Cursor) -> tuple[Way, ...]:
         )
         ways.append(
             Way(
-                cursor=replace(cursor, decision=decision),
+                cursor=evolve(cursor, decision=decision),
                 steps=() if same else decision_steps(cursor, decision),
                 chance=decision.chance,
                 because=decision.because,
@@ -118,13 +118,13 @@ def routed_input(cursor: Cursor, decision: RouteDecision) -> Way:
     if decision.kind is RouteKind.FORWARD:
         packet = cursor.packet
         if packet.ttl is not None:
-            packet = replace(packet, ttl=packet.ttl - 1)
-        state = replace(cursor.state, packet=packet, out_iface=decision.interface)
+            packet = evolve(packet, ttl=packet.ttl - 1)
+        state = evolve(cursor.state, packet=packet, out_iface=decision.interface)
         onward = enter_hook(
-            replace(cursor, state=state, decision=decision), Hook.FORWARD, Stage.POST
+            evolve(cursor, state=state, decision=decision), Hook.FORWARD, Stage.POST
         )
     else:
-        onward = enter_hook(replace(cursor, decision=decision), Hook.INPUT, Stage.DELIVER)
+        onward = enter_hook(evolve(cursor, decision=decision), Hook.INPUT, Stage.DELIVER)
     return Way(cursor=onward, steps=steps, chance=decision.chance, because=decision.because)
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import replace
 from fractions import Fraction
 from typing import Final, Protocol
 
 from gketrace.packet import Packet
 from gketrace.ruleset.model import BaseChain, Rule
+from gketrace.simulate.evolve import evolve
 from gketrace.simulate.state import Alternative, PacketState, Verdict, VerdictKind
 from gketrace.simulate.targets.base import Effect
 from gketrace.simulate.threads import Fork, Link, Thread, common_start, items_of
@@ -178,7 +178,7 @@ class Run(ABC):
             citation=citation,
             reject_with=effect.reject_with,
             detail=effect.note,
-            nat=None if nat is None else replace(nat, citation=citation),
+            nat=None if nat is None else evolve(nat, citation=citation),
         )
         self._emit(thread, verdict)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from fractions import Fraction
 from typing import Final
 
@@ -12,6 +11,7 @@ from gketrace.packet import IPAddress, Tuple5
 from gketrace.ruleset.model import ChainType
 from gketrace.simulate import nat, tracking
 from gketrace.simulate.cursor import Context, Cursor, Way, end, on, step, unknown
+from gketrace.simulate.evolve import evolve
 from gketrace.simulate.namespace import Station, StationKind
 from gketrace.simulate.routes import reroute
 from gketrace.simulate.state import (
@@ -47,9 +47,9 @@ def run_station(context: Context, cursor: Cursor) -> tuple[Way, ...]:
     ct, manip = cursor.state.ct, nat.MANIP_AT.get(cursor.state.hook)
     for position, station in enumerate(cursor.stations, 1):
         if not _idle(station.kind, ct, manip):
-            rest = replace(cursor, stations=cursor.stations[position:])
+            rest = evolve(cursor, stations=cursor.stations[position:])
             return _RUN[station.kind](context, rest, station)
-    return on(replace(cursor, stations=()))
+    return on(evolve(cursor, stations=()))
 
 
 def _idle(kind: StationKind, ct: CtInfo | None, manip: nat.Manip | None) -> bool:
@@ -75,7 +75,7 @@ def _without(cursor: Cursor, unread: tuple[Unavailable, ...]) -> tuple[Way, ...]
     missing = Missing(what="rules", why=why, node=netns.node, netns=str(netns))
     return (
         Way(
-            cursor=replace(cursor, guessed_rules=True),
+            cursor=evolve(cursor, guessed_rules=True),
             missing=(missing,),
             chance=None,
             because=f"if rules that could not be read do nothing to it: {why}",
@@ -96,7 +96,7 @@ def _chain(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...
     ways: list[Way] = []
     alternatives = traverse(station.ruleset, station.chain, cursor.state, cursor.space)
     for alternative in alternatives:
-        after = replace(cursor, state=alternative.state)
+        after = evolve(cursor, state=alternative.state)
         if alternative.verdict.kind is not VerdictKind.ACCEPT:
             ways += _stopped(after, alternative)
             continue
@@ -128,7 +128,7 @@ def _after(first: Way, then: Way) -> Way:
     chance: Fraction | None = None
     if first.chance is not None and then.chance is not None:
         chance = first.chance * then.chance
-    return replace(
+    return evolve(
         then,
         steps=first.steps + then.steps,
         flows=first.flows + then.flows,
@@ -166,7 +166,7 @@ def _stopped(cursor: Cursor, alternative: Alternative) -> list[Way]:
         # nf_reinject(): accepted packets go on with the next thing on the hook.
         accepted = "if the program that it is queued to lets it pass unchanged"
         onward = Way(cursor=cursor, steps=alternative.steps, chance=chance, because=because)
-        ways.append(replace(onward, chance=None, because=_joined(because, accepted)))
+        ways.append(evolve(onward, chance=None, because=_joined(because, accepted)))
         chance, because = None, _joined(because, "if that program does something else with it")
     detail = verdict.detail or {
         VerdictKind.QUEUE: "handed to a program in user space; what that does is not known",
@@ -196,7 +196,7 @@ def _conntrack(context: Context, cursor: Cursor, station: Station) -> tuple[Way,
         return (_opened(cursor) if local else Way(cursor=cursor),)
     if state.notrack:
         ct = CtInfo(state=CtState.UNTRACKED)
-        after = replace(cursor, state=replace(state, ct=ct))
+        after = evolve(cursor, state=evolve(state, ct=ct))
         return (_opened(after) if local else Way(cursor=after),)
     loose = space.sysctl("net.netfilter.nf_conntrack_tcp_loose")
     zone = state.zone or 0
@@ -211,11 +211,11 @@ def _conntrack(context: Context, cursor: Cursor, station: Station) -> tuple[Way,
         conntrack=table,
         tcp_loose=loose != "0",
     ):
-        ct = replace(seen.ct, zone=zone)
-        after = replace(cursor, state=replace(state, ct=ct), flow=seen.flow)
+        ct = evolve(seen.ct, zone=zone)
+        after = evolve(cursor, state=evolve(state, ct=ct), flow=seen.flow)
         way = _opened(after) if local and seen.ct.orig is None else Way(cursor=after)
         ways.append(
-            replace(
+            evolve(
                 way,
                 steps=_tracking_steps(cursor, seen),
                 flows=way.flows + _kernel_flow(seen.flow),
@@ -230,7 +230,7 @@ def _conntrack(context: Context, cursor: Cursor, station: Station) -> tuple[Way,
 def _opened(cursor: Cursor) -> Way:
     """A local process begins a connection that is not tracked here: remember who waits for it."""
     flow = tracking.opening(cursor.packet, cursor.space.netns)
-    return Way(cursor=replace(cursor, flows=(*cursor.flows, flow)), flows=(flow,))
+    return Way(cursor=evolve(cursor, flows=(*cursor.flows, flow)), flows=(flow,))
 
 
 def _kernel_flow(flow: Flow | None) -> tuple[Flow, ...]:
@@ -275,7 +275,7 @@ def _nat_chain(context: Context, cursor: Cursor, station: Station) -> tuple[Way,
     assert station.chain is not None
     ways: list[Way] = []
     for alternative in traverse(station.ruleset, station.chain, cursor.state, cursor.space):
-        after = replace(cursor, state=alternative.state)
+        after = evolve(cursor, state=alternative.state)
         if alternative.verdict.kind is not VerdictKind.ACCEPT:
             ways += _stopped(after, alternative)
             continue
@@ -309,9 +309,9 @@ def _settle(context: Context, cursor: Cursor, request: NatRequest, citation: Cit
             continue
         ways.append(
             Way(
-                cursor=replace(
+                cursor=evolve(
                     cursor,
-                    state=replace(cursor.state, ct=setup.ct),
+                    state=evolve(cursor.state, ct=setup.ct),
                     nat_citation=citation,
                     nat_note=setup.note,
                 ),
@@ -351,9 +351,9 @@ def _nat(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...]:
     if not nat.initialized(ct, manip):
         ct = nat.null_binding(ct, manip)
     packet = nat.rewrite(state.packet, ct, manip)
-    after = replace(
+    after = evolve(
         cursor,
-        state=replace(state, packet=packet, ct=ct),
+        state=evolve(state, packet=packet, ct=ct),
         nat_citation=None,
         nat_note="",
     )
@@ -384,10 +384,10 @@ def _confirm(context: Context, cursor: Cursor, station: Station) -> tuple[Way, .
     ct = cursor.state.ct
     assert ct is not None
     flow = tracking.new_flow(ct, cursor.space.netns)
-    settled = replace(ct, status=ct.status | CtStatus.CONFIRMED, existing=True)
-    after = replace(
+    settled = evolve(ct, status=ct.status | CtStatus.CONFIRMED, existing=True)
+    after = evolve(
         cursor,
-        state=replace(cursor.state, ct=settled),
+        state=evolve(cursor.state, ct=settled),
         flow=flow,
         flows=(*cursor.flows, flow),
     )

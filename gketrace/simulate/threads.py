@@ -12,6 +12,7 @@ from gketrace.trace import Step
 
 __all__ = ["Fork", "Link", "Thread", "common_start", "items_of", "joined_exits"]
 
+_CERTAIN: Final = Fraction(1)
 _ASSUMPTIONS: Final = 4
 """How many unknowns an alternative's `because` spells out."""
 
@@ -43,7 +44,7 @@ class Thread:
     def __init__(self, state: PacketState) -> None:
         self.state = state
         self.steps: Link | None = None
-        self.chance: Fraction | None = Fraction(1)
+        self.chance: Fraction | None = _CERTAIN
         self.assumed: Link | None = None
         """What it hangs on, oldest first."""
         self.drawn = ""

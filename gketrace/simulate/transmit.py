@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Final
 
 from gketrace.packet import IPAddress
@@ -16,6 +15,7 @@ from gketrace.simulate.cursor import (
     step,
     unknown,
 )
+from gketrace.simulate.evolve import evolve
 from gketrace.simulate.namespace import Namespace, cite_link
 from gketrace.simulate.ports import PortChoice, choose_port, neighbour_of
 from gketrace.simulate.routing import RouteKind
@@ -61,7 +61,7 @@ def transmit(context: Context, cursor: Cursor) -> tuple[Way, ...]:
         if choice.port is None:
             return (unknown(cursor, choice.why, *bridge_steps(cursor, choice)),)
         steps = bridge_steps(cursor, choice)
-        onward = replace(cursor, bridge=link, port_out=choice.port, link_target=target)
+        onward = evolve(cursor, bridge=link, port_out=choice.port, link_target=target)
         return (leave(context, onward, choice.port, steps),)
     near = neighbour_of(cursor.space, link, target)
     if near is not None and near.state == "FAILED":
@@ -73,7 +73,7 @@ def transmit(context: Context, cursor: Cursor) -> tuple[Way, ...]:
     if link.kind in _TUNNELS:
         why = f"{name} is a {link.kind} tunnel; the packet that carries this one is not followed"
         return (unknown(cursor, why, *steps, citation=cite_link(link)),)
-    return (leave(context, replace(cursor, link_target=target), link, steps),)
+    return (leave(context, evolve(cursor, link_target=target), link, steps),)
 
 
 def through_port(context: Context, cursor: Cursor) -> tuple[Way, ...]:
@@ -85,7 +85,7 @@ def through_port(context: Context, cursor: Cursor) -> tuple[Way, ...]:
 def leave(context: Context, cursor: Cursor, link: Link, steps: tuple[Step, ...]) -> Way:
     """Through `link`: into the namespace at the other end of a veth, or off the node."""
     if (down := _down(cursor, link)) is not None:
-        return replace(down, steps=steps + down.steps)
+        return evolve(down, steps=steps + down.steps)
     target = cursor.link_target
     gateway = target if target != cursor.packet.dst else None
     peer = link.peer.netns if link.peer is not None else None
@@ -129,7 +129,7 @@ def leave(context: Context, cursor: Cursor, link: Link, steps: tuple[Step, ...])
 def _arrive(cursor: Cursor, space: Namespace, interface: str, *, keep_mark: bool) -> Cursor:
     """What __dev_forward_skb() leaves of the packet's state: its header, and within one namespace
     its mark (skb_scrub_packet); tracking forgets it."""
-    packet = cursor.packet if keep_mark else replace(cursor.packet, mark=0)
+    packet = cursor.packet if keep_mark else evolve(cursor.packet, mark=0)
     return Cursor(
         stage=Stage.RECEIVE,
         space=space,
@@ -144,7 +144,7 @@ def _arrive(cursor: Cursor, space: Namespace, interface: str, *, keep_mark: bool
 
 def _loop_back(cursor: Cursor, link: Link) -> Way:
     """loopback_xmit(): the packet comes in again with its mark, entry and route."""
-    state = replace(
+    state = evolve(
         cursor.state,
         in_iface=link.name,
         out_iface="",
@@ -160,7 +160,7 @@ def _loop_back(cursor: Cursor, link: Link) -> Way:
         note="comes back in through the loopback",
         interface=link.name,
     )
-    onward = enter_hook(replace(cursor, state=state), Hook.PREROUTING, Stage.INPUT)
+    onward = enter_hook(evolve(cursor, state=state), Hook.PREROUTING, Stage.INPUT)
     return Way(cursor=onward, steps=(around,))
 
 

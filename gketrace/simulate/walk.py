@@ -17,7 +17,7 @@ chains, by priority.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from gketrace.simulate.bridging import bridge_in, off_prerouting
@@ -32,6 +32,7 @@ from gketrace.simulate.cursor import (
     unknown,
 )
 from gketrace.simulate.delivery import deliver
+from gketrace.simulate.evolve import evolve
 from gketrace.simulate.namespace import cite_link
 from gketrace.simulate.query import WalkQuery
 from gketrace.simulate.routes import route_input, send
@@ -155,7 +156,7 @@ def _advance(context: Context, cursor: Cursor) -> tuple[Way, ...]:
     """One thing happens to the packet; at least one way on."""
     if cursor.stage is Stage.HOOK:
         if not cursor.stations:
-            return (Way(cursor=replace(cursor, stage=cursor.then)),)
+            return (Way(cursor=evolve(cursor, stage=cursor.then)),)
         return run_station(context, cursor)
     return _STAGES[cursor.stage](context, cursor)
 
@@ -191,12 +192,12 @@ def _receive(context: Context, cursor: Cursor) -> tuple[Way, ...]:
         why = f"{name} is down"
         return (end(cursor, Disposition.NO_NEIGHBOUR, why, received, citation=cite_link(link)),)
     if hidden := _hidden(cursor):
-        return (replace(hidden[0], steps=(received, *hidden[0].steps)),)
-    here = (cursor.space.netns, name, cursor.link_target, replace(cursor.packet, ttl=None))
+        return (evolve(hidden[0], steps=(received, *hidden[0].steps)),)
+    here = (cursor.space.netns, name, cursor.link_target, evolve(cursor.packet, ttl=None))
     if here in cursor.visited or len(cursor.visited) >= _MAX_VISITS:
         why = f"it came to {name} before, with the same header"
         return (end(cursor, Disposition.LOOPED, why, received, citation=cite_link(link)),)
-    cursor = replace(cursor, visited=cursor.visited | {here})
+    cursor = evolve(cursor, visited=cursor.visited | {here})
     master = cursor.space.by_index.get(link.master) if link.master is not None else None
     if link.master is None:
         way = Way(cursor=enter_hook(cursor, Hook.PREROUTING, Stage.ROUTE))
@@ -206,9 +207,9 @@ def _receive(context: Context, cursor: Cursor) -> tuple[Way, ...]:
     elif master.kind == "bridge":
         way = bridge_in(context, cursor, link, master)
     else:
-        state = replace(cursor.state, in_iface=master.name)
-        way = Way(cursor=enter_hook(replace(cursor, state=state), Hook.PREROUTING, Stage.ROUTE))
-    return (replace(way, steps=(received, *way.steps)),)
+        state = evolve(cursor.state, in_iface=master.name)
+        way = Way(cursor=enter_hook(evolve(cursor, state=state), Hook.PREROUTING, Stage.ROUTE))
+    return (evolve(way, steps=(received, *way.steps)),)
 
 
 def _route(context: Context, cursor: Cursor) -> tuple[Way, ...]:
@@ -221,8 +222,8 @@ def _post(context: Context, cursor: Cursor) -> tuple[Way, ...]:
     decision = cursor.decision
     if decision is None:
         raise AssertionError("POSTROUTING without a route")
-    state = replace(cursor.state, out_iface=decision.interface)
-    onward = replace(cursor, state=state)
+    state = evolve(cursor.state, out_iface=decision.interface)
+    onward = evolve(cursor, state=state)
     return (Way(cursor=enter_hook(onward, Hook.POSTROUTING, Stage.TRANSMIT)),)
 
 

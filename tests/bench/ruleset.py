@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
 from tests.bench.report import goal, report
@@ -55,30 +55,37 @@ PYTHON_IPTABLES_GOAL: Final = 50.0
 
 @contextmanager
 def namespace(name: str) -> Iterator[str]:
-    """A node with a bridge for pods and a network with one neighbour; deleted at the end."""
+    """A node with a bridge for pods and a network with one neighbour; deleted at the end.
+
+    The far ends of its links are in a namespace of their own: the agent does not know it.
+    """
+    far = f"{name}-far"
     lines = [
         "link set lo up",
-        "link add eth0 type veth peer name peer0",
+        f"link add eth0 type veth peer name peer0 netns {far}",
         f"addr add {NODE}/24 dev eth0",
         "link add cbr0 type bridge",
-        "link add veth0 type veth peer name pod0",
+        f"link add veth0 type veth peer name pod0 netns {far}",
         "link set veth0 master cbr0",
         "addr add 10.40.0.1/24 dev cbr0",
-        *(f"link set {link} up" for link in ("eth0", "peer0", "cbr0", "veth0", "pod0")),
+        *(f"link set {link} up" for link in ("eth0", "cbr0", "veth0")),
         "route add default via 10.142.0.2",
         "neigh add 10.142.0.2 lladdr 02:00:00:00:00:02 dev eth0 nud permanent",
     ]
-    subprocess.run(["ip", "netns", "add", name], check=True)
-    try:
-        subprocess.run(
-            ["ip", "-n", name, "-batch", "-"], input="\n".join(lines).encode(), check=True
-        )
+    with ExitStack() as stack:
+        for one in (name, far):
+            subprocess.run(["ip", "netns", "add", one], check=True)
+            stack.callback(subprocess.run, ["ip", "netns", "del", one], check=True)
+        _batch(name, lines)
+        _batch(far, [f"link set {link} up" for link in ("peer0", "pod0")])
         _inside(name, "sysctl", "-qw", "net.ipv4.ip_forward=1")
         for account in NFACCT:
             _inside(name, "nfacct", "add", account)
         yield name
-    finally:
-        subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+def _batch(name: str, lines: list[str]) -> None:
+    subprocess.run(["ip", "-n", name, "-batch", "-"], input="\n".join(lines).encode(), check=True)
 
 
 def _inside(name: str, *argv: str, text: str = "") -> bytes:
