@@ -13,7 +13,15 @@ from gketrace.packet import IPAddress
 from gketrace.snapshot import IPNetwork
 from gketrace.trace import Citation, Source
 
-__all__ = ["NodeFacts", "Owner", "OwnerKind", "PodFacts", "ServiceFacts", "Topology"]
+__all__ = ["NodeFacts", "Owner", "OwnerKind", "PodFacts", "SeenAddress", "ServiceFacts", "Topology"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeenAddress:
+    """An address that a node's agent saw on an interface of the node itself."""
+
+    address: IPAddress
+    interface: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +35,8 @@ class NodeFacts:
     """status.addresses, type ExternalIP: the cloud translates them to the internal one."""
     pod_cidrs: tuple[IPNetwork, ...] = ()
     """spec.podCIDRs."""
+    seen: tuple[SeenAddress, ...] = ()
+    """What its agent saw; counts where no object says whose an address is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +136,7 @@ def cite_object(text: str) -> Citation:
 
 def _owned(topology: Topology) -> Iterable[tuple[IPAddress, Owner]]:
     """Later ones win: a node's own address over all else."""
+    yield from _seen(topology)
     for service in topology.services:
         kinds = (
             ("spec.clusterIPs", service.cluster_ips, OwnerKind.CLUSTER_IP),
@@ -158,6 +169,32 @@ def _owned(topology: Topology) -> Iterable[tuple[IPAddress, Owner]]:
         for address in node.addresses:
             cited = cite_object(f"Node {node.name}: status.addresses InternalIP {address}")
             yield address, Owner(kind=OwnerKind.NODE, node=node.name, citation=cited)
+
+
+def _seen(topology: Topology) -> Iterable[tuple[IPAddress, Owner]]:
+    """What agents saw on the interfaces that have their nodes' InternalIPs.
+
+    A Node object often lists IPv4 only, while the node has IPv6 beside it.  Other interfaces are
+    left aside: a bridge of a container engine has one address on every node.
+    """
+    claims: dict[IPAddress, list[Owner]] = {}
+    for node in topology.nodes:
+        known = {
+            one.interface: one.address
+            for one in reversed(node.seen)
+            if one.address in node.addresses
+        }
+        for one in node.seen:
+            if one.interface not in known or one.address.is_link_local:
+                continue
+            beside = known[one.interface]
+            text = f"{one.address} is on {one.interface} of node {node.name}, beside {beside}"
+            cited = Citation(source=Source.ADDRESS, text=text)
+            owner = Owner(kind=OwnerKind.NODE, node=node.name, citation=cited)
+            claims.setdefault(one.address, []).append(owner)
+    for address, owners in claims.items():
+        if len(owners) == 1:
+            yield address, owners[0]
 
 
 __all__ += ["cite_object"]

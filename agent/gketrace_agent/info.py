@@ -4,23 +4,26 @@ that kube-proxy's modes and Cilium leave)."""
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Final
 
-from gketrace.snapshot import Unavailable
+from gketrace.snapshot import Address, NetnsSnapshot, Unavailable
 from gketrace.trace import Missing
 from gketrace_agent.kernel.hostpaths import HostPaths
 from gketrace_agent.observe.iptables import IptablesDump, IptablesDumps
 from gketrace_agent.observe.nftables import NftablesDump
 from gketrace_agent.observe.snapshot import Observation
 
-__all__ = ["NOUNS", "DataPlane", "detect_data_plane"]
+__all__ = ["NOUNS", "DataPlane", "detect_data_plane", "own_addresses"]
 
 NOUNS: Final = frozenset({"links", "addresses", "rulesets"})
 """What the host's observation must hold."""
 _SERVICES: Final = re.compile(rb"^:KUBE-SERVICES ", re.M)
 _SERVICE: Final = re.compile(rb"^:KUBE-SVC-", re.M)
 _IPVS: Final = "kube-ipvs0"
+_NOT_YET: Final = frozenset({"tentative", "dadfailed"})
+"""Addresses that the kernel does not answer to."""
 _CILIUM: Final = ("cilium_host", "cilium_net")
 
 
@@ -66,6 +69,30 @@ def detect_data_plane(host: Observation, paths: HostPaths) -> DataPlane:
     else:
         name, reason = "unknown", _nothing(host)
     return DataPlane(name=name, reason=reason, iptables_backend=primary, missing=tuple(missing))
+
+
+def own_addresses(snapshot: NetnsSnapshot) -> tuple[tuple[Address, str], ...]:
+    """(address, interface) of what the node alone answers to on its network.
+
+    Left out: loopback and dummies (kube-ipvs0, nodelocaldns), whose addresses every node has, and
+    what several interfaces have, as the gateway on each of a node's ptp veths.
+    """
+    if isinstance(snapshot.links, Unavailable) or isinstance(snapshot.addresses, Unavailable):
+        return ()
+    names = {
+        link.ifindex: link.name
+        for link in snapshot.links
+        if link.kind != "dummy" and "LOOPBACK" not in link.flags
+    }
+    often = Counter(address.address for address in snapshot.addresses)
+    return tuple(
+        (address, names[address.ifindex])
+        for address in snapshot.addresses
+        if address.ifindex in names
+        and address.scope == "global"
+        and often[address.address] == 1
+        and not _NOT_YET.intersection(address.flags)
+    )
 
 
 def _iptables_backends(host: Observation) -> dict[str, str]:

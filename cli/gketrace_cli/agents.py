@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_address
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Final, TypeVar
@@ -26,6 +27,7 @@ from gketrace.errors import (
     UsageError,
     error_from_status,
 )
+from gketrace.topology import SeenAddress
 from gketrace.trace import Missing
 from gketrace_cli.objects import Pod
 from gketrace_cli.portforward import PortForwards, Target, Way
@@ -170,6 +172,16 @@ class Fleet:
     def nodes(self) -> tuple[str, ...]:
         """Nodes with an agent that answered, or was not asked yet."""
         return tuple(self._agents)
+
+    def addresses(self, node: str) -> tuple[SeenAddress, ...]:
+        """What the node's agent said of the node's own addresses; empty: it was not asked."""
+        agent = self._agents.get(node)
+        if agent is None or agent.info is None:
+            return ()
+        return tuple(
+            SeenAddress(address=ip_address(one.address), interface=one.interface)
+            for one in agent.info.addresses
+        )
 
     def agent(self, node: str) -> Agent:
         """Raises: what stood in the way."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
@@ -13,7 +13,7 @@ from gketrace.errors import ForbiddenError, GketraceError, UnavailableError
 from gketrace.packet import PORT_PROTOCOLS, IPAddress, Packet, Protocol
 from gketrace.snapshot import Maybe, Unavailable
 from gketrace.stitch import Inquiry, NodeQuery, stitch
-from gketrace.topology import NodeFacts, PodFacts, ServiceFacts, Topology
+from gketrace.topology import NodeFacts, PodFacts, SeenAddress, ServiceFacts, Topology
 from gketrace.trace import Missing, Path, Walk
 from gketrace_cli.frontdoors import Question
 from gketrace_cli.objects import Node, Pod, Service
@@ -56,7 +56,10 @@ class Asker:
         session = self._session
         pods = session.pods
         services = self._services.result() if isinstance(self._services, Future) else self._services
-        topology = make_topology(session.nodes, pods.known, services)
+        fleet = session.fleet
+        fleet.greet(dict.fromkeys(name for q in questions for name in _met(q)))
+        seen = {node.name: fleet.addresses(node.name) for node in session.nodes}
+        topology = make_topology(session.nodes, pods.known, services, seen)
         run = stitch(topology, [inquiry(question) for question in questions])
         paths: tuple[tuple[Path, ...], ...]
         try:
@@ -157,6 +160,12 @@ def _packet(question: Question, source: IPAddress) -> Packet:
     )
 
 
+def _met(question: Question) -> Iterable[str]:
+    """The nodes that give the packet its source address: their own addresses must be known before
+    the answer is followed."""
+    return filter(None, (question.sender.node, question.entry, question.via))
+
+
 def assumed_port(questions: Sequence[Question]) -> list[str]:
     """Says which source port stands for all, where none was given."""
     if any(q.sender.port is None and q.protocol in PORT_PROTOCOLS for q in questions):
@@ -165,9 +174,12 @@ def assumed_port(questions: Sequence[Question]) -> list[str]:
 
 
 def make_topology(
-    nodes: Iterable[Node], pods: Iterable[Pod], services: Iterable[Service]
+    nodes: Iterable[Node],
+    pods: Iterable[Pod],
+    services: Iterable[Service],
+    seen: Mapping[str, tuple[SeenAddress, ...]],
 ) -> Topology:
-    """The objects' addresses."""
+    """The objects' addresses; `seen`: node → what its agent says that it has beside them."""
     return Topology(
         nodes=tuple(
             NodeFacts(
@@ -175,6 +187,7 @@ def make_topology(
                 addresses=tuple(map(ip_address, node.internal_ips)),
                 external=tuple(map(ip_address, node.external_ips)),
                 pod_cidrs=tuple(ip_network(cidr, strict=False) for cidr in node.pod_cidrs),
+                seen=seen.get(node.name, ()),
             )
             for node in nodes
         ),

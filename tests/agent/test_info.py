@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from gketrace.snapshot import Address, Link, NetnsSnapshot, Unavailable
 from gketrace.trace import NetnsRef
-from gketrace_agent.info import detect_data_plane
+from gketrace_agent.info import detect_data_plane, own_addresses
 from gketrace_agent.kernel.hostpaths import HostPaths
 from gketrace_agent.kernel.nfnetlink import NftTable
 from gketrace_agent.observe.iptables import IptablesDump, IptablesDumps
@@ -153,3 +154,31 @@ def test_cilium_beside_kube_proxy_is_missing(paths: HostPaths) -> None:
     plane = detect_data_plane(_observation(nft=KUBE, links=("cilium_host",)), paths)
     assert plane.name == "iptables"
     assert [(m.what, m.node) for m in plane.missing] == [("ebpf", "n")]
+
+
+def test_own_addresses() -> None:
+    links = (
+        Link(ifindex=1, name="lo", flags=("LOOPBACK", "UP")),
+        Link(ifindex=2, name="eth0"),
+        Link(ifindex=3, name="kube-ipvs0", kind="dummy"),
+        Link(ifindex=4, name="vetha", kind="veth"),
+        Link(ifindex=5, name="vethb", kind="veth"),
+    )
+    addresses = tuple(
+        Address(ifindex=index, address=ip_address(text), prefixlen=length, scope=scope, flags=flags)
+        for index, text, length, scope, flags in (
+            (1, "127.0.0.1", 8, "host", ()),
+            (1, "10.9.9.9", 32, "global", ()),
+            (2, "10.0.0.1", 24, "global", ("permanent",)),
+            (2, "fd00::1", 64, "global", ()),
+            (2, "fd00::2", 64, "global", ("tentative",)),
+            (2, "fe80::1", 64, "link", ()),
+            (3, "10.43.0.1", 32, "global", ()),
+            (4, "10.40.0.1", 32, "global", ()),
+            (5, "10.40.0.1", 32, "global", ()),
+        )
+    )
+    host = replace(_observation().snapshot, links=links, addresses=addresses)
+    found = [(str(one.address), name) for one, name in own_addresses(host)]
+    assert found == [("10.0.0.1", "eth0"), ("fd00::1", "eth0")]
+    assert own_addresses(replace(host, addresses=ABSENT)) == ()
