@@ -34,7 +34,7 @@ def evolve(item: T, /, **changes: Any) -> T:
 
 def _copier(kind: type) -> Callable[[Any, dict[str, Any]], Any]:
     names = [field.name for field in fields(kind)]
-    slots = {name: getattr(kind, name, None) for name in names}
+    slots: dict[str, Any] = {name: getattr(kind, name, None) for name in names}
     if not all(hasattr(slot, "__set__") for slot in slots.values()):
         raise TypeError(f"{kind.__name__} is not a slotted dataclass")
     scope: dict[str, Any] = {"new": object.__new__, "kind": kind}

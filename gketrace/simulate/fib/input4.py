@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from gketrace.packet import Packet
+from gketrace.simulate.evolve import evolve
 from gketrace.simulate.fib.address import is_broadcast, is_loopback, is_multicast, is_zeronet
 from gketrace.simulate.fib.decision import RouteDecision, RouteKind
 from gketrace.simulate.fib.ipv4 import Choice, Ipv4Tables
@@ -60,7 +61,7 @@ def input4(tables: Ipv4Tables, packet: Packet, iif: str) -> tuple[RouteDecision,
         return (_martian(f"{packet.dst} is no destination"),)
     if (is_loopback(dst) or is_loopback(src)) and not view.conf_or(4, iif, "route_localnet"):
         return (
-            replace(
+            evolve(
                 _martian("a loopback address came in from outside, and route_localnet is off"),
                 citations=(
                     *view.conf_citations(4, "route_localnet", "all", iif),
@@ -134,7 +135,7 @@ def _forward(
     out = view.device(choice.hop)
     check = _validate(tables, packet, flow.dst, device, out)
     if check.refused is not None:
-        return replace(check.refused, chance=choice.chance, because=choice.because)
+        return evolve(check.refused, chance=choice.chance, because=choice.because)
     mtu = choice.route.mtu or out.mtu
     gateway = choice.gateway
     forwarding = (
@@ -154,14 +155,14 @@ def _forward(
         detail=f"out of {out.name}, " + (f"via {gateway}" if gateway else "on its link"),
     )
     if packet.ttl is not None and packet.ttl <= 1:
-        return replace(
+        return evolve(
             decision,
             kind=RouteKind.TTL_EXCEEDED,
             citations=(*decision.citations, kernel_check("ip_forward: TTL")),
             detail=f"the TTL is {packet.ttl}: ICMP time exceeded",
         )
     if packet.length is not None and packet.length > mtu and packet.dont_fragment:
-        return replace(
+        return evolve(
             decision,
             kind=RouteKind.FRAG_NEEDED,
             citations=(*decision.citations, kernel_check("ip_forward: ip_exceeds_mtu")),
@@ -279,7 +280,7 @@ def _bad_source(
     why = "an address of this namespace" if local else route.type.value
     martian = _martian(f"the source {packet.src} is {why}")
     switch = view.conf_citations(4, "accept_local", "all", iif) if local else ()
-    return replace(
+    return evolve(
         martian,
         route=route,
         rule=outcome.rule,

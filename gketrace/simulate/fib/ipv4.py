@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from ipaddress import IPv4Address
 
 from gketrace.packet import IPAddress
+from gketrace.simulate.evolve import evolve
 from gketrace.simulate.fib.multipath import shares
 from gketrace.simulate.fib.rules import Flow, RuleOutcome, RuleTable
 from gketrace.simulate.fib.saddr4 import select_address
@@ -116,7 +117,7 @@ class Ipv4Tables:
                 rule=rule,
                 assumptions=("if no policy rule was ever changed: local and main are one trie",),
             ),
-            replace(split, assumptions=("if a policy rule was changed before",)),
+            evolve(split, assumptions=("if a policy rule was changed before",)),
         ]
 
     def _kept(self, rule: PolicyRule, hit: Hit) -> Hit | None:
@@ -253,13 +254,13 @@ class Ipv4Tables:
                 hit = self.table(LOCAL, Flow(family=4, dst=int(gateway)))
                 direct = not _is_local(hit)
             if direct:
-                result.append(replace(choice, gateway=gateway))
+                result.append(evolve(choice, gateway=gateway))
                 continue
             text = f"the gateway {gateway} was this namespace's own when the route was made"
             because = f"{choice.because}; " if choice.because else ""
             result += [
-                replace(choice, gateway=None, chance=None, because=f"{because}if {text}"),
-                replace(choice, gateway=gateway, chance=None, because=f"{because}unless {text}"),
+                evolve(choice, gateway=None, chance=None, because=f"{because}if {text}"),
+                evolve(choice, gateway=gateway, chance=None, because=f"{because}unless {text}"),
             ]
         return result
 

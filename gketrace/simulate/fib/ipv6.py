@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from ipaddress import IPv6Address
 
+from gketrace.simulate.evolve import evolve
 from gketrace.simulate.fib.ipv4 import Choice
 from gketrace.simulate.fib.multipath import shares
 from gketrace.simulate.fib.rules import Flow, RuleOutcome, RuleTable
@@ -122,7 +123,7 @@ class Ipv6Tables:
         left = tuple(h for h in spread if self.view.device(h).group != rule.suppress_ifgroup)
         if len(left) == len(spread):
             return hit
-        return replace(hit, hop=left[0], spread=left) if left else None
+        return evolve(hit, hop=left[0], spread=left) if left else None
 
     def over_loopback(self, route: Route) -> bool:
         """Whether packets made here for this route go over the loopback (ip6_rt_get_dev_rcu).

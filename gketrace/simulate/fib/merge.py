@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from fractions import Fraction
 
+from gketrace.simulate.evolve import evolve
 from gketrace.simulate.fib.decision import RouteDecision, RouteKind
 from gketrace.simulate.fib.rules import RuleOutcome, rule_citation
 from gketrace.simulate.fib.table import route_citation
@@ -39,7 +39,7 @@ def assumed(decision: RouteDecision, outcome: RuleOutcome | None) -> RouteDecisi
     if outcome is None or not outcome.assumptions:
         return decision
     because = "; ".join(filter(None, (*outcome.assumptions, decision.because)))
-    return replace(decision, chance=None, because=because)
+    return evolve(decision, chance=None, because=because)
 
 
 def failure(outcome: RuleOutcome) -> RouteDecision:
@@ -87,11 +87,11 @@ def finish(decisions: Iterable[RouteDecision]) -> tuple[RouteDecision, ...]:
     for same in found.values():
         first = same[0]
         if len(found) == 1 and len(same) > 1:
-            first = replace(first, chance=Fraction(1), because="")
+            first = evolve(first, chance=Fraction(1), because="")
         elif len(same) > 1:
             chances = [d.chance for d in same]
             known = [chance for chance in chances if chance is not None]
             total = sum(known, Fraction(0)) if len(known) == len(chances) else None
-            first = replace(first, chance=total)
+            first = evolve(first, chance=total)
         result.append(first)
     return tuple(result)

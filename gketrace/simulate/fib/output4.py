@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from fractions import Fraction
 from ipaddress import IPv4Address
 
 from gketrace.packet import IPAddress, Protocol
+from gketrace.simulate.evolve import evolve
 from gketrace.simulate.fib.address import (
     is_broadcast,
     is_local_multicast,
@@ -48,7 +48,7 @@ def output4(tables: Ipv4Tables, flow: Flow) -> tuple[RouteDecision, ...]:
             return (_no_device(flow.oif, device),)
         if is_local_multicast(dst) or is_broadcast(dst) or flow.protocol == Protocol.IGMP:
             src = src or _number(select_address(view, device, 0, SCOPE_LINK))
-            return (_make(tables, replace(flow, src=src), device, None, None),)
+            return (_make(tables, evolve(flow, src=src), device, None, None),)
         if not src and is_multicast(dst):
             src = _number(select_address(view, device, 0, flow.scope))
         elif not src and not dst:
@@ -63,7 +63,7 @@ def output4(tables: Ipv4Tables, flow: Flow) -> tuple[RouteDecision, ...]:
                 detail="0.0.0.0 as a destination means this host",
             ),
         )
-    flow = replace(flow, src=src)
+    flow = evolve(flow, src=src)
     decisions: list[RouteDecision] = []
     for outcome in tables.lookup(flow):
         decisions += _outcome(tables, flow, outcome, device)
@@ -79,11 +79,11 @@ def _outcome(
             return [failure(outcome)]
         # Told the interface, the kernel takes the destination to be on its link.
         src = flow.src or _number(select_address(view, device, 0, SCOPE_LINK))
-        return [_make(tables, replace(flow, src=src), device, outcome, None)]
+        return [_make(tables, evolve(flow, src=src), device, outcome, None)]
     if hit.route.type is RouteType.LOCAL:
         source = flow.src or int(hit.route.prefsrc or flow.dst)
         choice = Choice(hit.route, hit.hop)
-        made = _make(tables, replace(flow, src=source), view.link(LOOPBACK), outcome, choice)
+        made = _make(tables, evolve(flow, src=source), view.link(LOOPBACK), outcome, choice)
         return [made]
     if flow.oif:
         choices = [Choice(hit.route, hit.hop)]
@@ -94,7 +94,7 @@ def _outcome(
     decisions: list[RouteDecision] = []
     for choice in tables.with_gateways(choices):
         src = flow.src or _number(tables.prefsrc(choice.route, choice.hop))
-        chosen = replace(flow, src=src)
+        chosen = evolve(flow, src=src)
         decisions.append(_make(tables, chosen, view.device(choice.hop), outcome, choice))
     return decisions
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from fractions import Fraction
 from ipaddress import IPv6Address
 
 from gketrace.packet import IPAddress, Packet
+from gketrace.simulate.evolve import evolve
 from gketrace.simulate.fib.address import LOOPBACK6, is_link_local6, is_multicast6
 from gketrace.simulate.fib.decision import RouteDecision, RouteKind
 from gketrace.simulate.fib.ipv4 import Choice
@@ -78,7 +78,7 @@ def route_source(tables: Ipv6Tables, choice: Choice, dst: int) -> IPAddress | No
 def _sent(tables: Ipv6Tables, flow: Flow, outcome: RuleOutcome, choice: Choice) -> RouteDecision:
     source = IPv6Address(flow.src) if flow.src else route_source(tables, choice, flow.dst)
     decision = _towards(tables, outcome, choice)
-    return replace(decision, source=source)
+    return evolve(decision, source=source)
 
 
 def _towards(tables: Ipv6Tables, outcome: RuleOutcome, choice: Choice) -> RouteDecision:
@@ -149,8 +149,8 @@ def _received(
     view = tables.view
     decision = _towards(tables, outcome, choice)
     if choice.route.type in (RouteType.LOCAL, RouteType.ANYCAST):
-        decision = replace(decision, kind=RouteKind.LOCAL, detail="an address of this namespace")
-        return replace(decision, interface=device.name, next_hop=None, mtu=None)
+        decision = evolve(decision, kind=RouteKind.LOCAL, detail="an address of this namespace")
+        return evolve(decision, interface=device.name, next_hop=None, mtu=None)
     return _forward(view, packet, device, decision)
 
 
@@ -160,16 +160,16 @@ def _forward(view: NetView, packet: Packet, device: Link, decision: RouteDecisio
     if not view.conf(6, "all", "forwarding"):
         # force_forwarding came with 6.17; without the name there is no such switch.
         if not view.conf(6, device.name, "force_forwarding", 0):
-            return replace(
+            return evolve(
                 decision,
                 kind=RouteKind.NOT_FORWARDING,
                 citations=(*decision.citations, *switches),
                 detail="IPv6 forwarding is off",
             )
         switches = view.conf_citations(6, "force_forwarding", device.name)
-    decision = replace(decision, citations=(*decision.citations, *switches))
+    decision = evolve(decision, citations=(*decision.citations, *switches))
     if packet.ttl is not None and packet.ttl <= 1:
-        return replace(
+        return evolve(
             decision,
             kind=RouteKind.TTL_EXCEEDED,
             citations=(*decision.citations, kernel_check("ip6_forward: hop limit")),
@@ -177,7 +177,7 @@ def _forward(view: NetView, packet: Packet, device: Link, decision: RouteDecisio
         )
     src = int(packet.src)
     if not src or src == LOOPBACK6 or is_link_local6(src):
-        return replace(
+        return evolve(
             decision,
             kind=RouteKind.MARTIAN,
             citations=(*decision.citations, kernel_check("ip6_forward: scope of the source")),
@@ -185,7 +185,7 @@ def _forward(view: NetView, packet: Packet, device: Link, decision: RouteDecisio
         )
     mtu = decision.mtu
     if packet.length is not None and mtu is not None and packet.length > mtu:
-        return replace(
+        return evolve(
             decision,
             kind=RouteKind.FRAG_NEEDED,
             citations=(*decision.citations, kernel_check("ip6_forward: ip6_pkt_too_big")),

@@ -6,13 +6,14 @@ Source: recent_mt() in net/netfilter/xt_recent.c.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from gketrace.packet import IPAddress
 from gketrace.ruleset.model import Match
 from gketrace.ruleset.options import Option, flags_text, integer, quote
+from gketrace.simulate.evolve import evolve
 from gketrace.simulate.matches.base import by_name, negation
 from gketrace.simulate.state import (
     NO,
@@ -91,7 +92,7 @@ class RecentMatch(Match):
         address: IPAddress = type(side)(int(side) & int(self.mask))
         if self.action == "--set":
             # Matches whether the address was there or not, and it is there from now on.
-            return replace(
+            return evolve(
                 NO if self.negated else YES, state=self._changed(state, address, RecentOp.SET)
             )
         answer = self._found(state, env, address)
@@ -100,14 +101,14 @@ class RecentMatch(Match):
             return answer
         result = YES if hit is not self.negated else NO
         if self.action == "--remove" and answer.reason == "present":
-            return replace(result, state=self._changed(state, address, RecentOp.REMOVE))
+            return evolve(result, state=self._changed(state, address, RecentOp.REMOVE))
         if self.action == "--update" and answer.reason == "present" and result is YES:
-            return replace(result, state=self._changed(state, address, RecentOp.SET))
+            return evolve(result, state=self._changed(state, address, RecentOp.SET))
         return result
 
     def _changed(self, state: PacketState, address: IPAddress, op: RecentOp) -> PacketState:
         change = RecentChange(name=self.name, address=address, op=op)
-        return replace(state, recent=(*state.recent, change))
+        return evolve(state, recent=(*state.recent, change))
 
     def _found(self, state: PacketState, env: Environment, address: IPAddress) -> Answer:
         """YES or NO as the list says, before negation; the reason ``present``: it has an entry."""

@@ -8,13 +8,14 @@ xt_HMARK.c.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from gketrace.packet import IPAddress
 from gketrace.ruleset.model import Target
 from gketrace.ruleset.options import Option, integer, value_mask
+from gketrace.simulate.evolve import evolve
 from gketrace.simulate.matches.base import by_name
 from gketrace.simulate.state import Environment, PacketState, VerdictKind
 from gketrace.simulate.targets.base import Effect
@@ -67,7 +68,7 @@ class TproxyTarget(Target):
         )
         return Effect(
             action=StepAction.MARK,
-            state=replace(state, packet=replace(state.packet, mark=mark)),
+            state=evolve(state, packet=evolve(state.packet, mark=mark)),
             verdict=VerdictKind.ACCEPT,
             note=f"if a transparent socket listens on {where}, it gets the packet",
             otherwise=drop,

@@ -6,11 +6,12 @@ Source: set_target_v3() in net/netfilter/xt_set.c.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from gketrace.ruleset.model import Target
 from gketrace.ruleset.options import Option
+from gketrace.simulate.evolve import evolve
 from gketrace.simulate.matches.base import by_name
 from gketrace.simulate.matches.ipset import parse_sides
 from gketrace.simulate.matches.set_lookup import element_of
@@ -82,7 +83,7 @@ class SetTarget(Target):
         # An empty element says: something changed, and it is not known what.
         known = () if isinstance(element, Unavailable) else element
         change = SetChange(name=self.set_name, element=known, add=self.action == "--add-set")
-        return pass_on(replace(state, sets=(*state.sets, change)))
+        return pass_on(evolve(state, sets=(*state.sets, change)))
 
     def render(self) -> str:
         return " ".join(("-j SET", *render_options(self.options)))

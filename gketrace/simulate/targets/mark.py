@@ -6,11 +6,12 @@ Source: mark_tg() in net/netfilter/xt_mark.c, connmark_tg_shift() in xt_connmark
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from gketrace.ruleset.model import Target
 from gketrace.ruleset.options import Option, integer, value_mask
+from gketrace.simulate.evolve import evolve
 from gketrace.simulate.matches.base import by_name, is_tracked
 from gketrace.simulate.state import Environment, PacketState
 from gketrace.simulate.targets.base import Effect, pass_on
@@ -60,7 +61,7 @@ class MarkTarget(Target):
     def apply(self, state: PacketState, env: Environment) -> Effect:
         mark = (state.packet.mark & ~self.mask & _ALL) ^ self.value
         return Effect(
-            action=StepAction.MARK, state=replace(state, packet=replace(state.packet, mark=mark))
+            action=StepAction.MARK, state=evolve(state, packet=evolve(state.packet, mark=mark))
         )
 
     def render(self) -> str:
@@ -127,7 +128,7 @@ class ConnmarkTarget(Target):
         if self.mode == "restore":
             taken = self._shifted(ct.mark & self.ctmask)
             mark = (mark & ~self.nfmask & _ALL) ^ taken
-            after = replace(state, packet=replace(state.packet, mark=mark))
+            after = evolve(state, packet=evolve(state.packet, mark=mark))
             return Effect(action=StepAction.MARK, state=after)
         if self.mode == "save":
             new = (ct.mark & ~self.ctmask & _ALL) ^ self._shifted(mark & self.nfmask)
@@ -135,7 +136,7 @@ class ConnmarkTarget(Target):
             new = self._shifted((ct.mark & ~self.ctmask & _ALL) ^ self.value)
         return Effect(
             action=StepAction.MARK,
-            state=replace(state, ct=replace(ct, mark=new)),
+            state=evolve(state, ct=evolve(ct, mark=new)),
             note=f"connection mark {ct.mark:#x} → {new:#x}",
         )
 

@@ -6,13 +6,14 @@ Source: the files net/netfilter/xt_NAME.c; all return XT_CONTINUE.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from gketrace.conntrack import CtState
 from gketrace.packet import TcpFlags
 from gketrace.ruleset.model import Target
 from gketrace.ruleset.options import Option, integer, quote
+from gketrace.simulate.evolve import evolve
 from gketrace.simulate.matches.base import by_name, negation, only_options
 from gketrace.simulate.matches.fields import DSCP_CLASSES, parse_tos
 from gketrace.simulate.state import Environment, PacketState
@@ -156,7 +157,7 @@ def _untrack(state: PacketState) -> Effect:
     """xt_ct_target(): only where no entry is attached; one found INVALID on lo's way has none."""
     if state.ct is not None and state.ct.state is not CtState.INVALID:
         return pass_on(state, "the packet is tracked already: nothing changes")
-    return pass_on(replace(state, notrack=True), "connection tracking and NAT will not see it")
+    return pass_on(evolve(state, notrack=True), "connection tracking and NAT will not see it")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +196,7 @@ class CtTarget(Target):
         if state.ct is not None or self.zone is None:
             return pass_on(state)
         zone = state.packet.mark & 0xFFFF if self.zone < 0 else self.zone
-        return pass_on(replace(state, zone=zone), f"conntrack zone {zone}")
+        return pass_on(evolve(state, zone=zone), f"conntrack zone {zone}")
 
     def render(self) -> str:
         return " ".join(("-j CT", *render_options(self.options)))
@@ -221,8 +222,8 @@ class DscpTarget(Target):
         return cls(value=integer(text, 0, 63))
 
     def apply(self, state: PacketState, env: Environment) -> Effect:
-        packet = replace(state.packet, dscp=self.value)
-        return Effect(action=StepAction.REWRITE, state=replace(state, packet=packet))
+        packet = evolve(state.packet, dscp=self.value)
+        return Effect(action=StepAction.REWRITE, state=evolve(state, packet=packet))
 
     def render(self) -> str:
         return f"-j DSCP --set-dscp {self.value:#04x}"
@@ -258,8 +259,8 @@ class TosTarget(Target):
     def apply(self, state: PacketState, env: Environment) -> Effect:
         old = state.packet.dscp << 2 | state.packet.ecn
         new = (old & ~self.mask & 0xFF) ^ self.value
-        packet = replace(state.packet, dscp=new >> 2, ecn=new & 3)
-        return Effect(action=StepAction.REWRITE, state=replace(state, packet=packet))
+        packet = evolve(state.packet, dscp=new >> 2, ecn=new & 3)
+        return Effect(action=StepAction.REWRITE, state=evolve(state, packet=packet))
 
     def render(self) -> str:
         return f"-j TOS --set-tos {self.value:#04x}/{self.mask:#04x}"
@@ -291,8 +292,8 @@ class TtlTarget(Target):
         else:
             # ttl_tg(): clipped to 0 and 255.
             new = max(0, min(255, old + (self.value if self.how == "inc" else -self.value)))
-        packet = replace(state.packet, ttl=new)
-        return Effect(action=StepAction.REWRITE, state=replace(state, packet=packet))
+        packet = evolve(state.packet, ttl=new)
+        return Effect(action=StepAction.REWRITE, state=evolve(state, packet=packet))
 
     def render(self) -> str:
         return f"-j {self.name} --{self.name.lower()}-{self.how} {self.value}"
@@ -320,8 +321,8 @@ class EcnTarget(Target):
 
     def apply(self, state: PacketState, env: Environment) -> Effect:
         flags = state.packet.tcp_flags & ~(TcpFlags.ECE | TcpFlags.CWR)
-        packet = replace(state.packet, tcp_flags=flags)
-        return Effect(action=StepAction.REWRITE, state=replace(state, packet=packet))
+        packet = evolve(state.packet, tcp_flags=flags)
+        return Effect(action=StepAction.REWRITE, state=evolve(state, packet=packet))
 
     def render(self) -> str:
         return "-j ECN --ecn-tcp-remove"
