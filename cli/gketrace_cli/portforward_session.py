@@ -379,7 +379,13 @@ class Session:
             self._to_local += data
         else:
             said = redact(data.decode(errors="replace"))
-            self.error = UnavailableError(f"no port-forward to {self._target}: {said[:500]}")
+            hint = ""
+            if said.rstrip().endswith("connection refused"):
+                # The kubelet or runtime says it at length, with namespace paths and both families.
+                said = "nothing listens there (connection refused)"
+                hint = "the pod's log says why"
+            what = f"no port-forward to {self._target}: {said[:500]}"
+            self.error = UnavailableError(what, hint=hint)
             self._remote_done = True
 
     def _next_frame(self) -> tuple[bool, int, bytes] | None:

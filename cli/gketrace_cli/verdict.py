@@ -298,6 +298,9 @@ def _uncertain(question: Question, path: Path) -> str:
     condition = next((b for b in path.because if b.startswith("if ")), "")
     if path.outcome.disposition in FAILURE and condition:
         return f"perhaps {outcome_text(path)}, {condition}"
+    cited = path.outcome.citation
+    if path.outcome.disposition is Disposition.UNKNOWN and cited is not None and cited.chain:
+        return f"{outcome_text(path)}: {cited.text}"
     if path.outcome.disposition is Disposition.TRANSMITTED:
         return f"sent out by {path.outcome.netns.node}; what comes after is not visible to agents"
     return outcome_text(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
 from collections.abc import Mapping
@@ -99,11 +100,18 @@ def plain_ascii(text: str) -> str:
 
 
 def write(text: str) -> None:
-    """To standard output, in what its encoding can show."""
+    """To standard output, in what its encoding can show.
+
+    A reader that has seen enough (head, less) is no failure: the exit status stays the answer's.
+    """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         text.encode(encoding)
     except UnicodeEncodeError:
         text = plain_ascii(text).encode(encoding, "backslashreplace").decode(encoding)
-    sys.stdout.write(text)
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still in the buffer goes nowhere, or the end of the program would complain.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
