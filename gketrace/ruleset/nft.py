@@ -295,7 +295,10 @@ class NftRuleset(Ruleset):
                     policy=str(body.get("policy", "accept")).upper(),
                 )
             )
-        ordered = {h: tuple(sorted(c, key=lambda b: b.priority)) for h, c in found.items()}
+        # nf_hook_entries_grow(): of chains with one priority, the one registered last is first.
+        ordered = {
+            h: tuple(sorted(c[::-1], key=lambda b: b.priority)) for h, c in found.items()
+        }
         return ordered, tuple(strange)
 
 

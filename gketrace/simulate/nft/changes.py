@@ -9,7 +9,7 @@ from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any, TypeAlias
 
-from gketrace.packet import Packet
+from gketrace.packet import Packet, Protocol
 from gketrace.simulate.matches.base import is_tracked
 from gketrace.simulate.nft.expressions import types_of
 from gketrace.simulate.nft.lookup import as_key, change_name, element_key
@@ -44,9 +44,11 @@ def mangle(key: Json, value: Value, scene: Scene) -> PacketState | None:
         return _set_ct(body["key"], value, scene)
     if kind == "payload":
         return _set_payload(body, value, scene)
-    if kind in ("tcp option", "exthdr"):
-        # What an option says does not decide where the packet goes.
-        return scene.state
+    if kind == "tcp option":
+        # nft_exthdr_tcp_set_eval() breaks for what is not TCP, not for a missing option.  What
+        # an option says does not decide where the packet goes.
+        tcp = scene.packet.protocol == Protocol.TCP and not scene.packet.fragment
+        return scene.state if tcp else None
     raise Unclear(f"setting {kind} is not modelled")
 
 

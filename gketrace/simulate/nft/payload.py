@@ -206,13 +206,15 @@ def _from_ethernet(scene: Scene) -> bool:
 def tcp_option(body: Json, scene: Scene) -> Value:
     """``tcp option NAME [FIELD]``: without a field, whether it is there."""
     packet = scene.packet
+    presence = "field" not in body and "offset" not in body
     if packet.protocol != Protocol.TCP or packet.fragment:
-        return BREAK
+        # nft adds no test for TCP here: "missing" is true of all else.
+        return 0 if presence else BREAK
     kind = _KINDS.get(str(body.get("name", "")), body.get("base"))
     if packet.tcp_options is None or not isinstance(kind, int):
         return NotKnown("the packet's TCP options are not known")
     there = kind in packet.tcp_options
-    if "field" not in body and "offset" not in body:
+    if presence:
         return int(there)
     return NotKnown(f"what its TCP option {body.get('name')} says") if there else BREAK
 

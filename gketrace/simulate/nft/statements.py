@@ -62,7 +62,29 @@ def run_rule(
         open_ = further
         if not open_:
             break
-    return open_ + done
+    return _without_doubles(open_ + done)
+
+
+def _without_doubles(ways: list[Way]) -> list[Way]:
+    """Ways on which the rule has not matched and changed the same are one way.
+
+    Where that is all of them, nothing was drawn and nothing is unknown.
+    """
+    groups: dict[PacketState, list[Way]] = {}
+    for way in ways:
+        if way.broken:
+            groups.setdefault(way.state, []).append(way)
+    if len(ways) == len(groups):
+        return ways
+    if len(groups) == 1 and all(way.broken for way in ways):
+        return [Way(state=ways[0].state, broken=True)]
+    found = [way for way in ways if not way.broken]
+    for group in groups.values():
+        chances = [way.chance for way in group if way.chance is not None]
+        chance = sum(chances, Fraction(0)) if len(chances) == len(group) else None
+        unknown = tuple(dict.fromkeys(why for way in group for why in way.unknown))
+        found.append(replace(group[0], chance=chance, unknown=unknown))
+    return found
 
 
 def _run(statement: Json, way: Way, scene: Scene) -> list[Way]:
