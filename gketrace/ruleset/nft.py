@@ -295,10 +295,12 @@ class NftRuleset(Ruleset):
                     policy=str(body.get("policy", "accept")).upper(),
                 )
             )
-        # nf_hook_entries_grow(): of chains with one priority, the one registered last is first.
-        ordered = {
-            h: tuple(sorted(c[::-1], key=lambda b: b.priority)) for h, c in found.items()
-        }
+        ordered: dict[Hook, tuple[BaseChain, ...]] = {}
+        for hook, chains in found.items():
+            # nf_hook_entries_grow(): of chains with one priority, the last registered is first.
+            chains.reverse()
+            chains.sort(key=lambda base: base.priority)
+            ordered[hook] = tuple(chains)
         return ordered, tuple(strange)
 
 
