@@ -264,7 +264,7 @@ class FdbEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Socket:
-    """A socket that can receive a connection or datagram: TCP LISTEN, or unconnected UDP."""
+    """A socket that can receive: TCP or SCTP that listens, UDP or raw that is not connected."""
 
     family: int
     """4 or 6 (an IPv6 wildcard without v6only takes IPv4 too)."""
@@ -272,7 +272,9 @@ class Socket:
     address: IPAddress
     """``0.0.0.0`` or ``::``: all addresses."""
     port: int
+    """0: a raw socket, which takes a copy of every packet of its protocol."""
     state: str = "LISTEN"
+    """``LISTEN``, ``UNCONN`` (UDP) or ``RAW``."""
     v6only: bool | None = None
     interface: str = ""
     """Bound to this device (SO_BINDTODEVICE)."""

@@ -3,6 +3,10 @@
 TCP as inet_lookup_listener() scores listeners, UDP as udp4_lib_lookup2(): an address that is
 bound to beats the wildcard, an IPv6 wildcard takes IPv4 unless it is v6only, a socket that is
 bound to a device takes only what comes in by it.
+
+A raw socket takes a copy of each packet of its protocol (raw_local_deliver, raw6_local_deliver).
+That decides where the kernel itself has no such protocol: often SCTP's case, whose stacks then
+are libraries in the process.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from typing import Final
 
 from gketrace.packet import PORT_PROTOCOLS, Packet, Protocol, TcpFlags, protocol_name
 from gketrace.simulate.tracking import opened_here
-from gketrace.snapshot import NetnsSnapshot, Socket, Unavailable
+from gketrace.snapshot import Maybe, NetnsSnapshot, Socket, Unavailable
 from gketrace.trace import (
     Citation,
     Disposition,
@@ -33,8 +37,12 @@ _ECHO: Final = {
     Protocol.ICMP: (8, "net.ipv4.icmp_echo_ignore_all"),
     Protocol.ICMPV6: (128, "net.ipv6.icmp.echo_ignore_all"),
 }
-_LISTED: Final = frozenset({Protocol.TCP, Protocol.UDP})
+_LISTED: Final = frozenset({Protocol.TCP, Protocol.UDP, Protocol.SCTP})
 """Protocols whose sockets the agent lists in full."""
+_SCTP_LOADED: Final = "net.sctp.max_burst"
+"""A sysctl that is there when the kernel's own SCTP is."""
+_ANSWERS: Final = {Protocol.TCP: "RST", Protocol.SCTP: "ABORT"}
+"""What a protocol answers where nothing listens; UDP leaves it to ICMP."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +65,11 @@ def deliver(
     if packet.protocol in (Protocol.ICMP, Protocol.ICMPV6):
         return _icmp(snapshot, packet)
     name = protocol_name(packet.protocol)
+    raw = _raw_socket(packet, snapshot.sockets)
     if packet.protocol not in PORT_PROTOCOLS:
-        why = f"{name} is taken by a kernel module or a raw socket; those are not listed"
+        if raw is not None:
+            return _to_raw(snapshot, packet, raw)
+        why = f"{name} is taken by a kernel module, if at all; those are not seen"
         return _unobservable(snapshot, packet, why)
     if packet.dport is None:
         why = "the destination port is not known, and it answers no connection that is known here"
@@ -75,15 +86,22 @@ def deliver(
         citation = cite_socket(found)
         if doubt:
             return _unobservable(snapshot, packet, doubt, citation)
-        who = f" of {found.process}" if found.process else ""
-        note = f"a socket{who} takes it"
+        note = f"a socket{_of(found)} takes it"
         return _end(snapshot, packet, Disposition.DELIVERED, note, citation)
+    if packet.protocol == Protocol.SCTP:
+        if isinstance(snapshot.sysctls, Unavailable):
+            why = "whether this kernel has SCTP of its own is not known"
+            return _unobservable(snapshot, packet, f"{why}: {snapshot.sysctls.reason}")
+        if _SCTP_LOADED not in snapshot.sysctls:
+            return _without_sctp(snapshot, packet, raw)
+    if raw is not None and packet.protocol not in (Protocol.TCP, Protocol.UDP):
+        return _to_raw(snapshot, packet, raw)
     if packet.protocol not in _LISTED:
         return _unobservable(snapshot, packet, f"{name} sockets are not listed")
     if packet.protocol == Protocol.TCP and packet.tcp_flags & TcpFlags.ACK:
         why = "not the first packet of a connection, and connected sockets are not listed"
         return _end(snapshot, packet, Disposition.UNKNOWN, why, None)
-    answer = "RST" if packet.protocol == Protocol.TCP else "ICMP port unreachable"
+    answer = _ANSWERS.get(Protocol(packet.protocol), "ICMP port unreachable")
     note = f"nothing listens on {name} port {packet.dport}: the kernel answers {answer}"
     citation = Citation(
         source=Source.SOCKET,
@@ -109,7 +127,8 @@ def find_socket(
 def cite_socket(socket: Socket) -> Citation:
     """The socket, roughly as ``ss -lnp`` prints it."""
     address = f"[{socket.address}]" if socket.address.version == 6 else str(socket.address)
-    parts = [protocol_name(socket.protocol), socket.state, f"{address}:{socket.port}"]
+    end = f"{address}:{socket.port or '*'}"
+    parts = [protocol_name(socket.protocol), socket.state, end]
     if socket.interface:
         parts.append(f"dev {socket.interface}")
     if socket.process or socket.pid is not None:
@@ -119,7 +138,7 @@ def cite_socket(socket: Socket) -> Citation:
 
 def _score(socket: Socket, packet: Packet, in_iface: str) -> tuple[int, str]:
     """compute_score() of inet_hashtables.c and udp.c; 0: the socket does not take the packet."""
-    if socket.protocol != packet.protocol or socket.port != packet.dport:
+    if (socket.protocol, socket.port) != (packet.protocol, packet.dport) or socket.state == "RAW":
         return 0, ""
     score, doubt = 1, ""
     address = socket.address
@@ -141,6 +160,44 @@ def _score(socket: Socket, packet: Packet, in_iface: str) -> tuple[int, str]:
             return 0, ""
         score += 4
     return score, doubt
+
+
+def _raw_socket(packet: Packet, sockets: Maybe[tuple[Socket, ...]]) -> Socket | None:
+    """A raw socket that takes a copy of `packet`: raw_v4_match(), raw_v6_match()."""
+    if isinstance(sockets, Unavailable):
+        return None
+    for socket in sockets:
+        mine = (socket.state, socket.protocol, socket.family)
+        if mine == ("RAW", packet.protocol, packet.family) and (
+            socket.address.is_unspecified or socket.address == packet.dst
+        ):
+            return socket
+    return None
+
+
+def _to_raw(snapshot: NetnsSnapshot, packet: Packet, raw: Socket) -> Delivery:
+    """Taken by a raw socket where the kernel's own part, if there is one, may take it too."""
+    if packet.protocol == Protocol.SCTP:
+        why = "no SCTP socket listens, so the kernel answers ABORT; a raw socket takes it as well"
+        return _unobservable(snapshot, packet, why, cite_socket(raw))
+    note = f"a raw socket{_of(raw)} takes every {protocol_name(packet.protocol)} packet"
+    return _end(snapshot, packet, Disposition.DELIVERED, note, cite_socket(raw))
+
+
+def _without_sctp(snapshot: NetnsSnapshot, packet: Packet, raw: Socket | None) -> Delivery:
+    """The kernel has no SCTP: what a process has of it stands on a raw socket."""
+    absent = f"{_SCTP_LOADED} is absent: this kernel has no SCTP of its own"
+    if raw is not None:
+        note = f"a raw socket{_of(raw)} takes every SCTP packet, on any port ({absent})"
+        return _end(snapshot, packet, Disposition.DELIVERED, note, cite_socket(raw))
+    answer = "protocol unreachable" if packet.family == 4 else "parameter problem (next header)"
+    note = f"nobody takes SCTP here: the kernel answers ICMP {answer}"
+    citation = Citation(source=Source.SYSCTL, text=f"{absent}, and no raw socket is bound to it")
+    return _end(snapshot, packet, Disposition.REFUSED, note, citation)
+
+
+def _of(socket: Socket) -> str:
+    return f" of {socket.process}" if socket.process else ""
 
 
 def _icmp(snapshot: NetnsSnapshot, packet: Packet) -> Delivery:
@@ -216,7 +273,7 @@ def _summary(snapshot: NetnsSnapshot, packet: Packet) -> str:
     """What does listen there, so that the reader sees the near miss."""
     if isinstance(snapshot.sockets, Unavailable):
         return snapshot.sockets.reason
-    mine = [s for s in snapshot.sockets if s.protocol == packet.protocol]
+    mine = [s for s in snapshot.sockets if s.protocol == packet.protocol and s.state != "RAW"]
     if not mine:
         return "none of this protocol at all"
     same_port = [s for s in mine if s.port == packet.dport]

@@ -1,7 +1,10 @@
-"""Sockets that can receive: TCP and SCTP listeners, unconnected UDP (sock_diag).
+"""Sockets that can receive: TCP and SCTP listeners, unconnected UDP (sock_diag), raw sockets.
+
+Raw sockets are read from /proc/net: their sock_diag is a module that many kernels lack.
 
 Source: kernel net/core/sock_diag.c, net/ipv4/inet_diag.c, tcp_diag.c, udp_diag.c,
-net/sctp/diag.c; include/uapi/linux/inet_diag.h.
+net/sctp/diag.c; include/uapi/linux/inet_diag.h; net/ipv4/raw.c raw_sock_seq_show(),
+net/ipv6/raw.c.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
@@ -32,6 +36,10 @@ _REQUEST: Final = struct.Struct("=BBBxI48x")
 _MESSAGE: Final = struct.Struct("=BBBB2s2s16s16sI8sIIIII")
 """struct inet_diag_msg: family, state, timer, retransmissions; id: sport, dport, source,
 destination, interface, cookie; expires, receive queue, send queue, uid, inode."""
+_RAW_UNCONNECTED: Final = "07"
+"""TCP_CLOSE, the state of a raw socket that takes packets from anybody."""
+_IPPROTO_RAW: Final = 255
+"""Sockets of this protocol only send."""
 _SOCKET_LINK: Final = "socket:["
 
 
@@ -63,6 +71,7 @@ def observe_sockets(
             ),
         )
     ]
+    found += _raw_sockets(reader.paths)
     owners = _owners(reader.paths, pids, {one.inode for one in found})
     return tuple(
         replace(one, pid=owners[one.inode], process=_command(reader.paths, owners[one.inode]))
@@ -93,6 +102,43 @@ def _socket(body: bytes, protocol: Protocol, link_name: Callable[[int], str]) ->
         queue=receive if listens else None,
         backlog=send if listens else None,
     )
+
+
+def _raw_sockets(paths: HostPaths) -> list[Socket]:
+    """SOCK_RAW sockets that are not connected; their port is 0, as they take any."""
+    found: list[Socket] = []
+    for family, name in ((4, "raw"), (6, "raw6")):
+        try:
+            lines = paths.thread_net(name).read_text().splitlines()[1:]
+        except FileNotFoundError:
+            continue  # a kernel without IPv6
+        for line in lines:
+            # sl, local address:protocol, remote address:0, state, queues, timer, retransmissions,
+            # uid, timeout, inode, …
+            _, local, _, state, _, _, _, uid, _, inode, *_ = line.split()
+            address, _, number = local.partition(":")
+            protocol = int(number, 16)
+            if state == _RAW_UNCONNECTED and protocol != _IPPROTO_RAW:
+                found.append(
+                    Socket(
+                        family=family,
+                        protocol=protocol,
+                        address=_proc_address(address),
+                        port=0,
+                        state="RAW",
+                        inode=int(inode),
+                        uid=int(uid),
+                    )
+                )
+    return found
+
+
+def _proc_address(text: str) -> IPv4Address | IPv6Address:
+    """Words of 32 bits in hexadecimal, each as the machine orders its bytes."""
+    packed = bytes.fromhex(text)
+    if sys.byteorder == "little":
+        packed = b"".join(packed[at : at + 4][::-1] for at in range(0, len(packed), 4))
+    return IPv4Address(packed) if len(packed) == 4 else IPv6Address(packed)
 
 
 def _owners(paths: HostPaths, pids: Iterable[int], inodes: set[int]) -> dict[int, int]:

@@ -45,6 +45,7 @@ _GLOBAL: Final = (
     "net.ipv6.icmp.echo_ignore_all",
     "net.ipv6.ip_nonlocal_bind",
     "net.core.somaxconn",
+    "net.sctp.max_burst",
     "net.netfilter.nf_conntrack_acct",
     "net.netfilter.nf_conntrack_buckets",
     "net.netfilter.nf_conntrack_checksum",

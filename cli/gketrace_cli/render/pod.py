@@ -213,7 +213,8 @@ def _socket(socket: Socket) -> str:
     family = " (IPv6 only)" if socket.family == 6 and socket.v6only else ""
     holder = socket.process or "process not known"
     pid = f", PID {socket.pid}" if socket.pid else ""
-    return f"{protocol_name(socket.protocol)} {address}:{socket.port}{family} by {holder}{pid}"
+    port = socket.port or "*"
+    return f"{protocol_name(socket.protocol)} {address}:{port}{family} by {holder}{pid}"
 
 
 def pod_document(report: PodReport, verdict: Verdict) -> dict[str, Any]:

@@ -112,3 +112,33 @@ def test_gvisor_sockets_are_not_observable(world: World) -> None:
     )
     assert isinstance(found, Unavailable)
     assert "not observable" in found.reason
+
+
+def test_raw_sockets(world: World) -> None:
+    sctp, gre = int(Protocol.SCTP), int(Protocol.GRE)
+    with ExitStack() as stack:
+
+        def open_them() -> None:
+            def raw(family: int, protocol: int, address: str, peer: str = "") -> None:
+                one = stack.enter_context(socket.socket(family, socket.SOCK_RAW, protocol))
+                one.bind((address, 0))
+                if peer:
+                    one.connect((peer, 0))
+
+            raw(socket.AF_INET, sctp, "0.0.0.0")
+            raw(socket.AF_INET, gre, "10.40.0.7")
+            raw(socket.AF_INET, gre, "127.0.0.1", "127.0.0.2")
+            raw(socket.AF_INET, socket.IPPROTO_RAW, "0.0.0.0")
+            raw(socket.AF_INET6, sctp, "::")
+            raw(socket.AF_INET6, gre, "::1")
+
+        world.ptp.inside(open_them)
+        found = [one for one in read(world.ptp, pids=(os.getpid(),)) if one.state == "RAW"]
+    assert {(one.family, one.protocol, str(one.address), one.port) for one in found} == {
+        (4, sctp, "0.0.0.0", 0),
+        (4, gre, "10.40.0.7", 0),
+        (6, sctp, "::", 0),
+        (6, gre, "::1", 0),
+    }
+    assert {one.pid for one in found} == {os.getpid()}
+    assert {one.uid for one in found} == {0}
