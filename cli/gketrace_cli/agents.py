@@ -252,9 +252,11 @@ class Fleet:
                 start(queue.popleft())
         while len(answers) < len(calls):
             key, running, begun = ended.get()
-            node = calls[key][0]
+            node, method, _ = calls[key]
             try:
-                answers[key] = running.result() if hasattr(running, "result") else list(running)
+                # A stream's call has a result() too, which waits for an end that never comes.
+                streamed = not hasattr(getattr(self._agents[node].stub, method), "future")
+                answers[key] = list(running) if streamed else running.result()
             except grpc.RpcError as error:
                 answers[key] = self._explain(node, error, time.monotonic() - begun)
             if queues[node]:
