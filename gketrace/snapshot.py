@@ -327,8 +327,8 @@ class IpSet:
 class ConntrackView(Protocol):
     """Reads connection tracking of one namespace."""
 
-    def lookup(self, tuple5: Tuple5) -> Maybe[ConntrackEntry | None]:
-        """The entry that has `tuple5` as its original or reply tuple; None: there is none."""
+    def lookup(self, tuple5: Tuple5, zone: int = 0) -> Maybe[ConntrackEntry | None]:
+        """The entry of `zone` that has `tuple5` as its original or reply tuple; None: none has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -110,6 +110,14 @@ class _Store:
         return key in index.rules or self.declaration(table, key) is not None
 
 
+_NEEDS_CONNTRACK: Final = re.compile(
+    rb" -m (?:conntrack|state|connmark|connbytes|connlimit|connlabel|helper|cluster)\b"
+    rb"| -j (?:DNAT|SNAT|MASQUERADE|REDIRECT|NETMAP|CT|NOTRACK|CONNMARK|CONNSECMARK|SYNPROXY"
+    rb"|CLUSTERIP)\b"
+)
+"""Extensions whose checkentry calls nf_ct_netns_get(): the namespace tracks while one is in use."""
+
+
 class Chain:
     """One chain of one table; its rules are parsed when they are first asked for."""
 
@@ -228,7 +236,7 @@ class Chain:
 class IptablesRuleset(Ruleset):
     """What one run of iptables-save printed.  Made by `parse_iptables_save`."""
 
-    __slots__ = ("_chains", "_store", "_tables", "notes", "text")
+    __slots__ = ("_chains", "_needs_conntrack", "_store", "_tables", "notes", "text")
 
     def __init__(
         self,
@@ -249,6 +257,12 @@ class IptablesRuleset(Ruleset):
         self._tables = tables
         self._store = _Store(text, backend, family, tables)
         self._chains: dict[tuple[str, str], Chain | None] = {}
+        self._needs_conntrack: bool | None = None
+
+    def needs_conntrack(self, family: int) -> bool:
+        if self._needs_conntrack is None:
+            self._needs_conntrack = _NEEDS_CONNTRACK.search(self.text) is not None
+        return self._needs_conntrack and family == self.family
 
     @property
     def tables(self) -> tuple[str, ...]:

@@ -75,6 +75,14 @@ class Ruleset(ABC):
     def base_chains(self, hook: Hook) -> tuple[BaseChain, ...]:
         """The chains on `hook`, lowest priority number first."""
 
+    @abstractmethod
+    def needs_conntrack(self, family: int) -> bool:
+        """Whether some rule makes the namespace track connections of `family`, 4 or 6.
+
+        The kernel tracks in a namespace only while something there asks for it
+        (nf_ct_netns_get).
+        """
+
 
 class Match(ABC):
     """One match of a rule: ``-m NAME options``, or one of the options before any ``-m``.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -10,9 +9,7 @@ from typing import Final
 
 from gketrace.packet import IPAddress, Packet
 from gketrace.ruleset import BaseChain, Ruleset
-from gketrace.ruleset.iptables import IptablesRuleset
 from gketrace.ruleset.model import ChainType
-from gketrace.ruleset.nft import NftRuleset
 from gketrace.simulate.routing import Fib
 from gketrace.simulate.state import Ternary
 from gketrace.snapshot import (
@@ -69,12 +66,6 @@ their own priority is (nf_nat_register_fn)."""
 
 _CILIUM: Final = ("cilium_host", "cilium_net")
 """Links of Cilium and of GKE Dataplane V2."""
-_NEEDS_CONNTRACK: Final = re.compile(
-    rb" -m (?:conntrack|state|connmark|connbytes|connlimit|connlabel|helper|cluster)\b"
-    rb"| -j (?:DNAT|SNAT|MASQUERADE|REDIRECT|NETMAP|CT|NOTRACK|CONNMARK|CONNSECMARK|SYNPROXY"
-    rb"|CLUSTERIP)\b"
-)
-"""Extensions whose checkentry calls nf_ct_netns_get(): the namespace tracks while one is in use."""
 
 
 class Namespace:
@@ -133,7 +124,7 @@ class Namespace:
         """Whether connection tracking is on here: it is while some rule needs it."""
         known = self._tracks.get(family)
         if known is None:
-            known = any(_needs_conntrack(r, family) for r in self.rulesets(family))
+            known = any(r.needs_conntrack(family) for r in self.rulesets(family))
             self._tracks[family] = known
         return known
 
@@ -213,14 +204,6 @@ def _sees(ruleset: Ruleset, chain: BaseChain, family: int) -> bool:
         return True
     of_table = chain.table.partition(" ")[0]
     return of_table == "inet" or of_table == ("ip" if family == 4 else "ip6")
-
-
-def _needs_conntrack(ruleset: Ruleset, family: int) -> bool:
-    if isinstance(ruleset, IptablesRuleset):
-        return _NEEDS_CONNTRACK.search(ruleset.text) is not None
-    if isinstance(ruleset, NftRuleset):
-        return ruleset.needs_conntrack(family)
-    return any(ruleset.base_chains(hook) for hook in Hook)
 
 
 def cite_link(link: Link) -> Citation:

@@ -200,15 +200,13 @@ def _conntrack(context: Context, cursor: Cursor, station: Station) -> tuple[Way,
         return (_opened(after) if local else Way(cursor=after),)
     loose = space.sysctl("net.netfilter.nf_conntrack_tcp_loose")
     zone = state.zone or 0
-    table = context.conntrack(space)
-    if zone and table is not None:
-        table = Unavailable(reason=f"entries of zone {zone} cannot be looked up")
     ways = []
     for seen in tracking.track(
         cursor.packet,
         netns=space.netns,
-        flows=tuple(flow for flow in cursor.flows if flow.entry.zone == zone),
-        conntrack=table,
+        flows=cursor.flows,
+        conntrack=context.conntrack(space),
+        zone=zone,
         tcp_loose=loose != "0",
     ):
         ct = evolve(seen.ct, zone=zone)
@@ -300,7 +298,9 @@ def _settle(context: Context, cursor: Cursor, request: NatRequest, citation: Cit
     space = cursor.space
 
     def taken(tuple5: Tuple5) -> bool:
-        return tracking.tuple_taken(tuple5, space.netns, cursor.flows, context.conntrack(space))
+        return tracking.tuple_taken(
+            tuple5, space.netns, cursor.flows, context.conntrack(space), cursor.state.zone or 0
+        )
 
     ways = []
     for setup in nat.set_up(ct, request, address=_selected(cursor, request), taken=taken):

@@ -79,9 +79,10 @@ def track(
     netns: NetnsRef,
     flows: Sequence[Flow],
     conntrack: Maybe[ConntrackView] | None,
+    zone: int = 0,
     tcp_loose: bool = True,
 ) -> tuple[Tracking, ...]:
-    """What connection tracking of `netns` attaches to `packet`.
+    """What connection tracking of `netns` attaches to `packet`, which is in `zone`.
 
     `conntrack` None: the kernel's table is not to be asked.  More than one answer where the
     packet lacks what decides (an ICMP error whose inner packet is not known).
@@ -90,12 +91,12 @@ def track(
         return (refused,)
     tuple5 = packet.tuple5
     unavailable = ""
-    flow = find_flow(tuple5, netns, flows)
+    flow = find_flow(tuple5, netns, flows, zone)
     if flow is None and conntrack is not None and complete_tuple(tuple5):
         if isinstance(conntrack, Unavailable):
             unavailable = conntrack.reason
         else:
-            entry = conntrack.lookup(tuple5)
+            entry = conntrack.lookup(tuple5, zone)
             if isinstance(entry, Unavailable):
                 unavailable = entry.reason
             elif entry is not None:
@@ -108,11 +109,11 @@ def track(
     return _first(packet, tcp_loose=tcp_loose, unavailable=unavailable)
 
 
-def find_flow(tuple5: Tuple5, netns: NetnsRef, flows: Sequence[Flow]) -> Flow | None:
-    """The latest assumed entry of `netns` that has `tuple5` in one of its directions."""
+def find_flow(tuple5: Tuple5, netns: NetnsRef, flows: Sequence[Flow], zone: int = 0) -> Flow | None:
+    """The latest assumed entry of `netns` and `zone` that has `tuple5` in one of its directions."""
     for flow in reversed(flows):
         entry = flow.entry
-        if flow.netns != netns or entry.status & CtStatus.UNTRACKED:
+        if (flow.netns, entry.zone) != (netns, zone) or entry.status & CtStatus.UNTRACKED:
             continue
         if _same(entry.orig, tuple5) or _same(entry.reply, tuple5):
             return flow
@@ -152,7 +153,11 @@ def new_flow(ct: CtInfo, netns: NetnsRef) -> Flow:
 
 
 def tuple_taken(
-    tuple5: Tuple5, netns: NetnsRef, flows: Sequence[Flow], conntrack: Maybe[ConntrackView] | None
+    tuple5: Tuple5,
+    netns: NetnsRef,
+    flows: Sequence[Flow],
+    conntrack: Maybe[ConntrackView] | None,
+    zone: int = 0,
 ) -> bool:
     """Whether an answer to `tuple5` would already belong to some entry (nf_nat_used_tuple).
 
@@ -161,11 +166,11 @@ def tuple_taken(
     back = tuple5.inverted()
     if not complete_tuple(back):
         return False
-    if find_flow(back, netns, flows) is not None:
+    if find_flow(back, netns, flows, zone) is not None:
         return True
     if conntrack is None or isinstance(conntrack, Unavailable):
         return False
-    return isinstance(conntrack.lookup(back), ConntrackEntry)
+    return isinstance(conntrack.lookup(back, zone), ConntrackEntry)
 
 
 def complete_tuple(tuple5: Tuple5) -> bool:

@@ -39,12 +39,8 @@ class Conntrack:
         """False: nothing in this namespace asks for connection tracking, so that having no entry
         says nothing about traffic."""
 
-    def lookup(self, tuple5: Tuple5) -> Maybe[ConntrackEntry | None]:
-        """The entry with this tuple in either direction, zone 0; None: there is none."""
-        return self.get(tuple5)
-
-    def get(self, tuple5: Tuple5, *, zone: int = 0) -> Maybe[ConntrackEntry | None]:
-        """As `lookup`, in any zone."""
+    def lookup(self, tuple5: Tuple5, zone: int = 0) -> Maybe[ConntrackEntry | None]:
+        """The entry of `zone` with this tuple in either direction; None: there is none."""
         try:
             return get_entry(self._netfilter, tuple5, zone=zone)
         except ValueError as error:

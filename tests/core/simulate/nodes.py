@@ -60,8 +60,9 @@ class Table:
     def __init__(self, *entries: ConntrackEntry) -> None:
         self.entries = entries
 
-    def lookup(self, tuple5: Tuple5) -> Maybe[ConntrackEntry | None]:
-        return next((e for e in self.entries if tuple5 in (e.orig, e.reply)), None)
+    def lookup(self, tuple5: Tuple5, zone: int = 0) -> Maybe[ConntrackEntry | None]:
+        mine = (e for e in self.entries if e.zone == zone)
+        return next((e for e in mine if tuple5 in (e.orig, e.reply)), None)
 
 
 class Space:

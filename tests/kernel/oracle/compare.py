@@ -156,7 +156,7 @@ _NAT_BITS = CtStatus.SRC_NAT | CtStatus.DST_NAT
 
 
 def _flow_differs(flow: Flow, conntrack: ConntrackView, *, mark: bool) -> str:
-    found = conntrack.lookup(flow.entry.orig)
+    found = conntrack.lookup(flow.entry.orig, flow.entry.zone)
     # Two connections without ports may want the same answer's tuple: the second has no other to
     # take and is lost when it is confirmed, behind all rules.
     protocol = flow.entry.orig.protocol

@@ -19,14 +19,15 @@ class Remembered:
     """A `ConntrackView` that asks once and remembers; later only what was asked is known."""
 
     source: ConntrackView | None
-    known: dict[Tuple5, ConntrackEntry | None] = field(default_factory=dict)
+    known: dict[tuple[Tuple5, int], ConntrackEntry | None] = field(default_factory=dict)
 
-    def lookup(self, tuple5: Tuple5) -> ConntrackEntry | Unavailable | None:
-        if tuple5 in self.known or self.source is None:
-            return self.known.get(tuple5)
-        found = self.source.lookup(tuple5)
+    def lookup(self, tuple5: Tuple5, zone: int = 0) -> ConntrackEntry | Unavailable | None:
+        key = (tuple5, zone)
+        if key in self.known or self.source is None:
+            return self.known.get(key)
+        found = self.source.lookup(tuple5, zone)
         if not isinstance(found, Unavailable):
-            self.known[tuple5] = found
+            self.known[key] = found
         return found
 
     def closed(self) -> Remembered:
