@@ -1,0 +1,198 @@
+"""README and the tutorial show what really runs.
+
+Each ``console`` block holds commands (``$ …``) and what they print.  The commands are run on the
+lab and the output is compared piece by piece: pieces are parted by a line "…", and each must be
+found in the real output, in order.  What differs from run to run (PIDs, namespaces, veth names,
+ages, states of neighbours, ports that the kernel picks) is masked on both sides; how lines are
+wrapped does not count.  ``$ echo $?`` shows the exit code of the command above it; a command
+without one must give 0.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from e2e.netlab import Lab
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/tutorial.md")
+ELLIPSIS = "…"
+BUILD = "export KUBECONFIG=$(e2e/lab up | tail -n 1)"
+"""The one command that is not run: the fixture has done it."""
+
+MASKS = (
+    (r"^ {3}neighbour .* lladdr .*$\n", ""),  # there only while the kernel knows the address
+    (r"\S+ is behind (?=veth)", ""),  # instead of the above
+    (r"\bveth[0-9a-f]{8}\b", "VETH"),
+    (r"\b(?!0a:58:|42:01:)[0-9a-f]{2}(?::[0-9a-f]{2}){5}\b", "MAC"),  # what the lab did not choose
+    (r"\b(REACHABLE|STALE|DELAY|PROBE)\b", "STATE"),
+    (r"\b(PID|pid|index)\s+\d+", r"\1 N"),
+    (r"(?<=net:\[)\d+(?=\])", "INODE"),
+    (r"\b402653\d{4}\b", "INODE"),  # PROC_DYNAMIC_FIRST and up
+    (r"(?<=\bsandbox) +[0-9a-f]{12}", " ID"),
+    (r"\b(learned|seen)\s+\d+\s+s\s+ago", r"\1 AGO"),
+    (r"(?<=10\.142\.0\.6:)(?!31830|61234)\d{5}\b", "PORT"),  # masqueraded
+    (r"\b([sd]port)=(?!45678|31830|8080)\d+", r"\1=PORT"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """One command of a page, and what the page shows of it."""
+
+    page: str
+    line: int
+    text: str
+    shown: tuple[str, ...]
+    code: int
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}: {self.text}"
+
+
+def commands(page: str) -> list[Command]:
+    """The commands of a page, in order."""
+    found: list[tuple[int, str, list[str]]] = []
+    inside = False
+    for number, line in enumerate((ROOT / page).read_text().splitlines(), 1):
+        if line.startswith("```"):
+            inside = line == "```console"
+        elif inside and line.startswith("$ "):
+            found.append((number, line[2:], []))
+        elif inside:
+            found[-1][2].append(line)
+    made: list[Command] = []
+    for number, text, shown in found:
+        if text == "echo $?":
+            last = made.pop()
+            made.append(Command(last.page, last.line, last.text, last.shown, int(shown[0])))
+        else:
+            made.append(Command(page, number, text, tuple(shown), 0))
+    return made
+
+
+def masked(lines: list[str]) -> str:
+    """One line, with what is volatile masked."""
+    text = "".join(f"{line}\n" for line in lines)
+    for pattern, word in MASKS:
+        text = re.sub(pattern, word, text, flags=re.M)
+    return " ".join(text.split())
+
+
+def pieces(shown: tuple[str, ...]) -> Iterator[str]:
+    """What stands between the ellipses."""
+    piece: list[str] = []
+    for line in (*shown, ELLIPSIS):
+        if line != ELLIPSIS:
+            piece.append(line)
+            continue
+        if text := masked(piece):
+            yield text
+        piece = []
+
+
+def difference(command: Command, code: int, output: str) -> str:
+    """Empty: the page tells the truth."""
+    if code != command.code:
+        return f"{command}\nexit code {code}, the page says {command.code}:\n{output}"
+    real, position = masked(output.splitlines()), 0
+    if ELLIPSIS not in command.shown and real != masked(list(command.shown)):
+        return f"{command}\nprints now:\n{output}"
+    for piece in pieces(command.shown):
+        where = real.find(piece, position)
+        if where < 0:
+            return f"{command}\ndoes not print (any more, or here):\n{piece}\nbut:\n{output}"
+        position = where + len(piece)
+    return ""
+
+
+@pytest.fixture
+def environment(lab: Lab) -> dict[str, str]:
+    """As the reader's shell has it, with the session's lab."""
+    # The kernel forgets neighbours and bridge entries, and the pages show them.
+    for target, address in (
+        ("client/203.0.113.10", "10.142.0.8:31830"),
+        ("pod/web-1", "10.40.0.6:8080"),
+    ):
+        lab.exec(target, ["curl", "-sS", "-m", "5", f"http://{address}/"])
+    return {
+        **os.environ,
+        "KUBECONFIG": str(lab.kubeconfig),
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "COLUMNS": "80",
+        "NO_COLOR": "1",
+    }
+
+
+@contextlib.contextmanager
+def background(argv: str, env: dict[str, str]) -> Iterator[None]:
+    """A command of a page that ends with ``&``: runs until the page ends."""
+    process = subprocess.Popen(["sh", "-c", argv], cwd=ROOT, env=env, start_new_session=True)
+    try:
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=10)
+
+
+def wait_for_connection(lab: Lab, port: int) -> None:
+    """Until a page's connection from this source port is established."""
+    until = time.monotonic() + 10
+    argv = ["ss", "-Htn", "state", "established", "sport", "=", f":{port}"]
+    while not lab.exec("client/203.0.113.10", argv).stdout.strip():
+        assert time.monotonic() < until, f"nothing connects from port {port}"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_shows_what_runs(page: str, lab: Lab, environment: dict[str, str]) -> None:
+    found = []
+    printed: dict[str, tuple[int, str]] = {}
+    with contextlib.ExitStack() as running:
+        for command in commands(page):
+            if command.text == BUILD:
+                continue
+            line = command.text.replace("e2e/lab exec", f"e2e/lab exec --name {lab.name}")
+            if line.endswith("&"):
+                running.enter_context(background(line.removesuffix("&"), environment))
+                port = re.search(r"--local-port (\d+)", line)
+                assert port is not None, f"{command}: how is one to know that it is there?"
+                wait_for_connection(lab, int(port[1]))
+                continue
+            if line not in printed:  # a page may show several pieces of one output
+                done = subprocess.run(
+                    shlex.split(line),
+                    cwd=ROOT,
+                    env=environment,
+                    capture_output=True,
+                    text=True,
+                    timeout=30,
+                )
+                printed[line] = done.returncode, done.stdout + done.stderr
+            found.append(difference(command, *printed[line]))
+    assert len(found) > (10 if page == "docs/tutorial.md" else 0)
+    wrong = [text for text in found if text]
+    assert not wrong, "\n\n".join(wrong)
+
+
+def test_links_lead_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+    broken = [
+        f"{page.relative_to(ROOT)}: {target}"
+        for page in pages
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
+        if not (page.parent / target).exists()
+    ]
+    assert not broken, "\n".join(broken)
