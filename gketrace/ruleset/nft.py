@@ -213,7 +213,7 @@ class NftRuleset(Ruleset):
         piece = self.text[span[0] : span[1]]
         try:
             return json.loads(b"[" + piece + b"]" if array else piece)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ParseError(
                 f"not JSON: {error}",
                 source=self.source,
@@ -234,7 +234,7 @@ class NftRuleset(Ruleset):
         if not isinstance(body, dict) or not isinstance(body.get("expr"), list):
             raise ParseError("not a rule", source=self.source, line=0, text=json.dumps(item)[:200])
         statements = tuple(body["expr"])
-        comment = body.get("comment", "")
+        comment = str(body.get("comment", ""))
         packets = size = None
         for statement in statements:
             counter = statement.get("counter") if isinstance(statement, dict) else None

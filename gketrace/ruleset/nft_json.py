@@ -57,13 +57,21 @@ def parse_nft_json(text: bytes, *, source: str, taken_at: float) -> NftTables:
     """
     if not text.strip():
         raise ParseError("empty output of nft", source=source, line=0, text="")
-    tables = _index(text)
-    if tables is None:
-        text = _normal(text, source)
+    try:
         tables = _index(text)
         if tables is None:
-            raise ParseError("not a list of nftables objects", source=source, line=0,
-                             text=text[:200].decode("utf-8", "replace"))  # fmt: skip
+            text = _normal(text, source)
+            tables = _index(text)
+    except ValueError as error:
+        raise ParseError(
+            f"a name that is not JSON: {error}",
+            source=source,
+            line=0,
+            text=text[:200].decode("utf-8", "replace"),
+        ) from error
+    if tables is None:
+        raise ParseError("not a list of nftables objects", source=source, line=0,
+                         text=text[:200].decode("utf-8", "replace"))  # fmt: skip
     made: list[NftRuleset] = []
     unmodelled: list[str] = []
     for (family, name), found in tables.items():
@@ -77,7 +85,7 @@ def parse_nft_json(text: bytes, *, source: str, taken_at: float) -> NftTables:
             )
             try:
                 ruleset = NftRuleset(text=text, index=index, source=source, taken_at=taken_at)
-            except (KeyError, TypeError, ValueError) as error:
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise ParseError(
                     f"table {family} {name} has a chain of another shape: {error!r}",
                     source=source, line=0, text="",

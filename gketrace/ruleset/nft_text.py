@@ -49,7 +49,7 @@ def statement_text(statement: Json) -> str:
         return json.dumps(statement)
     try:
         return write(kind, body)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration):
         # Another shape than the schema's: shown as it is.
         return json.dumps(statement)
 

@@ -247,6 +247,11 @@ def _fib_address_type(flags: list[str], scene: Scene) -> Value:
     if packet.family == 6 and address.is_multicast:
         return read_number("multicast")
     found = scene.env.address_type(address, interface)
+    if interface is not None and packet.family == 6 and not address.is_link_local:
+        # Unlike addrtype, the look-up is not bound to the device: it only decides what is local.
+        anywhere = scene.env.address_type(address, None)
+        if found != "LOCAL":
+            found = "UNICAST" if anywhere == "LOCAL" else anywhere
     if isinstance(found, Unavailable):
         return NotKnown(found.reason)
     return read_number(found.lower())

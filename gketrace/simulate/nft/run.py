@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from gketrace.errors import ParseError
 from gketrace.ruleset.model import BaseChain, Rule
 from gketrace.ruleset.nft import NftChain, NftRule, NftRuleset
 from gketrace.simulate.nft.scene import NftEnvironment
 from gketrace.simulate.nft.statements import Way, run_rule
 from gketrace.simulate.running import Frame, Run
-from gketrace.simulate.state import Alternative, PacketState
+from gketrace.simulate.state import Alternative, PacketState, Verdict, VerdictKind
 from gketrace.simulate.threads import Fork, Thread
-from gketrace.trace import StepAction
+from gketrace.trace import Citation, Source, StepAction
 
 __all__ = ["traverse"]
 
@@ -21,7 +22,19 @@ def traverse(
     chain = ruleset.chain(base.chain)
     if chain is None:
         raise ValueError(f"no chain {base.chain} in table {base.table}")
-    return _NftRun(ruleset, base, env).run(chain, state)
+    try:
+        return _NftRun(ruleset, base, env).run(chain, state)
+    except ParseError as error:
+        # A rule or set that the packet came to is not as nft prints it.
+        citation = Citation(
+            source=Source.RULE,
+            text=error.text,
+            backend=ruleset.backend,
+            table=base.table,
+            chain=base.chain,
+        )
+        verdict = Verdict(kind=VerdictKind.UNKNOWN, citation=citation, detail=str(error))
+        return (Alternative(state=state, steps=(), verdict=verdict, chance=None),)
 
 
 class _NftRun(Run):

@@ -208,7 +208,7 @@ def _concat(rng: random.Random, family: int, _: str) -> str:
             f"{l3} daddr . meta l4proto . th dport @services",
             f"{l3} saddr . {l3} daddr . meta l4proto . th dport != @pairs",
             "meta l4proto . th dport { tcp . 80, udp . 53, tcp . 8000-9000 }",
-            f"{l3} saddr . th dport @netports",
+            f"meta l4proto {{ tcp, udp, sctp }} {l3} saddr . th dport @netports",
             f"{l3} saddr . meta mark {{ {_host(rng, family)} . 0x1, {_host(rng, family)} . 0x0 }}",
             "meta l4proto . ct state { tcp . new, udp . established }",
         )
