@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ipaddress import ip_network
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from google.protobuf.message import Message
 
@@ -62,12 +62,18 @@ def target_pod(target: agent_pb2.Target) -> PodRef | None:
     raise UsageError("the request names no target: the host or a pod")
 
 
+_Number: TypeAlias = Literal[
+    "orig_sport", "orig_dport", "reply_sport", "reply_dport", "mark", "zone"
+]
+"""Fields of a filter that tell zero from not given."""
+
+
 def conntrack_filter(message: agent_pb2.ConntrackFilter) -> ConntrackFilter:
     """Raises `UsageError` for what cannot be meant."""
     if message.family not in (0, 4, 6):
         raise UsageError(f"no such address family: {message.family}", hint="4, 6, or 0 for both")
 
-    def number(name: str) -> int | None:
+    def number(name: _Number) -> int | None:
         return getattr(message, name) if message.HasField(name) else None
 
     return ConntrackFilter(

@@ -21,7 +21,10 @@ import urllib.parse
 import zlib
 from collections.abc import Mapping
 from typing import Any
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import (  # type: ignore[attr-defined]  # typeshed lacks the second
+    getproxies_environment,
+    proxy_bypass_environment,
+)
 
 from gketrace.errors import (
     ExhaustedError,

@@ -361,7 +361,9 @@ def _auth_provider(path: Path, context: str) -> str:
 
     configuration = Configuration()
     try:
-        load_kube_config(str(path), context, client_configuration=configuration)
+        load_kube_config(  # type: ignore[no-untyped-call]
+            str(path), context, client_configuration=configuration
+        )
     except ConfigException as error:
         raise UsageError(f"kubeconfig {path}: {redact(str(error))}") from error
     except Exception as error:  # whatever google.auth and oauthlib raise

@@ -147,6 +147,9 @@ def _containers(spec: Json, status: Json) -> tuple[Container, ...]:
     return tuple(found)
 
 
+_CONFIG_HASH = "kubernetes.io/config.hash"
+
+
 def parse_pod(obj: Json) -> Pod:
     def read(obj: Json) -> Pod:
         namespace, name, uid = _name(obj)
@@ -169,6 +172,7 @@ def parse_pod(obj: Json) -> Pod:
             labels=_mapping(obj["metadata"].get("labels")),
             deletion_timestamp=_text(obj["metadata"].get("deletionTimestamp")),
             reason=_text(status.get("reason")),
+            config_hash=_mapping(obj["metadata"].get("annotations")).get(_CONFIG_HASH, ""),
         )
 
     return _read("Pod", obj, read)

@@ -62,6 +62,9 @@ class Pod:
     """RFC 3339; empty unless it is being deleted."""
     reason: str
     """`status.reason`, e.g. Evicted."""
+    config_hash: str = ""
+    """Annotation kubernetes.io/config.hash of a static pod's mirror: the UID that the kubelet and
+    the runtime know the pod by."""
 
     @property
     def key(self) -> str:

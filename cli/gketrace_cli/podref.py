@@ -16,6 +16,7 @@ def pod_ref(pod: Pod) -> pb.PodRef:
         container_ids=[c.id for c in pod.containers if c.id],
         pod_ips=list(pod.pod_ips),
         host_network=pod.host_network,
+        config_hash=pod.config_hash,
     )
 
 

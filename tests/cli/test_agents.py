@@ -17,6 +17,7 @@ from gketrace.errors import NotFoundError, TimeoutExceeded, UnavailableError
 from gketrace_cli.agents import Fleet, agent_port
 from gketrace_cli.local import local_node, start_local_agent
 from gketrace_cli.object_json import parse_node, parse_pod
+from gketrace_cli.podref import pod_ref
 from gketrace_cli.objects import Container, ContainerPort, Pod
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
 from gketrace_proto.v1alpha1.agent_pb2_grpc import AgentServicer, add_AgentServicer_to_server
@@ -134,3 +135,10 @@ def test_a_local_agent_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     with pytest.raises(UnavailableError, match="did not start: it will not do"):
         start_local_agent([here], timeout=10)
+
+
+def test_a_mirror_pod_is_named_by_the_uid_that_its_kubelet_knows() -> None:
+    found = first("pods")
+    assert pod_ref(parse_pod(found)).config_hash == ""
+    found["metadata"]["annotations"] = {"kubernetes.io/config.hash": "0123abcd"}
+    assert pod_ref(parse_pod(found)).config_hash == "0123abcd"

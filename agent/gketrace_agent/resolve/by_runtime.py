@@ -158,7 +158,9 @@ class RuntimeSearch:
                     opened.append((str(path), open_path(path)))
                 except (GoneError, UnavailableError) as error:
                     journal.failed("namespace path", str(error))
-            pids = [(f"sandbox PID {sandbox.pid}", sandbox.pid, None)] if sandbox.pid else []
+            pids: list[tuple[str, int, int | None]] = []
+            if sandbox.pid:
+                pids.append((f"sandbox PID {sandbox.pid}", sandbox.pid, None))
             pids += [(f"{c.name} PID {c.pid}", c.pid, c.start_time) for c in running]
             for by, pid, start_time in pids:
                 try:
