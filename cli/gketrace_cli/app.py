@@ -11,7 +11,7 @@ from typing import Annotated, Final
 import typer
 
 from gketrace_cli import __version__
-from gketrace_cli.commands import pod, service, trace
+from gketrace_cli.commands import pod, rules, service, trace
 from gketrace_cli.options import Options, with_options
 
 __all__ = ["app"]
@@ -57,5 +57,6 @@ app: Final = typer.Typer(
 )
 app.callback()(_root)
 app.command("pod", epilog=EPILOG)(with_options(pod.pod))
+app.command("rules", epilog=EPILOG)(with_options(rules.rules))
 app.command("service", epilog=EPILOG)(with_options(service.service))
 app.command("trace", epilog=EPILOG)(with_options(trace.trace))

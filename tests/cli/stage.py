@@ -22,6 +22,7 @@ from gketrace.packet import Packet
 from gketrace.snapshot import NetnsSnapshot, Unavailable
 from gketrace.stitch import NodeQuery
 from gketrace.trace import Flow
+from gketrace_agent.rulesets import cut_iptables
 from gketrace_proto.codec import decode, encode, snapshot_to_proto
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
 from gketrace_proto.v1alpha1 import snapshot_pb2
@@ -98,6 +99,26 @@ class WorldAgent(AgentServicer):
             steps=[pb.ResolveStep(step="ListPodSandbox", ok=True, detail="one READY sandbox")],
         )
         return pb.GetNetnsReply(snapshot=message, pod=resolved)
+
+    def GetRules(
+        self, request: pb.GetRulesRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.GetRulesReply]:
+        self._begin("GetRules", context)
+        node = self.cluster.nodes[self.node]
+        host = request.target.WhichOneof("target") == "host"
+        space = node.host if host else node.pods[request.target.pod.name]
+        for ruleset in space.rulesets:
+            if isinstance(ruleset, Unavailable):
+                yield pb.GetRulesReply(backend="iptables-legacy", unavailable=ruleset.reason)
+                continue
+            head = pb.GetRulesReply(
+                backend=ruleset.backend,
+                family=ruleset.family,
+                taken_at=ruleset.taken_at,
+                source=ruleset.source,
+            )
+            head.text = cut_iptables(ruleset.text, request.table, request.chain)
+            yield head
 
     def Walk(self, request: pb.WalkRequest, context: grpc.ServicerContext) -> pb.WalkReply:
         self._begin("Walk", context)
