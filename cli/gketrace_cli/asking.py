@@ -143,8 +143,16 @@ def inquiry(question: Question) -> Inquiry:
         node=sender.node,
         pod=pod,
         entry=question.entry if sender.outside else "",
+        entry_because=_why_there(question),
         use_conntrack=question.use_conntrack,
     )
+
+
+def _why_there(question: Question) -> str:
+    """What it rests on that a packet from outside comes to `Question.entry`."""
+    if question.via and question.via == question.entry:
+        return f"it has {question.address}"
+    return "a node that a load balancer may pick; which one it picks is not observable"
 
 
 def _packet(question: Question, source: IPAddress) -> Packet:
