@@ -14,16 +14,23 @@ from collections import Counter
 from gketrace.simulate.walk import walk
 from tests.kernel.oracle.dumps import run_fixtures, summary
 from tests.kernel.oracle.generate import MATCHES, TARGETS
+from tests.kernel.oracle.generate_nft import ACTIONS, CONDITIONS
 from tests.kernel.oracle.random_sets import RandomRun
 from tests.kernel.oracle.run import Tally
 
 
-def _print_coverage(coverage: Counter[str], absent: frozenset[str]) -> None:
+def _print_coverage(
+    coverage: Counter[str], absent: frozenset[str], absent_nft: frozenset[str]
+) -> None:
     names = [f"match {part.name}" for part in MATCHES]
     names += [f"target {part.name}" for part in TARGETS] + ["target jump", "target goto"]
     for name in names:
         lacking = sorted(where for where in absent if where.endswith("/" + name.split()[1]))
         note = f"  (absent here: {', '.join(lacking)})" if lacking else ""
+        print(f"{name:24} {coverage[name]:7}{note}")
+    for part in (*CONDITIONS, *ACTIONS):
+        name = f"nft {part.name}"
+        note = "  (absent here)" if part.name in absent_nft else ""
         print(f"{name:24} {coverage[name]:7}{note}")
 
 
@@ -46,7 +53,7 @@ def main() -> int:
         made.run(options.cases - fixture_cases)
         if not options.json:
             print(f"random rule sets ({made.sets}, {made.refused} refused): {summary(made.tally)}")
-            _print_coverage(made.coverage, made.absent)
+            _print_coverage(made.coverage, made.absent, made.absent_nft)
     total = Tally()
     total.add(fixed)
     total.add(made.tally)
