@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -37,17 +35,28 @@ def gketrace(
     )
 
 
-def test_help_is_quick_and_fits_80_columns() -> None:
-    times = []
-    for _ in range(5):
-        begun = time.monotonic()
-        done = gketrace("--help")
-        times.append(time.monotonic() - begun)
-        assert done.returncode == 0
+def test_help_fits_80_columns() -> None:
+    done = gketrace("--help")
+    assert done.returncode == 0
     assert max(map(len, done.stdout.splitlines())) <= 80
     for command in ("pod", "service", "trace"):
         assert command in done.stdout
-    assert min(times) < 0.3, statistics.median(times)
+
+
+def test_help_loads_nothing_that_is_slow() -> None:
+    """What makes it quick; how quick is no matter for a test that a busy machine can fail."""
+    done = subprocess.run(
+        [sys.executable, "-c", "from gketrace_cli.main import main; main()", "--help"],
+        env={**os.environ, "PYTHONPROFILEIMPORTTIME": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert "gketrace_cli.app" in loaded
+    assert "Usage" in done.stdout
+    slow = {"grpc", "google.protobuf", "kubernetes", "numpy", "yaml", "http.client"}
+    assert not slow & loaded
 
 
 @pytest.mark.parametrize("command", ["pod", "service", "trace"])
