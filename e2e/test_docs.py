@@ -6,11 +6,15 @@ found in the real output, in order.  What differs from run to run (PIDs, namespa
 ages, states of neighbours, ports that the kernel picks) is masked on both sides; how lines are
 wrapped does not count.  ``$ echo $?`` shows the exit code of the command above it; a command
 without one must give 0.
+
+``GKETRACE_UPDATE_DOCS=1`` writes what is printed now into the pages: whole outputs, and pieces
+whose first and last line are still printed.  Read the diff.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import shlex
@@ -23,8 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from e2e.netlab import Lab
+from gketrace_agent.config import parse_arguments
+from gketrace_cli.agents import PORT_NAME
+from gketrace_cli.session import LABEL
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/tutorial.md")
@@ -43,7 +51,8 @@ MASKS = (
     (r"\b402653\d{4}\b", "INODE"),  # PROC_DYNAMIC_FIRST and up
     (r"(?<=\bsandbox) +[0-9a-f]{12}", " ID"),
     (r"\b(learned|seen)\s+\d+\s+s\s+ago", r"\1 AGO"),
-    (r"(?<=10\.142\.0\.6:)(?!31830|61234)\d{5}\b", "PORT"),  # masqueraded
+    (r"(?<=10\.142\.0\.6:)(?!31830|61234)\d{4,5}\b", "PORT"),  # masqueraded
+    (r"\[\d+:\d+\]", "[COUNTERS]"),
     (r"\b([sd]port)=(?!45678|31830|8080)\d+", r"\1=PORT"),
 )
 
@@ -118,6 +127,35 @@ def difference(command: Command, code: int, output: str) -> str:
     return ""
 
 
+def renewed(shown: tuple[str, ...], output: str) -> list[str]:
+    """What the page should show; pieces that are not found again stay as they are."""
+    real = output.splitlines()
+    if ELLIPSIS not in shown:
+        return real
+    made: list[str] = []
+    position = 0
+    for is_gap, piece in itertools.groupby(shown, lambda line: line == ELLIPSIS):
+        old = list(piece)
+        if not is_gap:
+            first, last = masked(old[:1]), masked(old[-1:])
+            later = range(position, len(real))
+            begin = next((n for n in later if masked(real[n : n + 1]) == first), len(real))
+            end = next((n for n in later if n >= begin and masked(real[n : n + 1]) == last), -1)
+            if end >= begin:
+                old, position = real[begin : end + 1], end + 1
+        made += old
+    return made
+
+
+def renew(page: str, outputs: list[tuple[Command, str]]) -> None:
+    """Writes the outputs into the page."""
+    lines = (ROOT / page).read_text().splitlines()
+    for command, output in reversed(outputs):
+        start = command.line
+        lines[start : start + len(command.shown)] = renewed(command.shown, output)
+    (ROOT / page).write_text("".join(f"{line.rstrip()}\n" for line in lines))
+
+
 @pytest.fixture
 def environment(lab: Lab) -> dict[str, str]:
     """As the reader's shell has it, with the session's lab."""
@@ -160,6 +198,7 @@ def wait_for_connection(lab: Lab, port: int) -> None:
 def test_page_shows_what_runs(page: str, lab: Lab, environment: dict[str, str]) -> None:
     found = []
     printed: dict[str, tuple[int, str]] = {}
+    outputs: list[tuple[Command, str]] = []
     with contextlib.ExitStack() as running:
         for command in commands(page):
             if command.text == BUILD:
@@ -182,6 +221,10 @@ def test_page_shows_what_runs(page: str, lab: Lab, environment: dict[str, str]) 
                 )
                 printed[line] = done.returncode, done.stdout + done.stderr
             found.append(difference(command, *printed[line]))
+            outputs.append((command, printed[line][1]))
+    if os.environ.get("GKETRACE_UPDATE_DOCS"):
+        renew(page, outputs)
+        return
     assert len(found) > (10 if page == "docs/tutorial.md" else 0)
     wrong = [text for text in found if text]
     assert not wrong, "\n\n".join(wrong)
@@ -196,3 +239,20 @@ def test_links_lead_somewhere() -> None:
         if not (page.parent / target).exists()
     ]
     assert not broken, "\n".join(broken)
+
+
+def test_the_cli_finds_the_daemonset() -> None:
+    """Label, port name and port of deploy/daemonset.yaml are those that the CLI looks for, and
+    the agent takes its arguments."""
+    documents = yaml.safe_load_all((ROOT / "deploy" / "daemonset.yaml").read_text())
+    (daemonset,) = (one for one in documents if one["kind"] == "DaemonSet")
+    template = daemonset["spec"]["template"]
+    name, value = LABEL.split("=")
+    assert template["metadata"]["labels"][name] == value
+    (container,) = template["spec"]["containers"]
+    config = parse_arguments(container["args"])
+    (port,) = container["ports"]
+    assert port["name"] == PORT_NAME
+    assert [(a.host, a.port) for a in config.listen if not a.path] == [
+        ("127.0.0.1", port["containerPort"])
+    ]
