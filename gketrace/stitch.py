@@ -19,6 +19,9 @@ the network itself are not observable, which the first such step says.
 Each delivered path is walked back: the answer starts in the namespace that took the packet, with
 the entries that the way there has made, and must reach the sender with the addresses that it
 expects.
+
+Where an entry of a kernel's table decided a path, the same packet is followed once more without
+looking at those tables: what new connections would do (`Path.fresh`).
 """
 
 from __future__ import annotations
@@ -95,7 +98,22 @@ def stitch(topology: Topology, inquiries: Sequence[Inquiry]) -> Stitching:
                 else:
                     following += _finish(run, further)
         open_trails = following
-    return _paths(run)
+    found = _paths(run)
+    pinned = [
+        number
+        for number, paths in enumerate(found)
+        if run.inquiries[number].use_conntrack and any(path.pinned_by for path in paths)
+    ]
+    if not pinned:
+        return found
+    again = [replace(run.inquiries[number], use_conntrack=False) for number in pinned]
+    fresh = dict(zip(pinned, (yield from stitch(topology, again)), strict=True))
+    return tuple(
+        tuple(replace(p, fresh=fresh[number]) if p.pinned_by else p for p in paths)
+        if number in fresh
+        else paths
+        for number, paths in enumerate(found)
+    )
 
 
 def _extend(run: _Run, trail: Trail) -> list[Trail]:

@@ -401,6 +401,14 @@ class Path:
     missing: tuple[Missing, ...] = ()
     reply: Path | None = None
     """The return path; None where nobody answers."""
+    fresh: tuple[Path, ...] = ()
+    """Where an entry decided that was in a kernel's table: the paths of new connections from the
+    same sender."""
+
+    @property
+    def pinned_by(self) -> Flow | None:
+        """The first entry of a kernel's table that the packet belongs to."""
+        return next((flow for flow in self.flows if not flow.assumed), None)
 
     @property
     def source_seen(self) -> str:

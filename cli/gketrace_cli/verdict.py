@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
 
@@ -26,7 +26,7 @@ __all__ = [
     "Verdict",
     "judge_pod",
     "judge_service",
-    "exists",
+    "new_connections",
     "judge_trace",
     "path_standing",
     "target_text",
@@ -182,6 +182,17 @@ def judge_service(name: str, answers: Sequence[Answer], missing: Sequence[Missin
         dropped = by_way[Standing.CONFIGURED]
         if dropped and fine:
             text += f"; {dropped} {'is' if dropped == 1 else 'are'} dropped as configured"
+    for answer in answers:
+        fresh = new_connections(answer)
+        if fresh is None:
+            continue
+        further = _code(((answer.question, path_standing(fresh, p)) for p in fresh.paths), ())
+        if code is ExitCode.OK and further is not ExitCode.OK:
+            code = further
+            how = "is broken" if further is ExitCode.BROKEN else "could not be seen whole"
+            text = f"{name} {how} for new connections"
+        text += f"; {_way(answer.question)} is an existing connection, pinned by conntrack"
+        text += f"; {_fresh(answer, fresh)}"
     return Verdict(text=_also_missing(text, missing), code=code)
 
 
@@ -196,10 +207,11 @@ def _absent(missing: Sequence[Missing]) -> list[str]:
     return sorted({m.node for m in missing if m.what == "agent" and m.node})
 
 
-def exists(answer: Answer) -> bool:
-    """True when it is a packet of a connection that some node's kernel tracks already: its entry
-    decides, and no nat rule is consulted."""
-    return any(not flow.assumed for path in answer.paths for flow in path.flows)
+def new_connections(answer: Answer) -> Answer | None:
+    """What would become of new connections, when it is a packet of one that some node's kernel
+    tracks already: its entry decides, and no nat rule is consulted."""
+    pinned = next((path for path in answer.paths if path.pinned_by is not None), None)
+    return None if pinned is None else replace(answer, paths=pinned.fresh)
 
 
 def _fresh(answer: Answer, fresh: Answer) -> str:
@@ -218,12 +230,10 @@ def _fresh(answer: Answer, fresh: Answer) -> str:
     return f"a new one would go to {ends[0] if len(ends) == 1 else f'one of {len(ends)} endpoints'}"
 
 
-def judge_trace(answer: Answer, missing: Sequence[Missing], fresh: Answer | None = None) -> Verdict:
-    """For `gketrace trace`: just this way was asked for.
-
-    `fresh` is the answer for a new connection, when it is about one that exists.
-    """
+def judge_trace(answer: Answer, missing: Sequence[Missing]) -> Verdict:
+    """For `gketrace trace`: just this way was asked for."""
     question = answer.question
+    fresh = new_connections(answer)
     judged = [(question, p, path_standing(answer, p)) for p in answer.paths]
     code = _code(((q, s) for q, _, s in judged), missing)
     way = f"{question.sender.text} → {target_text(question)}"

@@ -7,12 +7,13 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
+from gketrace.conntrack import ConntrackEntry, CtStatus
 from gketrace.packet import Packet
 from gketrace.stitch import Inquiry, stitch
 from gketrace.topology import NodeFacts, OwnerKind, Topology
 from gketrace.trace import Disposition, Path, StepKind
 from tests.core.clusters import HELLO, NODES, Cluster
-from tests.core.simulate.nodes import tcp
+from tests.core.simulate.nodes import Table, tcp
 
 D = Disposition
 WORLD = "kube-proxy-1.36-iptables-nft"
@@ -246,3 +247,27 @@ def test_owners() -> None:
     assert owners["198.51.100.1"].internal == ip_address("10.0.0.1")
     assert topology.has_source("a", ip_address("10.1.1.1"))
     assert not topology.has_source("b", ip_address("10.1.1.1"))
+
+
+def test_an_existing_flow_is_followed_and_new_connections_are_told() -> None:
+    made = cluster()
+    packet = tcp(CLIENT, "10.142.0.8:31830", 4000)
+    orig = packet.tuple5
+    back = replace(orig.inverted(), src=ip_address("10.40.0.9"), sport=8080)
+    made.nodes["2jdh"].pods["near"].listen("0.0.0.0", 8080)
+    made.nodes["2jdh"].host.conntrack = Table(
+        ConntrackEntry(
+            orig=orig,
+            reply=back,
+            status=CtStatus.DST_NAT | CtStatus.CONFIRMED | CtStatus.SEEN_REPLY,
+        )
+    )
+    path = only(made, ask(packet))
+    assert path.endpoint == "pod/default/near 10.40.0.9:8080"
+    assert path.pinned_by is not None
+    assert path.pinned_by.entry.reply == back
+    assert [fresh.endpoint for fresh in path.fresh] == ["pod/default/hello 10.40.0.6:8080"]
+    assert all(fresh.pinned_by is None for fresh in path.fresh)
+    other = only(made, ask(tcp(CLIENT, "10.142.0.8:31830", 4001)))
+    assert other.pinned_by is None
+    assert other.fresh == ()

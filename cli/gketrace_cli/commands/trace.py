@@ -50,7 +50,7 @@ def trace(
     from gketrace_cli.names import find_node, parse_named, short_names
     from gketrace_cli.senders import sender_of
     from gketrace_cli.session import Session, background
-    from gketrace_cli.verdict import exists, judge_trace, target_text
+    from gketrace_cli.verdict import judge_trace, target_text
 
     from_, to = parse_named(source), parse_named(destination)
     with Session(options) as session:
@@ -62,10 +62,6 @@ def trace(
         if sender.pod is not None:
             session.pods.add(sender.pod)
         result = Asker(session, services=services).ask((question,))
-        fresh = None
-        if exists(result.answers[0]):
-            again = replace(question, use_conntrack=False)
-            fresh = Asker(session, services=services).ask((again,)).answers[0]
         short = short_names(n.name for n in session.nodes)
         session.progress.clear()
     from gketrace_cli.render.documents import dump
@@ -74,7 +70,7 @@ def trace(
     from gketrace_cli.render.trace_document import trace_document
 
     notes = [*question.notes, *assumed_port((question,))]
-    verdict = judge_trace(result.answers[0], result.missing, fresh)
+    verdict = judge_trace(result.answers[0], result.missing)
     if options.format.machine:
         query = {"from": sender.text, "to": destination, "target": target_text(question)}
         document = trace_document(

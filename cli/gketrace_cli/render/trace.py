@@ -232,6 +232,9 @@ def _draw_end(page: Page, answer: Answer, path: Path) -> None:
         page.entry("", f"because of: {cited.text}", style)
     for item in path.missing:
         page.entry("not seen", str(item), "yellow")
+    if path.pinned_by is not None:
+        ends = ", or ".join(f"{_share(new)}{outcome_text(new)}" for new in path.fresh)
+        page.entry("new ones", page.short(f"(not of this connection) {ends}"))
 
 
 def _draw_back(page: Page, path: Path, reply: Path, start: int) -> None:

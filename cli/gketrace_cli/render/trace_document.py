@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gketrace.trace import Missing
-from gketrace_cli.render.documents import envelope, missing_document, path_document
-from gketrace_cli.verdict import Answer, Standing, Verdict, path_standing
+from gketrace.trace import Missing, Path
+from gketrace_cli.render.documents import (
+    envelope,
+    missing_document,
+    path_document,
+    probability,
+)
+from gketrace_cli.verdict import Answer, Standing, Verdict, outcome_text, path_standing
 
 __all__ = ["trace_document"]
 
@@ -37,6 +42,8 @@ def trace_document(
                     "configuredDrop": question.configured_drop if configured else None,
                     "entryNode": question.via or question.entry or question.sender.node or None,
                     "port": question.port_name or None,
+                    "existingFlow": path.pinned_by is not None,
+                    "newConnections": [_end(new) for new in path.fresh],
                 }
             )
     return envelope(
@@ -50,3 +57,13 @@ def trace_document(
             "paths": paths,
         },
     )
+
+
+def _end(path: Path) -> dict[str, Any]:
+    """An element of ``newConnections``."""
+    return {
+        "probability": probability(path.chance),
+        "outcome": path.outcome.disposition.value,
+        "endpoint": path.endpoint or None,
+        "text": outcome_text(path),
+    }
