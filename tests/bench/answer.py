@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 
 from e2e.netlab import Lab
+from e2e.netlab.targets import resolve
 from tests.bench.report import arguments, goal, report
 
 NODES = ("2jdh", "m69d", "33fg")
@@ -37,7 +38,8 @@ def main() -> None:
         for turn in range(options.runs + 1):
             answer = _timed([f"{python_bin}/gketrace", "service", "hello-server"], env)
             save = sum(
-                _timed(lab.argv(f"node/{node}", ["iptables-nft-save", "-c"])) for node in NODES
+                _timed(resolve(lab.state, f"node/{node}").argv(["iptables-nft-save", "-c"], "/"))
+                for node in NODES
             )
             if turn:  # the first warms the page cache for both
                 answers.append(answer)
