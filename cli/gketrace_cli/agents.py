@@ -8,12 +8,13 @@ Addresses come from ``--agent``, or from the agents' pods (label
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
-from queue import SimpleQueue
+from queue import Empty, Queue, SimpleQueue
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
@@ -66,6 +67,10 @@ class Agent:
 _AT_ONCE: Final = 8
 """Calls to one agent at the same time: a fraction of what an agent allows (32), which all its
 callers share."""
+_STREAMS: Final = 32
+"""Streaming calls of `Fleet.stream` at the same time, each of which has a thread."""
+_AHEAD: Final = 16
+"""Replies that are read before they are wanted; beyond that, the agents wait."""
 
 
 class Fleet:
@@ -262,6 +267,72 @@ class Fleet:
             if queues[node]:
                 start(queues[node].popleft())
         return {key: answers[key] for key in calls}
+
+    def stream(self, calls: Mapping[K, tuple[str, str, Message]]) -> Iterator[tuple[K, Any]]:
+        """Streaming calls (node, method, request) at the same time: each reply as it comes.
+
+        What ends a call comes last for its key: None, or the `GketraceError` that broke it off.
+        There is no deadline for a whole call, only for the time in which no agent sends anything.
+        """
+        arrived: Queue[tuple[K, Any]] = Queue(maxsize=_AHEAD)
+        waiting = deque(calls)
+        running: dict[K, tuple[threading.Thread, Any]] = {}
+
+        def read(key: K, replies: Any, begun: float) -> None:
+            end: GketraceError | None = None
+            try:
+                for reply in replies:
+                    arrived.put((key, reply))
+            except grpc.RpcError as error:
+                end = self._explain(calls[key][0], error, time.monotonic() - begun)
+            arrived.put((key, end))
+
+        def start(key: K) -> None:
+            node, method, request = calls[key]
+            replies = getattr(self.agent(node).stub, method)(request)
+            thread = threading.Thread(
+                target=read,
+                args=(key, replies, time.monotonic()),
+                name=f"stream-{node}",
+                daemon=True,
+            )
+            running[key] = thread, replies
+            thread.start()
+
+        try:
+            while waiting or running:
+                while waiting and len(running) < _STREAMS:
+                    key = waiting.popleft()
+                    try:
+                        start(key)
+                    except GketraceError as error:
+                        yield key, error
+                if not running:
+                    continue
+                try:
+                    key, reply = arrived.get(timeout=self._timeout)
+                except Empty:
+                    for key in (*running, *waiting):
+                        yield key, self._too_late(calls[key][0])
+                    return
+                if reply is None or isinstance(reply, GketraceError):
+                    del running[key]
+                yield key, reply
+        finally:
+            threads = [thread for thread, _ in running.values()]
+            for _, replies in running.values():
+                replies.cancel()
+            while any(thread.is_alive() for thread in threads):
+                try:  # a full queue would keep them
+                    arrived.get(timeout=0.01)
+                except Empty:
+                    continue
+
+    def _too_late(self, node: str) -> GketraceError:
+        return TimeoutExceeded(
+            f"the agent of node {node} sent nothing for {self._timeout:g} s",
+            hint="--timeout SECONDS waits longer",
+        )
 
     def _explain(self, node: str, error: grpc.RpcError, seconds: float) -> GketraceError:
         """A failed call as an exception of the one tree."""

@@ -174,7 +174,8 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     """
     own = typing.get_type_hints(command, include_extras=True)
     common = typing.get_type_hints(Options, include_extras=True)
-    names = [f.name for f in fields(Options)]
+    # A command that has more output formats than the others declares --output itself.
+    names = [f.name for f in fields(Options) if f.name not in own]
 
     @functools.wraps(command)
     def wrapper(ctx: typer.Context, **values: Any) -> None:

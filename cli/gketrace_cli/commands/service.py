@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gketrace_cli.objects import Endpoint, Service
     from gketrace_cli.session import Session
 
-__all__ = ["Via", "find_service", "service"]
+__all__ = ["Via", "find_service", "parse_service_name", "service"]
 
 
 class Via(str, Enum):
@@ -73,7 +73,7 @@ def service(
         Via.EXTERNALIP: Door.EXTERNAL_IP,
     }
     with Session(options) as session:
-        namespace, wanted = _parse_name(name, session.namespace)
+        namespace, wanted = parse_service_name(name, session.namespace)
         session.progress.say(f"reading service {namespace}/{wanted}")
         found, endpoints = find_service(session, namespace, wanted)
         nodes = session.nodes
@@ -120,7 +120,7 @@ def service(
     raise typer.Exit(int(verdict.code))
 
 
-def _parse_name(text: str, namespace: str) -> tuple[str, str]:
+def parse_service_name(text: str, namespace: str) -> tuple[str, str]:
     """``NAME``, ``svc/NAME``, ``NS/NAME``, ``svc/NS/NAME`` → (namespace, name)."""
     parts = text.split("/")
     if len(parts) > 1 and parts[0] in ("svc", "service", "services"):

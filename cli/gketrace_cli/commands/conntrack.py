@@ -1,0 +1,295 @@
+"""``gketrace conntrack``: the nodes' and pods' connection-tracking tables, as conntrack(8) has
+them."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gketrace.errors import UsageError
+from gketrace_cli.options import Options
+
+if TYPE_CHECKING:
+    from gketrace.trace import Missing
+    from gketrace_cli.conntrack_reading import Place
+    from gketrace_cli.objects import Pod
+    from gketrace_cli.session import Session
+    from gketrace_proto.v1alpha1 import agent_pb2 as pb
+
+__all__ = ["ConntrackOutput", "conntrack", "find_places", "find_pod_named"]
+
+
+class ConntrackOutput(str, Enum):
+    """``--output`` of this command."""
+
+    TEXT = "text"
+    WIDE = "wide"
+    CONNTRACK = "conntrack"
+    JSON = "json"
+    JSONL = "jsonl"
+    YAML = "yaml"
+
+
+def conntrack(
+    options: Options,
+    where: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[NODE|pod/NAME]",
+            help="Whose table: a node's, or the pod's own (default: all nodes').",
+        ),
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", "-L", help="List entries (default).")] = False,
+    count: Annotated[bool, typer.Option("--count", "-C", help="Only how many.")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", "-S", help="How full, and the kernel's counters.")
+    ] = False,
+    src: Annotated[
+        str | None,
+        typer.Option("--orig-src", "--src", "-s", metavar="ADDRESS[/LENGTH]", help="Who asked."),
+    ] = None,
+    dst: Annotated[
+        str | None,
+        typer.Option("--orig-dst", "--dst", "-d", metavar="ADDRESS[/LENGTH]", help="Whom."),
+    ] = None,
+    reply_src: Annotated[
+        str | None,
+        typer.Option("--reply-src", "-r", metavar="ADDRESS[/LENGTH]", help="Who answers."),
+    ] = None,
+    reply_dst: Annotated[
+        str | None,
+        typer.Option("--reply-dst", "-q", metavar="ADDRESS[/LENGTH]", help="Whom it answers."),
+    ] = None,
+    proto: Annotated[
+        str | None, typer.Option("--proto", "-p", metavar="PROTOCOL", help="Name or number.")
+    ] = None,
+    sport: Annotated[
+        int | None,
+        typer.Option("--sport", "--orig-port-src", metavar="PORT", min=0, max=65535),
+    ] = None,
+    dport: Annotated[
+        int | None,
+        typer.Option("--dport", "--orig-port-dst", metavar="PORT", min=0, max=65535),
+    ] = None,
+    reply_sport: Annotated[
+        int | None, typer.Option("--reply-port-src", metavar="PORT", min=0, max=65535)
+    ] = None,
+    reply_dport: Annotated[
+        int | None, typer.Option("--reply-port-dst", metavar="PORT", min=0, max=65535)
+    ] = None,
+    state: Annotated[
+        str | None, typer.Option("--state", metavar="STATE", help="Of TCP or SCTP: ESTABLISHED …")
+    ] = None,
+    mark: Annotated[
+        str | None, typer.Option("--mark", "-m", metavar="VALUE[/MASK]", help="The entry's mark.")
+    ] = None,
+    zone: Annotated[
+        int | None, typer.Option("--zone", "-w", metavar="ZONE", min=0, max=65535)
+    ] = None,
+    src_nat: Annotated[
+        bool, typer.Option("--src-nat", help="Only those whose source is translated.")
+    ] = False,
+    dst_nat: Annotated[
+        bool, typer.Option("--dst-nat", help="Only those whose destination is translated.")
+    ] = False,
+    family: Annotated[
+        str | None,
+        typer.Option("--family", "-f", metavar="ipv4|ipv6", help="Default: both."),
+    ] = None,
+    pod: Annotated[
+        str | None, typer.Option("--pod", metavar="NAME", help="To, from or by way of this pod.")
+    ] = None,
+    service: Annotated[
+        str | None,
+        typer.Option(
+            "--service", metavar="NAME", help="To its front doors, or answered by its endpoints."
+        ),
+    ] = None,
+    node: Annotated[
+        str | None,
+        typer.Option("--node", metavar="NODE", help="A full name, a unique suffix or an address."),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", metavar="N", min=1, help="At most N entries of each table."),
+    ] = None,
+    output: Annotated[
+        ConntrackOutput | None,
+        typer.Option("--output", "-o", help="Output format (default: text)."),
+    ] = None,
+) -> None:
+    """List, count or sum up connection tracking: any node's table, any pod's, or all nodes'.
+
+    For example:  gketrace conntrack -p tcp --dport 31830 -o conntrack
+    """
+    from gketrace_cli.conntrack_filter import typed_filter
+    from gketrace_cli.session import Session
+
+    if sum((list_, count, stats)) > 1:
+        raise UsageError("-L, -C and -S exclude each other")
+    typed = typed_filter(
+        family=family,
+        protocol=proto,
+        addresses={
+            "orig_src": src,
+            "orig_dst": dst,
+            "reply_src": reply_src,
+            "reply_dst": reply_dst,
+        },
+        ports={
+            "orig_sport": sport,
+            "orig_dport": dport,
+            "reply_sport": reply_sport,
+            "reply_dport": reply_dport,
+        },
+        mark=mark,
+        zone=zone,
+        state=state,
+        src_nat=src_nat,
+        dst_nat=dst_nat,
+    )
+    fitting = typed.ByteSize() > 0 or bool(pod or service)
+    if stats and fitting:
+        raise UsageError("-S is about the whole table", hint="leave the filters out")
+    form = _form(output, options)
+    from gketrace_cli import conntrack_show as show
+
+    with Session(options) as session:
+        places, gaps = find_places(session, where, node)
+        if stats or (count and not fitting):
+            show.show_statistics(session, places, gaps, options, form, brief=count)
+        filters = _filters(session, places, typed, pod, service)
+        asked = {
+            "where": where,
+            "node": node,
+            "pod": pod,
+            "service": service,
+            "filter": show.filter_document(typed),
+            "limit": limit,
+        }
+        listing = show.Listing(
+            session=session,
+            options=options,
+            places=places,
+            gaps=gaps,
+            filters=filters,
+            limit=limit or 0,
+            fitting=fitting,
+            query=asked,
+        )
+        if count:
+            listing.show_count(form)
+        listing.show(form)
+
+
+def _form(output: ConntrackOutput | None, options: Options) -> ConntrackOutput:
+    """``-o`` may also stand before the command, where it has fewer choices."""
+    return output or ConntrackOutput(options.format.value)
+
+
+def find_places(
+    session: Session, where: str | None, node: str | None
+) -> tuple[list[Place], tuple[Missing, ...]]:
+    """Whose tables are to be read, and those whose agent does not answer.
+
+    Raises: `NotFoundError`, `UsageError`; `UnavailableError` when no agent answers.
+    """
+    from gketrace_cli.conntrack_reading import Place
+    from gketrace_cli.names import find_node
+
+    nodes = session.nodes
+    if where and "/" in where and where.partition("/")[0] not in ("node", "nodes", "no"):
+        pod = find_pod_named(session, where)
+        if node and find_node(node, nodes).name != pod.node:
+            raise UsageError(f"pod {pod.key} is on node {pod.node}, not on {node}")
+        if not pod.node:
+            raise UsageError(f"pod {pod.key} is not on any node yet, so it has no table")
+        session.reach([pod.node])
+        session.fleet.agent(pod.node)
+        return [Place(node=pod.node, pod=None if pod.host_network else pod)], ()
+    given = (where or "").removeprefix("nodes/").removeprefix("node/").removeprefix("no/")
+    if given and node and find_node(given, nodes) != find_node(node, nodes):
+        raise UsageError(f"{where} and --node {node} are two nodes")
+    if given or node:
+        name = find_node(given or node or "", nodes).name
+        session.reach([name])
+        session.fleet.agent(name)
+        return [Place(node=name)], ()
+    names = [one.name for one in nodes]
+    session.reach(names)
+    gaps = session.fleet.missing(names)
+    there = [Place(node=name) for name in names if session.fleet.failure(name) is None]
+    if not there:
+        session.fleet.agent(names[0])
+    return there, gaps
+
+
+def find_pod_named(session: Session, text: str) -> Pod:
+    """A pod by NAME, pod/NAME or NAMESPACE/NAME; with ``-A`` in any namespace."""
+    from gketrace_cli.commands.pod import find_pod
+    from gketrace_cli.names import parse_pod_name
+
+    namespace, name = parse_pod_name(text, session.namespace)
+    if session.options.all_namespaces and "/" not in text.removeprefix("pod/"):
+        found = [one for one in session.cluster.pods() if one.name == name]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            spaces = ", ".join(one.namespace for one in found)
+            raise UsageError(f'pod "{name}" is in several namespaces', hint=f"-n one of {spaces}")
+    return find_pod(session, namespace, name)
+
+
+def _filters(
+    session: Session,
+    places: list[Place],
+    typed: pb.ConntrackFilter,
+    pod: str | None,
+    service: str | None,
+) -> dict[Place, tuple[pb.ConntrackFilter, ...]]:
+    """For each table, the alternatives that its agent is sent."""
+    from gketrace_cli.commands.service import find_service
+    from gketrace_cli.conntrack_filter import both, door_filters, endpoint_filters, pod_filters
+
+    base: tuple[pb.ConntrackFilter, ...] = (typed,)
+    if pod:
+        of_pod = pod_filters(find_pod_named(session, pod))
+        base = tuple(made for one in of_pod if (made := both(typed, one)) is not None)
+    if not service:
+        return dict.fromkeys(places, base)
+    found, endpoints = find_service(session, *_service_name(session, service))
+    ends = endpoint_filters(endpoints)
+    by_name = {one.name: one for one in session.nodes}
+    filters = {}
+    for place in places:
+        node = by_name[place.node]
+        own = (str(seen.address) for seen in session.fleet.addresses(place.node))
+        doors = door_filters(found, (*node.internal_ips, *node.external_ips, *own))
+        filters[place] = tuple(
+            made
+            for one in base
+            for other in (*doors, *ends)
+            if (made := both(one, other)) is not None
+        )
+    return filters
+
+
+def _service_name(session: Session, text: str) -> tuple[str, str]:
+    from gketrace.errors import NotFoundError
+    from gketrace_cli.commands.service import parse_service_name
+    from gketrace_cli.names import close_names
+
+    namespace, name = parse_service_name(text, session.namespace)
+    if not session.options.all_namespaces or "/" in text.removeprefix("svc/"):
+        return namespace, name
+    listed = session.cluster.services()
+    spaces = [one.namespace for one in listed if one.name == name]
+    if not spaces:
+        hint = close_names(name, [one.name for one in listed])
+        raise NotFoundError(f'service "{name}" not found in any namespace', hint=hint)
+    if len(spaces) > 1:
+        several = ", ".join(spaces)
+        raise UsageError(f'service "{name}" is in several namespaces', hint=f"-n one of {several}")
+    return spaces[0], name

@@ -1,0 +1,362 @@
+"""`gketrace conntrack` over agents that serve tables made here: filters, formats, completeness."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import grpc
+import jsonschema
+import pytest
+import yaml
+
+from gketrace.conntrack import ConntrackEntry, CtStatus
+from gketrace.conntrack_records import RECORD, record_of
+from gketrace.conntrack_text import render_entry
+from gketrace.packet import Protocol, Tuple5
+from gketrace_agent.messages import conntrack_filters
+from gketrace_cli.conntrack_filter import both, door_filters, parse_mark, typed_filter
+from gketrace_cli.main import run
+from gketrace_proto.codec import encode
+from gketrace_proto.v1alpha1 import agent_pb2 as pb
+from gketrace_proto.v1alpha1.agent_pb2_grpc import AgentServicer, add_AgentServicer_to_server
+from tests.cli.stage import Stage
+
+SCHEMAS = Path(__file__).parents[2] / "docs/schema"
+NODES = ("2jdh", "33fg", "m69d")
+ADDRESSES = {"2jdh": "10.142.0.8", "33fg": "10.142.0.7", "m69d": "10.142.0.6"}
+ESTABLISHED = CtStatus.SEEN_REPLY | CtStatus.ASSURED | CtStatus.CONFIRMED
+NOW = 1_700_000_000.0
+
+
+def entry(
+    protocol: int,
+    orig: tuple[str, int, str, int],
+    reply: tuple[str, int, str, int] | None = None,
+    **fields: Any,
+) -> ConntrackEntry:
+    """`orig` and `reply`: source, port, destination, port."""
+
+    def half(src: str, sport: int, dst: str, dport: int) -> Tuple5:
+        return Tuple5(
+            src=ip_address(src), dst=ip_address(dst), protocol=protocol, sport=sport, dport=dport
+        )
+
+    taken = half(*orig)
+    fields = {"status": int(ESTABLISHED), "timeout": 100, "mark": 0, "id": 7, "use": 1, **fields}
+    return ConntrackEntry(orig=taken, reply=half(*reply) if reply else taken.inverted(), **fields)
+
+
+NODE_PORT = entry(
+    Protocol.TCP,
+    ("10.142.0.6", 49132, "10.142.0.8", 31830),
+    ("10.40.0.6", 8080, "10.40.0.1", 23374),
+    tcp_state="ESTABLISHED",
+    status=int(ESTABLISHED | CtStatus.SRC_NAT | CtStatus.DST_NAT),
+)
+SENT = entry(Protocol.TCP, ("10.142.0.6", 49132, "10.142.0.8", 31830), tcp_state="ESTABLISHED")
+DNS = entry(
+    Protocol.UDP,
+    ("10.40.2.10", 5555, "10.43.240.17", 53),
+    ("10.40.1.10", 5353, "10.40.2.10", 5555),
+    status=int(CtStatus.DST_NAT | CtStatus.CONFIRMED),
+    mark=0x4000,
+)
+SIX = entry(Protocol.UDP, ("fd00:40::5", 1000, "fd00:142::1", 53), zone=9)
+
+
+@dataclass
+class TableAgent(AgentServicer):
+    """One node's agent, with tables instead of a kernel."""
+
+    node: str
+    tables: dict[str, list[ConntrackEntry]] = field(default_factory=dict)
+    """By pod name; "" is the host's."""
+    summary: dict[str, Any] = field(default_factory=dict)
+    requests: list[pb.ListConntrackRequest] = field(default_factory=list)
+    breaks: grpc.StatusCode | None = None
+
+    def GetInfo(self, request: pb.GetInfoRequest, context: grpc.ServicerContext) -> pb.GetInfoReply:
+        return pb.GetInfoReply(node=self.node, version="0", api_version="gketrace.dev/v1alpha1")
+
+    def ListConntrack(
+        self, request: pb.ListConntrackRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.ListConntrackReply]:
+        self.requests.append(request)
+        wanted = conntrack_filters(request)
+        found = [one for one in self.tables[request.target.pod.name] if wanted.takes(one)]
+        sent = found[: request.limit or len(found)]
+        for one in sent:
+            if request.format == pb.CONNTRACK_FORMAT_TEXT:
+                yield pb.ListConntrackReply(text=render_entry(one, now=NOW).encode() + b"\n")
+            elif (record := record_of(one)) is not None:
+                yield pb.ListConntrackReply(records=RECORD.pack(*record))
+            else:
+                yield pb.ListConntrackReply(entries=[encode(one)])
+        if self.breaks is not None:
+            context.abort(self.breaks, "the table went away")
+        said = {"consistent": True, "tracked": True, "readings": 1, **self.summary}
+        cut = len(sent) < len(found)
+        yield pb.ListConntrackReply(
+            summary=pb.ConntrackSummary(sent=len(sent), truncated=cut, **said)
+        )
+
+    def GetConntrackStats(
+        self, request: pb.GetConntrackStatsRequest, context: grpc.ServicerContext
+    ) -> pb.GetConntrackStatsReply:
+        return pb.GetConntrackStatsReply(
+            entries=len(self.tables[request.target.pod.name]),
+            limit=1000,
+            buckets=1024,
+            tracked=True,
+            cpus=[pb.ConntrackCpuStats(cpu=0, counters={"found": 5, "insert_failed": 2})],
+        )
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, TableAgent]]:
+    folder = tmp_path_factory.mktemp("tables")
+    with ExitStack() as stack:
+        agents = {}
+        for node in NODES:
+            agents[node] = TableAgent(node)
+            server = grpc.server(futures.ThreadPoolExecutor(4))
+            add_AgentServicer_to_server(agents[node], server)
+            server.add_insecure_port(f"unix:{folder / node}.sock")
+            server.start()
+            stack.callback(lambda s=server: s.stop(None).wait())
+        agents["2jdh"].socket = f"unix://{folder}"  # type: ignore[attr-defined]
+        yield agents
+
+
+@pytest.fixture
+def agents(servers: dict[str, TableAgent]) -> dict[str, TableAgent]:
+    for agent in servers.values():
+        agent.tables, agent.summary, agent.breaks = {"": []}, {}, None
+        agent.requests.clear()
+    servers["2jdh"].tables = {"": [NODE_PORT], "web-0": []}
+    servers["m69d"].tables = {"": [SENT]}
+    servers["33fg"].tables = {"": [DNS, SIX]}
+    return servers
+
+
+Ask = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def ask(world: Stage, agents: dict[str, TableAgent], capsys: pytest.CaptureFixture[str]) -> Ask:
+    folder = agents["2jdh"].socket  # type: ignore[attr-defined]
+
+    def asked(*words: str, without: tuple[str, ...] = ()) -> tuple[int, str, str]:
+        line = [*words, "--kubeconfig", str(world.api.kubeconfig)]
+        for node in NODES:
+            if node not in without:
+                line += ["--agent", f"{node}={folder}/{node}.sock"]
+        code = run(["conntrack", *line])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return asked
+
+
+def test_text_says_the_answer_first(ask: Ask) -> None:
+    code, out, err = ask()
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        "4 entries on 3 nodes; each table was read whole.",
+        "Accounting is off on all nodes: packets and bytes are not known.",
+        "",
+        "NODE  PROTO  STATE        FROM -> TO",
+        "2jdh  tcp    ESTABLISHED  10.142.0.6:49132 -> 10.142.0.8:31830",
+        "             translated to 10.40.0.6:8080 from 10.40.0.1:23374",
+        "33fg  udp    UNREPLIED    10.40.2.10:5555 -> 10.43.240.17:53",
+        "             translated to 10.40.1.10:5353",
+        "33fg  udp    ASSURED      [fd00:40::5]:1000 -> [fd00:142::1]:53",
+        "m69d  tcp    ESTABLISHED  10.142.0.6:49132 -> 10.142.0.8:31830",
+    ]
+
+
+def test_wide_names_pods_and_services(ask: Ask) -> None:
+    code, out, _ = ask("-o", "wide")
+    assert code == 0
+    assert "10.142.0.8:31830 (svc/default/hello-server)" in out
+    assert "10.40.0.6:8080 (pod/default/hello-server-579859fb5b-szrwh)" in out
+    assert (
+        "10.43.240.17:53 (svc/default/dns); translated to 10.40.1.10:5353 (pod/default/web-1)"
+        in (out)
+    )
+    assert "mark 0x4000" in out
+
+
+def test_lines_are_conntracks_and_nothing_else_is_on_stdout(
+    ask: Ask, agents: dict[str, TableAgent]
+) -> None:
+    code, out, err = ask("33fg", "-o", "conntrack")
+    assert code == 0
+    assert out == "".join(render_entry(one, now=NOW) + "\n" for one in (DNS, SIX))
+    assert err == "gketrace: 2 entries on node 33fg; the table was read whole.\n"
+    agents["33fg"].summary = {"consistent": False, "readings": 3}
+    code, out, err = ask("33fg", "-o", "conntrack")
+    assert code == 3
+    assert len(out.splitlines()) == 2
+    assert "not seen: conntrack on 33fg: the table changed while it was read (3 readings)" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["-p", "udp"], [DNS, SIX]),
+        (["-p", "17", "-f", "ipv6"], [SIX]),
+        (["-s", "10.142.0.0/16", "--dst-nat"], [NODE_PORT]),
+        (["-d", "10.43.240.17", "--dport", "53"], [DNS]),
+        (["--sport", "49132", "--state", "established"], [NODE_PORT, SENT]),
+        (["--reply-src", "10.40.0.0/24"], [NODE_PORT]),
+        (["-q", "10.40.0.1", "--src-nat"], [NODE_PORT]),
+        (["--reply-port-src", "5353"], [DNS]),
+        (["--mark", "0x4000/0x4000"], [DNS]),
+        (["--zone", "9"], [SIX]),
+        (["--pod", "web-1"], [DNS]),
+        (["--service", "dns"], [DNS]),
+        (["--service", "hello-server"], [NODE_PORT]),
+        (["--service", "dns", "-s", "10.40.2.10"], [DNS]),
+        (["--service", "dns", "-d", "10.9.9.9"], []),
+        (["--service", "dns", "-A", "-n", "elsewhere"], [DNS]),
+        (["--node", "m69d"], [SENT]),
+    ],
+)
+def test_filters_are_the_agents(ask: Ask, words: list[str], found: list[ConntrackEntry]) -> None:
+    code, out, err = ask(*words, "-o", "conntrack")
+    assert code == 0, err
+    assert sorted(out.splitlines()) == sorted(render_entry(one, now=NOW) for one in found)
+    code, out, _ = ask(*words, "-C", "-o", "conntrack")
+    assert (code, out) == (0, f"{len(found)}\n")
+
+
+def test_node_ports_are_asked_at_the_nodes_own_addresses(
+    ask: Ask, agents: dict[str, TableAgent]
+) -> None:
+    assert ask("--service", "hello-server")[0] == 0
+    for node, agent in agents.items():
+        asked = {(f.orig_dst, f.orig_dport) for f in agent.requests[0].any}
+        assert (f"{ADDRESSES[node]}/32", 31830) in asked
+        others = {f"{ip}/32" for name, ip in ADDRESSES.items() if name != node}
+        assert not others & {dst for dst, _ in asked}
+
+
+def test_a_pods_own_table(ask: Ask, agents: dict[str, TableAgent]) -> None:
+    agents["2jdh"].summary = {"tracked": False}
+    code, out, _ = ask("pod/web-0")
+    assert code == 0
+    assert out == (
+        "Pod default/web-0 on 2jdh: nothing asks for connection tracking: not tracked.\n"
+    )
+    agents["2jdh"].summary = {}
+    agents["2jdh"].tables["web-0"] = [DNS]
+    document = json.loads(ask("pod/web-0", "-o", "json")[1])
+    assert document["entries"][0]["netns"] == "pod/default/web-0"
+    assert [r.target.pod.name for r in agents["2jdh"].requests] == ["web-0", "web-0"]
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl", "yaml"])
+def test_documents(ask: Ask, form: str) -> None:
+    schema = json.loads((SCHEMAS / "conntrack.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    for words in (["-p", "tcp"], ["-p", "tcp", "-d", "10.9.9.9"], ["-S"], ["-C", "-p", "tcp"]):
+        _, out, _ = ask(*words, "-o", form)
+        if form == "jsonl":
+            documents = [json.loads(line) for line in out.splitlines()]
+        else:
+            documents = [yaml.safe_load(out)]
+        for document in documents:
+            jsonschema.validate(document, schema)
+    _, out, _ = ask("-p", "tcp", "-o", form)
+    if form == "jsonl":
+        entries = [json.loads(line) for line in out.splitlines()][:-1]
+    else:
+        entries = yaml.safe_load(out)["entries"]
+    translated = next(one for one in entries if "DST_NAT" in one["status"])
+    assert translated["reply"]["src"] == "10.40.0.6"
+    assert translated["original"]["packets"] is None
+
+
+def test_what_was_not_seen_is_said(ask: Ask, agents: dict[str, TableAgent]) -> None:
+    agents["33fg"].breaks = grpc.StatusCode.ABORTED
+    code, out, _ = ask(without=("m69d",))
+    assert code == 3
+    assert out.startswith("3 entries on 2 nodes; not everything was seen.")
+    assert "Not seen: agent on m69d: no agent on node m69d" in out
+    assert "Not seen: conntrack on 33fg: node 33fg: the table went away" in out
+    document = json.loads(ask("-o", "json", without=("m69d",))[1])
+    assert not document["complete"]
+    assert {m["node"] for m in document["missing"]} == {"m69d", "33fg"}
+
+
+def test_cut_lists(ask: Ask, agents: dict[str, TableAgent]) -> None:
+    code, out, _ = ask("33fg", "--limit", "1")
+    assert code == 0
+    assert "There are more: --limit 1 was given." in out
+    agents["33fg"].summary = {}
+    agents["33fg"].tables = {"": [DNS]}
+    assert "There are more" not in ask("33fg", "--limit", "1")[1]
+
+
+def test_statistics(ask: Ask) -> None:
+    code, out, _ = ask("-S", "2jdh")
+    assert code == 0
+    assert "node 2jdh: 1 entry of 1000 (0.1 %)" in out
+    assert "insert_failed   2: entries that could not be added" in out
+    assert ask("-S", "2jdh", "-o", "conntrack")[1] == "cpu=0   \tfound=5 insert_failed=2 \n"
+    assert ask("-C", "-o", "conntrack")[1] == "4\n"
+    assert ask("-C")[1].startswith("4 entries on 3 nodes.\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["-s", "1.2.3"], 2, "not an address or network: '1.2.3'"),
+        (["-p", "tpc"], 2, "no such protocol: 'tpc'"),
+        (["--mark", "x"], 2, "'x' is no mark"),
+        (["-f", "ipx"], 2, "no such address family"),
+        (["--state", "OPENED"], 2, "no such state: 'OPENED'"),
+        (["-L", "-C"], 2, "exclude each other"),
+        (["-S", "-p", "tcp"], 2, "-S is about the whole table"),
+        (["zzzz"], 2, "no node 'zzzz' in the cluster"),
+        (["--pod", "nope"], 2, 'pod "nope" not found'),
+        (["--service", "nope"], 2, 'service "nope" not found'),
+        (["--service", "nope", "-A"], 2, "not found in any namespace"),
+        (["2jdh", "--node", "m69d"], 2, "are two nodes"),
+        (["pod/web-0", "--node", "m69d"], 2, "is on node 2jdh, not on m69d"),
+    ],
+)
+def test_wrong_command_lines(ask: Ask, words: list[str], code: int, message: str) -> None:
+    got, out, err = ask(*words)
+    assert (got, out) == (code, "")
+    assert message in err
+
+
+def test_filters_that_contradict() -> None:
+    tcp, udp = typed_filter(protocol="tcp"), typed_filter(protocol="udp")
+    assert both(tcp, udp) is None
+    wide = typed_filter(addresses={"orig_dst": "10.0.0.0/8"})
+    narrow = typed_filter(addresses={"orig_dst": "10.40.0.6"})
+    joined = both(wide, narrow)
+    assert joined is not None
+    assert joined.orig_dst == "10.40.0.6/32"
+    assert both(narrow, typed_filter(addresses={"orig_dst": "10.40.0.7"})) is None
+    assert parse_mark("0x10/0xf0") == (16, 240)
+
+
+def test_doors_of_a_service(world: Stage) -> None:
+    from gketrace_cli.cluster import Cluster
+
+    with Cluster.open(kubeconfig=str(world.api.kubeconfig)) as cluster:
+        hello = cluster.service("default", "hello-server")
+    doors = {(f.orig_dst, f.orig_dport) for f in door_filters(hello, ["10.142.0.8"])}
+    assert ("10.43.246.223/32", 80) in doors
+    assert ("10.142.0.8/32", 31830) in doors
