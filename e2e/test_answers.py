@@ -17,7 +17,6 @@ from e2e.conftest import LabFactory
 from e2e.netlab import Lab, Probe
 from e2e.netlab.expect import Door, Source, doors, expect, sources
 from e2e.netlab.network import CLIENTS
-from gketrace.errors import ExitCode
 
 KINDS = [
     ("ptp", "1.36", "legacy"),
@@ -80,21 +79,10 @@ def differences(lab: Lab, pairs: list[tuple[Source, Door]]) -> list[str]:
     )
     found = []
     for (source, door), case, result in zip(pairs, cases, results, strict=True):
-        if unknowable(lab, source, door):
-            assert said[case].code == ExitCode.PARTIAL, case.title
-            continue
         wrong = compare(case, said[case], result) or promise(lab, source, door, case, said[case])
         if wrong:
             found.append(wrong)
     return found
-
-
-def unknowable(lab: Lab, source: Source, door: Door) -> bool:
-    """A node that asks its own hostNetwork pod through a ClusterIP is masqueraded on the way into
-    loopback, which has no address to give: the kernel takes the first of another interface, in an
-    order that it does not show."""
-    hosts = {pod.node for pod in lab.world.pods if pod.host_network}
-    return door.service == "default/hostnet" and source.pod is None and source.node in hosts
 
 
 def promise(lab: Lab, source: Source, door: Door, case: Case, said: Said) -> str | None:

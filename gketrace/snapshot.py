@@ -104,6 +104,9 @@ class Link:
     bridge_nf_call_ip6tables: bool | None = None
     group: int = 0
     alias: str = ""
+    rank: int | None = None
+    """Place in the namespace's list of devices, which is in order of registration (net->dev_base);
+    None: not shown.  Where a search over all devices takes the first, this says which it is."""
 
     @property
     def up(self) -> bool:

@@ -178,13 +178,28 @@ def observe_links(
         if link.kind in _PAIRED and _IFLA_LINK in found:
             peers.add(ifindex, u32(found[_IFLA_LINK]), found.get(_IFLA_LINK_NETNSID))
     resolved = peers.resolve({link.ifindex: link.name for link in links})
+    ranks = _ranks(reader)
     return LinkTable(
         links=tuple(
-            replace(link, peer=resolved[link.ifindex]) if link.ifindex in resolved else link
+            replace(link, peer=resolved.get(link.ifindex), rank=ranks.get(link.ifindex))
             for link in links
         ),
         sysctls=sysctls,
     )
+
+
+def _ranks(reader: KernelReader) -> dict[int, int]:
+    """ifindex → place in the list of devices.
+
+    /proc/net/igmp walks that list (igmp_mc_seq_start, for_each_netdev_rcu), where a dump of links
+    goes by ifindex.  Devices that have joined no group, because they are down, are not in it.
+    """
+    try:
+        lines = reader.read_net("igmp").splitlines()[1:]
+    except FileNotFoundError:
+        return {}
+    shown = [line.split(maxsplit=1)[0] for line in lines if line and not line[0].isspace()]
+    return {int(ifindex): place for place, ifindex in enumerate(shown)}
 
 
 def _link(ifindex: int, flags: int, found: dict[int, bytes]) -> Link:

@@ -57,7 +57,7 @@ def _on_link(address: Address, dst: int) -> bool:
 def _any_device(view: NetView, scope: int) -> IPAddress | None:
     """The search over all devices: the loopback first, the rest in order of registration.
 
-    The order of registration is not shown by the kernel, so devices that disagree are not known.
+    Where some device's place in that order is not shown, devices that disagree are not known.
     """
     candidates: list[tuple[Link, IPAddress]] = []
     for link in view.links:
@@ -71,6 +71,9 @@ def _any_device(view: NetView, scope: int) -> IPAddress | None:
                 candidates.append((link, address.address))
                 break
     found = {address for _, address in candidates}
+    ranks = [link.rank for link, _ in candidates]
+    if len(found) > 1 and None not in ranks:
+        return min(candidates, key=lambda candidate: candidate[0].rank or 0)[1]
     if len(found) > 1:
         names = ", ".join(f"{address} of {link.name}" for link, address in candidates)
         raise NotKnown(

@@ -155,6 +155,7 @@ class Link(_message.Message):
     BRIDGE_NF_CALL_IP6TABLES_FIELD_NUMBER: _builtins.int
     GROUP_FIELD_NUMBER: _builtins.int
     ALIAS_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
     ifindex: _builtins.int
     name: _builtins.str
     kind: _builtins.str
@@ -166,6 +167,8 @@ class Link(_message.Message):
     bridge_nf_call_ip6tables: _builtins.bool
     group: _builtins.int
     alias: _builtins.str
+    rank: _builtins.int
+    """Place in the list of devices, in order of registration; absent: not shown."""
     @_builtins.property
     def flags(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -189,10 +192,11 @@ class Link(_message.Message):
         bridge_nf_call_ip6tables: _builtins.bool | None = ...,
         group: _builtins.int = ...,
         alias: _builtins.str = ...,
+        rank: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_bridge_nf_call_ip6tables", b"_bridge_nf_call_ip6tables", "_bridge_nf_call_iptables", b"_bridge_nf_call_iptables", "_master", b"_master", "_peer", b"_peer", "_port", b"_port", "bridge_nf_call_ip6tables", b"bridge_nf_call_ip6tables", "bridge_nf_call_iptables", b"bridge_nf_call_iptables", "master", b"master", "peer", b"peer", "port", b"port"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_bridge_nf_call_ip6tables", b"_bridge_nf_call_ip6tables", "_bridge_nf_call_iptables", b"_bridge_nf_call_iptables", "_master", b"_master", "_peer", b"_peer", "_port", b"_port", "_rank", b"_rank", "bridge_nf_call_ip6tables", b"bridge_nf_call_ip6tables", "bridge_nf_call_iptables", b"bridge_nf_call_iptables", "master", b"master", "peer", b"peer", "port", b"port", "rank", b"rank"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bridge_nf_call_ip6tables", b"_bridge_nf_call_ip6tables", "_bridge_nf_call_iptables", b"_bridge_nf_call_iptables", "_master", b"_master", "_peer", b"_peer", "_port", b"_port", "alias", b"alias", "bridge_nf_call_ip6tables", b"bridge_nf_call_ip6tables", "bridge_nf_call_iptables", b"bridge_nf_call_iptables", "flags", b"flags", "group", b"group", "ifindex", b"ifindex", "kind", b"kind", "mac", b"mac", "master", b"master", "mtu", b"mtu", "name", b"name", "operstate", b"operstate", "peer", b"peer", "port", b"port"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_bridge_nf_call_ip6tables", b"_bridge_nf_call_ip6tables", "_bridge_nf_call_iptables", b"_bridge_nf_call_iptables", "_master", b"_master", "_peer", b"_peer", "_port", b"_port", "_rank", b"_rank", "alias", b"alias", "bridge_nf_call_ip6tables", b"bridge_nf_call_ip6tables", "bridge_nf_call_iptables", b"bridge_nf_call_iptables", "flags", b"flags", "group", b"group", "ifindex", b"ifindex", "kind", b"kind", "mac", b"mac", "master", b"master", "mtu", b"mtu", "name", b"name", "operstate", b"operstate", "peer", b"peer", "port", b"port", "rank", b"rank"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__bridge_nf_call_ip6tables: _TypeAlias = _typing.Literal["bridge_nf_call_ip6tables"]  # noqa: Y015
     _WhichOneofArgType__bridge_nf_call_ip6tables: _TypeAlias = _typing.Literal["_bridge_nf_call_ip6tables", b"_bridge_nf_call_ip6tables"]  # noqa: Y015
@@ -204,6 +208,8 @@ class Link(_message.Message):
     _WhichOneofArgType__peer: _TypeAlias = _typing.Literal["_peer", b"_peer"]  # noqa: Y015
     _WhichOneofReturnType__port: _TypeAlias = _typing.Literal["port"]  # noqa: Y015
     _WhichOneofArgType__port: _TypeAlias = _typing.Literal["_port", b"_port"]  # noqa: Y015
+    _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
+    _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__bridge_nf_call_ip6tables) -> _WhichOneofReturnType__bridge_nf_call_ip6tables | None: ...
     @_typing.overload
@@ -214,6 +220,8 @@ class Link(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__peer) -> _WhichOneofReturnType__peer | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__port) -> _WhichOneofReturnType__port | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rank) -> _WhichOneofReturnType__rank | None: ...
 
 Global___Link: _TypeAlias = Link  # noqa: Y015
 
