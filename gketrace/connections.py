@@ -1,0 +1,443 @@
+"""Connection-tracking entries of many nodes and pods → connections, from first client to last pod.
+
+What joins two entries is the packet between them.  An entry takes packets in by its original
+tuple and lets them out as the inverse of its reply tuple; that is the tuple that the next node's
+entry takes in, as nothing between the nodes changes it.  An entry without NAT lets out what it
+took in: it is another sight of the same packets.
+
+The join never guesses.  Where two translations lead into one tuple (a client that used its port
+again, through another node, before the old entry expired), nothing in the entries says which one
+the packets behind come from: they are left apart, and each names the others
+(`Connection.contested`).  Nothing else than tuples joins: not the time, not the counters.  So when
+of two such translations the right one was lost, the other one is joined; that one is old, and its
+state disagrees with the others (`Connection.doubts`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from ipaddress import IPv4Address, IPv6Address
+from typing import Final, TypeAlias
+
+from gketrace.conntrack import ConntrackEntry, CtStatus
+from gketrace.conntrack_records import Record, entry_from_record
+from gketrace.packet import PORT_PROTOCOLS, IPAddress, Protocol, Tuple5
+
+__all__ = ["Connection", "Doubt", "Half", "Place", "PlaceEntries", "Unseen", "join_connections"]
+
+_Key: TypeAlias = tuple[bytes, bytes, int, int, int, int]
+"""Source, destination, protocol, source port, destination port, ICMP type: what is on the wire."""
+_ICMP: Final = frozenset({Protocol.ICMP, Protocol.ICMPV6})
+_OPEN: Final = frozenset({"ESTABLISHED", "FIN_WAIT", "CLOSE_WAIT"})
+_OVER: Final = frozenset({"CLOSE", "TIME_WAIT", "LAST_ACK"})
+_BEGINNING: Final = frozenset({"SYN_SENT", "SYN_SENT2"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where an entry was seen: a network namespace."""
+
+    node: str
+    pod: str = ""
+    """``namespace/name``; empty: the node's own network namespace."""
+
+    def __str__(self) -> str:
+        return f"{self.pod} on {self.node}" if self.pod else self.node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlaceEntries:
+    """All that was read in one place."""
+
+    place: Place
+    entries: Sequence[ConntrackEntry | Record]
+    complete: bool = True
+    """False: a filter, a limit or a loss left some out, or nothing is tracked here; that an entry
+    is not among them then says nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Half:
+    """One entry of a connection."""
+
+    place: Place
+    seen: ConntrackEntry | Record
+    reversed: bool = False
+    """It was made by an answer, after the entry that the connection began with was lost: its
+    original tuple is that of the answers."""
+
+    @property
+    def entry(self) -> ConntrackEntry:
+        seen = self.seen
+        return entry_from_record(seen) if isinstance(seen, Record) else seen
+
+
+class Doubt(Enum):
+    """What the halves of a connection disagree about."""
+
+    STATE = "state"
+    """One has it open, another one closed."""
+    REPLIES = "replies"
+    """One has seen answers, another one none."""
+    REVERSED = "reversed"
+    """One was made by an answer: an earlier entry was lost there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unseen:
+    """A place that the packets must have passed, that was read, and has no entry of them."""
+
+    node: str
+    tuple5: Tuple5
+    """The packets there, in the direction of the first one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connection:
+    """What is known of one connection."""
+
+    halves: tuple[Half, ...]
+    """In the order in which its packets pass; of those that see the same packets, the source's
+    node is first and the destination's last."""
+    unseen: tuple[Unseen, ...] = ()
+    """Not empty: one-sided."""
+    contested: tuple[Half, ...] = ()
+    """Entries of other connections that could stand before or behind these just as well."""
+
+    @property
+    def first(self) -> Tuple5:
+        """As the first client sends it."""
+        half = self.halves[0]
+        return half.entry.orig.inverted() if half.reversed else half.entry.orig
+
+    @property
+    def last(self) -> Tuple5:
+        """As it arrives at the end."""
+        half = self.halves[-1]
+        return (half.entry.orig if half.reversed else half.entry.reply).inverted()
+
+    @property
+    def doubts(self) -> tuple[Doubt, ...]:
+        """What the halves disagree about."""
+        entries = [half.entry for half in self.halves]
+        states = {entry.tcp_state for entry in entries}
+        replied = {bool(entry.status & CtStatus.SEEN_REPLY) for entry in entries}
+        found: list[Doubt] = []
+        if (states & _OPEN and states & (_OVER | _BEGINNING)) or (
+            states & _OVER and states & _BEGINNING
+        ):
+            found.append(Doubt.STATE)
+        if len(replied) > 1:
+            found.append(Doubt.REPLIES)
+        if any(half.reversed for half in self.halves):
+            found.append(Doubt.REVERSED)
+        return tuple(found)
+
+
+class _Entries:
+    """All entries, by the tuples that they take in and let out."""
+
+    def __init__(self, tables: Iterable[PlaceEntries]) -> None:
+        self.halves: list[tuple[Place, ConntrackEntry | Record]] = []
+        self.keys: list[tuple[_Key, _Key]] = []
+        self.same: dict[_Key, list[int]] = {}
+        """Entries without NAT, by the tuple that they see."""
+        self.into: dict[_Key, list[int]] = {}
+        """Entries with NAT, by what they take in."""
+        self.out_of: dict[_Key, list[int]] = {}
+        """Entries with NAT, by what they let out."""
+        for table in tables:
+            for seen in table.entries:
+                self._add(table.place, seen)
+        self.turned = self._turn()
+        """Entries without NAT that answers made, and are under the tuple of the first packet."""
+
+    def _add(self, place: Place, seen: ConntrackEntry | Record) -> None:
+        number = len(self.halves)
+        taken, let_out = _record_keys(seen) if isinstance(seen, Record) else _entry_keys(seen)
+        self.halves.append((place, seen))
+        self.keys.append((taken, let_out))
+        if taken == let_out:
+            self.same.setdefault(taken, []).append(number)
+        else:
+            self.into.setdefault(taken, []).append(number)
+            self.out_of.setdefault(let_out, []).append(number)
+
+    def _turn(self) -> frozenset[int]:
+        """Puts entries that answers made to those of the first packets.
+
+        Which direction was first is known where there is a translation; else it is taken to be
+        that of the older entry, or of more entries: `Doubt.REVERSED` says that it was turned.
+        """
+        turned: set[int] = set()
+        for key in list(self.same):
+            back = _inverted(key)
+            if back == key or key not in self.same:
+                continue
+            forth = key in self.into or key in self.out_of
+            reverse = back in self.into or back in self.out_of
+            here, there = self.same[key], self.same.get(back, [])
+            if reverse and not forth:
+                turn = True
+            elif forth or reverse or not there:
+                turn = False
+            else:
+                turn = self._rank(there, back) > self._rank(here, key)
+            if turn:
+                self.same.setdefault(back, []).extend(here)
+                del self.same[key]
+                turned.update(here)
+        return frozenset(turned)
+
+    def _rank(self, numbers: list[int], key: _Key) -> tuple[int, int, _Key]:
+        """The larger, the likelier these have the direction of the first packet."""
+        starts = [self.halves[number][1].started or 0 for number in numbers]
+        return -min(starts), len(numbers), key
+
+    def half(self, number: int) -> Half:
+        place, seen = self.halves[number]
+        return Half(place, seen, number in self.turned)
+
+
+def join_connections(
+    tables: Iterable[PlaceEntries], owner: Callable[[IPAddress], str] = lambda _: ""
+) -> list[Connection]:
+    """Joins what was read in any number of places.
+
+    `owner` names the node that an address belongs to (its own or one of its pods'), ``""`` where
+    that is not known; it orders the halves, and says where a half ought to be.  Needs about 20 µs
+    for each entry.
+    """
+    tables = list(tables)
+    entries = _Entries(tables)
+    whole = _complete_nodes(tables)
+    owners: dict[bytes, str] = {}
+
+    def node_of(address: bytes) -> str:
+        if address not in owners:
+            owners[address] = owner(_address(address))
+        return owners[address]
+
+    made: list[Connection] = []
+    placed: set[_Key] = set()
+    for chain in _chains(entries):
+        made.append(_connection(entries, chain, node_of, whole, placed))
+    for key, seen in entries.same.items():
+        if key not in placed:
+            made += _lone(entries, key, seen, node_of, whole)
+    return made
+
+
+def _complete_nodes(tables: Sequence[PlaceEntries]) -> frozenset[str]:
+    """Nodes whose own namespace was read whole."""
+    return frozenset(table.place.node for table in tables if table.complete and not table.place.pod)
+
+
+def _chains(entries: _Entries) -> list[list[int]]:
+    """Translations one behind the other; each is in exactly one chain."""
+    following: dict[int, int] = {}
+    for key, before in entries.out_of.items():
+        behind = entries.into.get(key, ())
+        if len(before) == 1 and len(behind) == 1 and before[0] != behind[0]:
+            following[before[0]] = behind[0]
+    preceded = set(following.values())
+    chains: list[list[int]] = []
+    done: set[int] = set()
+
+    def follow(number: int) -> None:
+        chain = [number]
+        done.add(number)
+        while (number := following.get(number, -1)) >= 0 and number not in done:
+            chain.append(number)
+            done.add(number)
+        chains.append(chain)
+
+    translations = [number for numbers in entries.into.values() for number in numbers]
+    for number in translations:
+        if number not in preceded:
+            follow(number)
+    for number in translations:  # a ring, which no real network has, is cut somewhere
+        if number not in done:
+            follow(number)
+    return chains
+
+
+def _connection(
+    entries: _Entries,
+    chain: list[int],
+    node_of: Callable[[bytes], str],
+    whole: frozenset[str],
+    placed: set[_Key],
+) -> Connection:
+    halves: list[int] = []
+    contested: list[int] = []
+    unseen: list[Unseen] = []
+    keys = [entries.keys[chain[0]][0], *(entries.keys[number][1] for number in chain)]
+    for index, key in enumerate(keys):
+        around = {*entries.into.get(key, ()), *entries.out_of.get(key, ())}
+        rivals = around.difference(chain)
+        seen = entries.same.get(key, [])
+        doubled = _doubled(entries, seen)
+        if rivals or doubled:
+            contested += sorted({*rivals, *seen})
+        elif seen:
+            placed.add(key)
+            halves += _ordered(entries, key, seen, node_of)
+        if not rivals:
+            unseen += _unseen(entries, key, around | set(seen), node_of, whole)
+        if index < len(chain):
+            halves.append(chain[index])
+    return Connection(
+        halves=tuple(map(entries.half, halves)),
+        unseen=tuple(unseen),
+        contested=tuple(map(entries.half, dict.fromkeys(contested))),
+    )
+
+
+def _lone(
+    entries: _Entries,
+    key: _Key,
+    seen: list[int],
+    node_of: Callable[[bytes], str],
+    whole: frozenset[str],
+) -> list[Connection]:
+    """Entries without NAT that no one chain of translations has."""
+    around = {*entries.into.get(key, ()), *entries.out_of.get(key, ())}
+    if not _doubled(entries, seen):
+        unseen = () if around else _unseen(entries, key, set(seen), node_of, whole)
+        return [
+            Connection(
+                halves=tuple(map(entries.half, _ordered(entries, key, seen, node_of))),
+                unseen=tuple(unseen),
+                contested=tuple(map(entries.half, sorted(around))),
+            )
+        ]
+    return [
+        Connection(
+            halves=(entries.half(number),),
+            contested=tuple(map(entries.half, sorted({*around, *seen} - {number}))),
+        )
+        for number in seen
+    ]
+
+
+def _doubled(entries: _Entries, seen: list[int]) -> bool:
+    """Whether one place has several of them: zones with the same addresses."""
+    return len(seen) > 1 and len({entries.halves[number][0] for number in seen}) < len(seen)
+
+
+def _ordered(
+    entries: _Entries, key: _Key, seen: list[int], node_of: Callable[[bytes], str]
+) -> list[int]:
+    """The source's node first, the destination's last; pods outside of their node."""
+    if len(seen) < 2:
+        return seen
+    source, destination = node_of(key[0]), node_of(key[1])
+
+    def rank(number: int) -> tuple[int, str, str]:
+        place = entries.halves[number][0]
+        inner = 1 if place.pod else 0
+        if place.node == source and place.node == destination:
+            return 0, place.node, place.pod
+        if place.node == source:
+            return -1 - inner, place.node, place.pod
+        if place.node == destination:
+            return 1 + inner, place.node, place.pod
+        return 0, place.node, place.pod
+
+    return sorted(seen, key=rank)
+
+
+def _unseen(
+    entries: _Entries,
+    key: _Key,
+    around: set[int],
+    node_of: Callable[[bytes], str],
+    whole: frozenset[str],
+) -> list[Unseen]:
+    """Which end's node was read whole and has nothing of these packets."""
+    nodes = {entries.halves[number][0].node for number in around if not _pod(entries, number)}
+    wanted = dict.fromkeys((node_of(key[0]), node_of(key[1])))
+    return [
+        Unseen(node=node, tuple5=_tuple(key))
+        for node in wanted
+        if node and node in whole and node not in nodes
+    ]
+
+
+def _pod(entries: _Entries, number: int) -> bool:
+    return bool(entries.halves[number][0].pod)
+
+
+_REPLY: Final[Mapping[tuple[int, int], int]] = {
+    (protocol, kind): answer
+    for protocol, pairs in (
+        (Protocol.ICMP, ((8, 0), (13, 14), (15, 16), (17, 18))),
+        (Protocol.ICMPV6, ((128, 129), (139, 140))),
+    )
+    for one, other in pairs
+    for kind, answer in ((one, other), (other, one))
+}
+
+
+def _inverted(key: _Key) -> _Key:
+    """The tuple of the answers, as `Tuple5.inverted`."""
+    src, dst, protocol, sport, dport, kind = key
+    if protocol in _ICMP:
+        return dst, src, protocol, sport, dport, _REPLY.get((protocol, kind), kind)
+    return dst, src, protocol, dport, sport, kind
+
+
+def _record_keys(seen: Record) -> tuple[_Key, _Key]:
+    """What it takes in, what it lets out."""
+    size = 4 if seen.family == 4 else 16
+    protocol = seen.protocol
+    taken = (
+        seen.orig_src[:size],
+        seen.orig_dst[:size],
+        protocol,
+        seen.orig_sport,
+        seen.orig_dport,
+        seen.orig_icmp_type,
+    )
+    reply = (
+        seen.reply_src[:size],
+        seen.reply_dst[:size],
+        protocol,
+        seen.reply_sport,
+        seen.reply_dport,
+        seen.reply_icmp_type,
+    )
+    return taken, _inverted(reply)
+
+
+def _entry_keys(seen: ConntrackEntry) -> tuple[_Key, _Key]:
+    keys = seen.gre_keys or (0, 0, 0, 0)
+    gre = seen.orig.protocol == Protocol.GRE
+    orig = _half_key(seen.orig, keys[:2] if gre else None)
+    return orig, _inverted(_half_key(seen.reply, keys[2:] if gre else None))
+
+
+def _half_key(half: Tuple5, keys: tuple[int, ...] | None) -> _Key:
+    sport, dport = keys or (half.sport or 0, half.dport or 0)
+    src, dst = half.src.packed, half.dst.packed
+    return src, dst, half.protocol, sport, dport, half.icmp_type or 0
+
+
+def _address(raw: bytes) -> IPAddress:
+    return IPv4Address(raw) if len(raw) == 4 else IPv6Address(raw)
+
+
+def _tuple(key: _Key) -> Tuple5:
+    src, dst, protocol, sport, dport, kind = key
+    icmp, ports = protocol in _ICMP, protocol in PORT_PROTOCOLS
+    return Tuple5(
+        src=_address(src),
+        dst=_address(dst),
+        protocol=protocol,
+        sport=sport if ports or icmp else None,
+        dport=dport if ports else None,
+        icmp_type=kind if icmp else None,
+    )
