@@ -397,7 +397,7 @@ ACTIONS: tuple[NftPart, ...] = (
     ))),
     NftPart("jhash vmap", lambda r, f, h: f"jhash {_l3(f)} saddr mod 2 vmap {{ 0 : drop, 1 : continue }}", kinds=("filter", "route")),
     NftPart("dscp set", lambda r, f, h: f"{_l3(f)} dscp set {r.choice(('cs1', 'ef', '0x04'))}", kinds=("filter", "route")),
-    NftPart("ttl set", lambda r, f, h: "ip ttl set 50" if f == 4 else "ip6 hoplimit set 50", kinds=("filter", "route")),
+    NftPart("ttl set", lambda r, f, h: "ip ttl set 50" if f == 4 else "ip6 hoplimit set 50", ("input", "output"), ("filter", "route")),
     NftPart("set add", lambda r, f, h: f"{r.choice(('add', 'update', 'delete'))} @seen {{ {_l3(f)} saddr }}"),
     NftPart("set limit", lambda r, f, h: f"add @meters {{ {_l3(f)} saddr limit rate 1000/second }} drop", kinds=("filter", "route"), is_open=True),
     NftPart("notrack", lambda r, f, h: "notrack", ("prerouting", "output"), ("filter",), before=-200),
@@ -409,7 +409,6 @@ ACTIONS: tuple[NftPart, ...] = (
     NftPart("redirect", lambda r, f, h: r.choice(("redirect", "meta l4proto tcp redirect to :8080", "meta l4proto { tcp, udp } redirect to :8080-8090", "meta l4proto tcp redirect to :tcp dport map { 80 : 8080 }")), ("prerouting", "output"), ("nat",)),
     NftPart("tproxy", lambda r, f, h: f"meta l4proto tcp tproxy {_l3(f)} to :9999 drop", ("prerouting",), ("filter",), is_open=True),
     NftPart("queue", lambda r, f, h: "queue flags bypass to 7", kinds=("filter",), is_open=True),
-    NftPart("synproxy", lambda r, f, h: "tcp flags syn synproxy mss 1460", ("input", "forward"), ("filter",), is_open=True),
 )  # fmt: skip
 
 _DECIDES = frozenset(("drop", "mark set", "reject"))
