@@ -38,7 +38,7 @@ _CACHED_RULES: Final = 20_000
 _BASE_NAMES: Final = frozenset(hook.value for hook in Hook)
 _LINE: Final = re.compile(rb"[^\n]*+\n")
 _RULE: Final = re.compile(
-    rb"(?:\[[\d:]++\] )?+-A \S++(?:"
+    rb"(?:\[[\d:]++\] )?+-A [^ \n]++(?:"
     # One destination address is its first condition after -s.
     rb" (?:(?:! )?+-s \S++ )?+-d ([0-9a-f.:]++)/(?:32|128) |"
     # One destination port is asked for before anything that has a side effect.

@@ -13,9 +13,9 @@ from gketrace.ruleset.rule_text import read_rule
 __all__ = ["parse_iptables_save", "parse_rule"]
 
 _RUN: Final = re.compile(
-    rb"(?:\[[\d:]++\] )?+-A ([^ \n]++)(?: .*+)?+\n"
-    rb"(?>(?:\[[\d:]++\] )?+-A \1(?: .*+)?+\n)*+"
-    rb"|(?::[^ \n]++ .*+\n)++"
+    rb"(?:\[\d++:\d++\] )?+-A ([^ \n]++)(?: .*+)?+\n"
+    rb"(?>(?:\[\d++:\d++\] )?+-A \1(?: .*+)?+\n)*+"
+    rb"|(?::[^ \n]++ (?:-|ACCEPT|DROP)(?: \[\d++:\d++\])?+ *+\n)++"
     rb"|\*([^ \n]++) *+\n"
     rb"|(COMMIT) *+\n"
     rb"|(#).*+\n"
@@ -90,6 +90,8 @@ def parse_iptables_save(
     if table is not None:
         raise _error(f"table {table.name} has no COMMIT: cut short", text, len(text) - 1, source)
     if not tables and not notes and not empty_ok:
+        if text.strip():
+            raise _error("no table in it", text, 0, source)
         raise ParseError("nothing in it", source=source, line=0, text="")
     return IptablesRuleset(
         backend=backend or "iptables-legacy",
@@ -115,7 +117,7 @@ def parse_rule(
 
     Raises `ParseError` when it is no ``-A`` line at all.
     """
-    if not re.match(r"(?:\[\d+:\d+\] )?-A \S", line):
+    if not re.match(r"(?:\[\d+:\d+\] )?-A [^ \n]", line, re.ASCII):
         raise ParseError("not a rule", source="rule", line=1, text=line)
     return read_rule(
         line,

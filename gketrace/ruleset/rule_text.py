@@ -13,7 +13,7 @@ from gketrace.simulate.targets import TARGETS, Jump, UnknownTarget, Verdict
 
 __all__ = ["read_rule"]
 
-_START: Final = re.compile(r"(?:\[(\d+):(\d+)\] )?(-A (\S+))")
+_START: Final = re.compile(r"(?:\[(\d+):(\d+)\] )?(-A ([^ \n]+))", re.ASCII)
 
 _HEADER: Final[dict[str, type[Match]]] = {option: cls for cls in HEADER for option in cls.OPTIONS}
 _MATCHES: Final[dict[str, type[Match]]] = {cls.module: cls for cls in MATCHES}
