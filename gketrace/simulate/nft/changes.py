@@ -108,9 +108,13 @@ def _with(packet: Packet, header: str, field: str, value: int) -> Packet | None:
         return replace(packet, ttl=value & 0xFF)
     if header in ("ip", "ip6") and field in ("saddr", "daddr"):
         address = IPv4Address(value) if header == "ip" else IPv6Address(value)
-        return replace(packet, **{"src" if field == "saddr" else "dst": address})
-    if field in ("sport", "dport") and packet.has_ports:
-        return replace(packet, **{field: value & 0xFFFF})
+        if field == "saddr":
+            return replace(packet, src=address)
+        return replace(packet, dst=address)
+    if field == "sport" and packet.has_ports:
+        return replace(packet, sport=value & 0xFFFF)
+    if field == "dport" and packet.has_ports:
+        return replace(packet, dport=value & 0xFFFF)
     if header == "tcp" and field == "flags":
         return replace(packet, tcp_flags=value & 0xFF)
     return None

@@ -64,7 +64,8 @@ def types_of(expression: Json, scene: Scene) -> tuple[str, ...]:
         if isinstance(data, str):
             return scene.named_set(data)[0].data
         return ("integer",)
-    return (_TYPES.get(kind, lambda *_: "integer")(body, scene),)
+    read = _TYPES.get(kind)
+    return ("integer" if read is None else read(body, scene),)
 
 
 _TYPES: Final[Mapping[str, Callable[[Json, Scene], str]]] = {
