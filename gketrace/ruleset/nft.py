@@ -214,12 +214,11 @@ class NftRuleset(Ruleset):
         try:
             return json.loads(b"[" + piece + b"]" if array else piece)
         except (ValueError, RecursionError) as error:
-            raise ParseError(
-                f"not JSON: {error}",
-                source=self.source,
-                line=0,
-                text=piece[:200].decode("utf-8", "replace"),
-            ) from error
+            raise self._refused(f"not JSON: {error}", span) from error
+
+    def _refused(self, message: str, span: Span) -> ParseError:
+        piece = self.text[span[0] : span[1]][:200].decode("utf-8", "replace")
+        return ParseError(message, source=self.source, line=0, text=piece)
 
     def read_rules(self, chain: str) -> Iterator[NftRule]:
         """The rules of a chain, parsed anew.  Raises `ParseError`."""
@@ -258,17 +257,20 @@ class NftRuleset(Ruleset):
 
     def _read_set(self, span: Span) -> NftSet:
         item = self.load(span)
-        body = next(iter(item.values()))
-        data = body.get("map", ())
-        return NftSet(
-            name=body["name"],
-            types=_types(body.get("type", ())),
-            data=_types(data) if data else (),
-            flags=frozenset(_listed(body.get("flags", ()))),
-            timeout=body.get("timeout"),
-            elements=tuple(body.get("elem", ())),
-            comment=body.get("comment", ""),
-        )
+        try:
+            body = next(iter(item.values()))
+            data = body.get("map", ())
+            return NftSet(
+                name=body["name"],
+                types=_types(body.get("type", ())),
+                data=_types(data) if data else (),
+                flags=frozenset(_listed(body.get("flags", ()))),
+                timeout=body.get("timeout"),
+                elements=tuple(body.get("elem", ())),
+                comment=body.get("comment", ""),
+            )
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise self._refused(f"a set of another shape: {error!r}", span) from error
 
     def _read_base_chains(self) -> tuple[dict[Hook, tuple[BaseChain, ...]], tuple[str, ...]]:
         found: dict[Hook, list[BaseChain]] = {}
@@ -276,17 +278,17 @@ class NftRuleset(Ruleset):
         for name, (start, end) in self._index.chains.items():
             if self.text.find(b'"hook": ', start, end) < 0:
                 continue
-            body = self.load((start, end))["chain"]
-            hook = _HOOKS.get(body.get("hook", ""))
-            if hook is None or body.get("type") not in ("filter", "nat", "route"):
-                if self._index.rules.get(name) or body.get("policy") == "drop":
-                    strange.append(
-                        f"chain {name} of table {self.table}: hook {body.get('hook')} is not "
-                        "modelled"
-                    )
-                continue
-            found.setdefault(hook, []).append(
-                BaseChain(
+            try:
+                body = self.load((start, end))["chain"]
+                hook = _HOOKS.get(body.get("hook", ""))
+                if hook is None or body.get("type") not in ("filter", "nat", "route"):
+                    if self._index.rules.get(name) or body.get("policy") == "drop":
+                        strange.append(
+                            f"chain {name} of table {self.table}: hook {body.get('hook')} is not "
+                            "modelled"
+                        )
+                    continue
+                base = BaseChain(
                     table=self.table,
                     chain=name,
                     hook=hook,
@@ -294,7 +296,9 @@ class NftRuleset(Ruleset):
                     type=ChainType(body["type"]),
                     policy=str(body.get("policy", "accept")).upper(),
                 )
-            )
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise self._refused(f"a chain of another shape: {error!r}", (start, end)) from error
+            found.setdefault(hook, []).append(base)
         ordered: dict[Hook, tuple[BaseChain, ...]] = {}
         for hook, chains in found.items():
             # nf_hook_entries_grow(): of chains with one priority, the last registered is first.

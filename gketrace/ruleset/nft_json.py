@@ -83,13 +83,7 @@ def parse_nft_json(text: bytes, *, source: str, taken_at: float) -> NftTables:
                 rules={chain: _runs(spans) for chain, spans in found.rules.items()},
                 sets=found.sets,
             )
-            try:
-                ruleset = NftRuleset(text=text, index=index, source=source, taken_at=taken_at)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise ParseError(
-                    f"table {family} {name} has a chain of another shape: {error!r}",
-                    source=source, line=0, text="",
-                ) from error  # fmt: skip
+            ruleset = NftRuleset(text=text, index=index, source=source, taken_at=taken_at)
             made.append(ruleset)
             unmodelled += ruleset.unmodelled
         elif found.rules and family != "arp":

@@ -29,6 +29,12 @@ _DEFAULT_REJECT: Final[dict[str, Json]] = {
 }
 
 
+_MISFITS: Final = (
+    KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration, RecursionError,
+)  # fmt: skip
+"""What comes of JSON of another shape than libnftables-json(5) has."""
+
+
 def rule_text(statements: Sequence[Json], comment: str = "", family: str = "inet") -> str:
     """A whole rule; `family` is its table's, which decides what goes without saying."""
     default = _DEFAULT_REJECT.get(family)
@@ -49,7 +55,7 @@ def statement_text(statement: Json) -> str:
         return json.dumps(statement)
     try:
         return write(kind, body)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration):
+    except _MISFITS:
         # Another shape than the schema's: shown as it is.
         return json.dumps(statement)
 
@@ -143,7 +149,14 @@ def _set(body: Json, key: str) -> str:
 
 
 def element_text(item: Json, key: str = "", data_key: str = "") -> str:
-    """One element of a set, or ``[key, data]`` of a map."""
+    """One element of a set, or ``[key, data]`` of a map; JSON of another shape as it is."""
+    try:
+        return _element(item, key, data_key)
+    except _MISFITS:
+        return json.dumps(item)
+
+
+def _element(item: Json, key: str, data_key: str) -> str:
     if isinstance(item, list) and len(item) == 2:
         return f"{element_text(item[0], key)} : {_data(item[1], data_key)}"
     if isinstance(item, dict) and "elem" in item:
