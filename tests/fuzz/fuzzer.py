@@ -1,0 +1,113 @@
+"""Runs one target for a while and counts."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+
+from gketrace.errors import ParseError
+from tests.fuzz.targets import TARGETS, Target
+
+__all__ = ["LIMIT", "Crash", "Result", "fuzz"]
+
+LIMIT = 5.0
+"""Seconds that one input may take."""
+_KEPT = 20
+"""Different crashes that are kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crash:
+    """One input that was neither read nor refused."""
+
+    data: bytes
+    why: str
+    """The last line of the traceback, and where it was raised."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Result:
+    """Figures of a run."""
+
+    name: str
+    inputs: int = 0
+    rejected: int = 0
+    crashes: int = 0
+    slowest_seconds: float = 0.0
+    found: dict[str, Crash] = field(default_factory=dict)
+    """The first input of each kind of crash."""
+
+
+class _Hang(BaseException):
+    """Not an `Exception`, so that nothing between can take it for its own."""
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise _Hang(f"took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def fuzz(name: str, *, seconds: float, seed: int = 0) -> Result:
+    """Inputs of the target `name` until the time is over; main thread only (it uses SIGALRM)."""
+    target: Target = TARGETS[name]
+    rng = random.Random(seed)
+    seeds = target.seeds()
+    result = Result(name=name)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        data = target.mutate(rng, seeds)
+        begun = time.monotonic()
+        try:
+            with _limited(LIMIT):
+                target.run(data)
+        except ParseError as error:
+            result.rejected += 1
+            if problem := _incomplete(error, data):
+                _note(result, data, f"ParseError {problem}: {error}")
+        except (Exception, _Hang) as error:  # noqa: BLE001 - every one of them is what we look for
+            _note(result, data, _where(error))
+        result.inputs += 1
+        result.slowest_seconds = max(result.slowest_seconds, time.monotonic() - begun)
+    return result
+
+
+def _incomplete(error: ParseError, data: bytes) -> str:
+    """What a refusal lacks: it must name the source, the line and the text."""
+    if not error.source:
+        return "without a source"
+    if error.line < 0 or error.line > data.count(b"\n") + 1:
+        return "with a line that is not there"
+    if not error.text and data.strip():
+        return "without the text"
+    return ""
+
+
+def _where(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "/gketrace/" in frame.filename] or frames
+    last = ours[-1]
+    message = " ".join(str(error).split())[:120]
+    place = f"{last.filename.rpartition('/gketrace/')[2]}:{last.lineno} {last.name}"
+    return f"{type(error).__name__} at {place}: {message}"
+
+
+def _note(result: Result, data: bytes, why: str) -> None:
+    result.crashes += 1
+    kind = why.partition(": ")[0]
+    if kind not in result.found and len(result.found) < _KEPT:
+        result.found[kind] = Crash(data=data, why=why)
