@@ -18,6 +18,7 @@ from gketrace.errors import ExitCode
 from gketrace.packet import protocol_name
 from gketrace.trace import FAILURE, SUCCESS, Disposition, Missing, Path
 from gketrace_cli.frontdoors import Question
+from gketrace_cli.liveness import LiveReading
 from gketrace_cli.podreport import PodReport
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "judge_service",
     "new_connections",
     "judge_trace",
+    "with_live",
     "path_standing",
     "target_text",
 ]
@@ -194,6 +196,18 @@ def judge_service(name: str, answers: Sequence[Answer], missing: Sequence[Missin
         text += f"; {_way(answer.question)} is an existing connection, pinned by conntrack"
         text += f"; {_fresh(answer, fresh)}"
     return Verdict(text=_also_missing(text, missing), code=code)
+
+
+def with_live(verdict: Verdict, live: LiveReading) -> Verdict:
+    """The verdict, and what existing connections are pinned to."""
+    if not live.stale:
+        return verdict
+    count = len(live.stale)
+    are = "live connection is" if count == 1 else "live connections are"
+    code = verdict.code
+    if code is ExitCode.OK and any(one.breaks for one in live.stale):
+        code = ExitCode.BROKEN
+    return Verdict(text=f"{verdict.text}; {count} {are} stale", code=code)
 
 
 def _ends(judged: Sequence[tuple[Question, Path, Standing]]) -> str:

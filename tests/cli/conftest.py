@@ -22,3 +22,4 @@ def world(shared_stage: Stage) -> Iterator[Stage]:
     for node, agent in shared_stage.agents.items():
         agent.says, agent.sleeps = node, 0.0
         agent.fails.clear()
+        agent.entries.clear()

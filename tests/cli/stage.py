@@ -18,10 +18,12 @@ from typing import Any, NoReturn
 import grpc
 
 from e2e.kubeapi.harness import KubeApi, running_server
+from gketrace.conntrack import ConntrackEntry
 from gketrace.packet import Packet
 from gketrace.snapshot import NetnsSnapshot, Unavailable
 from gketrace.stitch import NodeQuery
 from gketrace.trace import Flow
+from gketrace_agent.messages import conntrack_filters
 from gketrace_agent.rulesets import cut_iptables
 from gketrace_proto.codec import decode, encode, snapshot_to_proto
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
@@ -53,6 +55,8 @@ class WorldAgent(AgentServicer):
         self.fails: dict[str, tuple[grpc.StatusCode, str]] = {}
         """Method → status and message."""
         self.sleeps = 0.0
+        self.entries: list[ConntrackEntry] = []
+        """What the node's own namespace tracks; walks do not look here."""
 
     def _begin(self, method: str, context: grpc.ServicerContext) -> None:
         if self.sleeps:
@@ -119,6 +123,18 @@ class WorldAgent(AgentServicer):
             )
             head.text = cut_iptables(ruleset.text, request.table, request.chain)
             yield head
+
+    def ListConntrack(
+        self, request: pb.ListConntrackRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.ListConntrackReply]:
+        self._begin("ListConntrack", context)
+        wanted = conntrack_filters(request)
+        host = request.target.WhichOneof("target") == "host"
+        found = [entry for entry in self.entries if host and wanted.takes(entry)]
+        yield pb.ListConntrackReply(entries=[encode(entry) for entry in found])
+        yield pb.ListConntrackReply(
+            summary=pb.ConntrackSummary(sent=len(found), consistent=True, tracked=host)
+        )
 
     def Walk(self, request: pb.WalkRequest, context: grpc.ServicerContext) -> pb.WalkReply:
         self._begin("Walk", context)

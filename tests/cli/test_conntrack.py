@@ -19,10 +19,14 @@ import yaml
 from gketrace.conntrack import ConntrackEntry, CtStatus
 from gketrace.conntrack_records import RECORD, record_of
 from gketrace.conntrack_text import render_entry
+from gketrace.errors import ExitCode
 from gketrace.packet import Protocol, Tuple5
 from gketrace_agent.messages import conntrack_filters
 from gketrace_cli.conntrack_filter import both, door_filters, parse_mark, typed_filter
+from gketrace_cli.conntrack_reading import Place
+from gketrace_cli.liveness import Live, LiveReading, Standing
 from gketrace_cli.main import run
+from gketrace_cli.verdict import Verdict, with_live
 from gketrace_proto.codec import encode
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
 from gketrace_proto.v1alpha1.agent_pb2_grpc import AgentServicer, add_AgentServicer_to_server
@@ -360,3 +364,52 @@ def test_doors_of_a_service(world: Stage) -> None:
     doors = {(f.orig_dst, f.orig_dport) for f in door_filters(hello, ["10.142.0.8"])}
     assert ("10.43.246.223/32", 80) in doors
     assert ("10.142.0.8/32", 31830) in doors
+
+
+GONE = entry(
+    Protocol.UDP,
+    ("10.40.2.10", 5555, "10.43.240.17", 53),
+    ("10.40.1.99", 5353, "10.40.2.10", 5555),
+    status=int(CtStatus.DST_NAT | CtStatus.CONFIRMED),
+)
+
+
+def test_service_says_which_live_connections_are_stale(
+    world: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["service", "dns", "--via", "clusterip", "--from", "pod/web-2", "--port", "dns"]
+    world.agents["33fg"].entries = [DNS]
+    run(world.arguments(*words))
+    out = capsys.readouterr().out
+    assert "Live connections: 1 on 3 nodes, none stale" in out
+    world.agents["33fg"].entries = [DNS, GONE]
+    run(world.arguments(*words))
+    out = capsys.readouterr().out
+    text = " ".join(out.split())
+    assert "; 1 live connection is stale" in text
+    assert f"node 33fg: {GONE}" in text
+    assert "its endpoint 10.40.1.99:5353 is in no EndpointSlice of the Service any more" in text
+    schema = json.loads((SCHEMAS / "trace.json").read_text())
+    run(world.arguments(*words, "-o", "json"))
+    document = json.loads(capsys.readouterr().out)
+    jsonschema.validate(document, schema)
+    assert document["liveConnections"]["counts"]["current"] == 1
+    assert [s["standing"] for s in document["liveConnections"]["stale"]] == ["stale"]
+
+
+def test_only_stale_datagrams_are_broken() -> None:
+    fine = Verdict(text="fine", code=ExitCode.OK)
+    for one, code in ((GONE, ExitCode.BROKEN), (NODE_PORT, ExitCode.OK)):
+        live = Live(place=Place(node="33fg"), entry=one, standing=Standing.STALE, why="gone")
+        judged = with_live(fine, LiveReading(found=(live,)))
+        assert judged == Verdict(text="fine; 1 live connection is stale", code=code)
+    assert with_live(fine, LiveReading()) is fine
+
+
+def test_service_says_that_it_cannot_see_live_connections(
+    world: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for agent in world.agents.values():
+        agent.fails["ListConntrack"] = (grpc.StatusCode.PERMISSION_DENIED, "not yours")
+    assert run(world.arguments("service", "hello-server")) == 0
+    assert "Not seen: node 2jdh: not yours" in capsys.readouterr().out

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gketrace.errors import UsageError
+from gketrace.errors import NotFoundError, UsageError
 from gketrace_cli.options import Options
 
 if TYPE_CHECKING:
     from gketrace.trace import Missing
     from gketrace_cli.conntrack_reading import Place
-    from gketrace_cli.objects import Pod
+    from gketrace_cli.objects import Endpoint, Pod, Service
     from gketrace_cli.session import Session
     from gketrace_proto.v1alpha1 import agent_pb2 as pb
 
-__all__ = ["ConntrackOutput", "conntrack", "find_places", "find_pod_named"]
+__all__ = ["ConntrackOutput", "conntrack", "find_places", "find_pod_named", "find_service_named"]
 
 
 class ConntrackOutput(str, Enum):
@@ -250,7 +250,6 @@ def _filters(
     service: str | None,
 ) -> dict[Place, tuple[pb.ConntrackFilter, ...]]:
     """For each table, the alternatives that its agent is sent."""
-    from gketrace_cli.commands.service import find_service
     from gketrace_cli.conntrack_filter import both, door_filters, endpoint_filters, pod_filters
 
     base: tuple[pb.ConntrackFilter, ...] = (typed,)
@@ -259,7 +258,7 @@ def _filters(
         base = tuple(made for one in of_pod if (made := both(typed, one)) is not None)
     if not service:
         return dict.fromkeys(places, base)
-    found, endpoints = find_service(session, *_service_name(session, service))
+    found, endpoints = find_service_named(session, service)
     ends = endpoint_filters(endpoints)
     by_name = {one.name: one for one in session.nodes}
     filters = {}
@@ -276,20 +275,20 @@ def _filters(
     return filters
 
 
-def _service_name(session: Session, text: str) -> tuple[str, str]:
-    from gketrace.errors import NotFoundError
-    from gketrace_cli.commands.service import parse_service_name
+def find_service_named(session: Session, text: str) -> tuple[Service, tuple[Endpoint, ...]]:
+    """A Service by NAME, svc/NAME or NAMESPACE/NAME; with ``-A`` in any namespace."""
+    from gketrace_cli.commands.service import find_service, parse_service_name
     from gketrace_cli.names import close_names
 
     namespace, name = parse_service_name(text, session.namespace)
-    if not session.options.all_namespaces or "/" in text.removeprefix("svc/"):
-        return namespace, name
-    listed = session.cluster.services()
-    spaces = [one.namespace for one in listed if one.name == name]
-    if not spaces:
-        hint = close_names(name, [one.name for one in listed])
-        raise NotFoundError(f'service "{name}" not found in any namespace', hint=hint)
-    if len(spaces) > 1:
-        several = ", ".join(spaces)
-        raise UsageError(f'service "{name}" is in several namespaces', hint=f"-n one of {several}")
-    return spaces[0], name
+    if session.options.all_namespaces and "/" not in text.removeprefix("svc/"):
+        listed = session.cluster.services()
+        spaces = [one.namespace for one in listed if one.name == name]
+        if not spaces:
+            hint = close_names(name, [one.name for one in listed])
+            raise NotFoundError(f'service "{name}" not found in any namespace', hint=hint)
+        if len(spaces) > 1:
+            hint = f"-n one of {', '.join(spaces)}"
+            raise UsageError(f'service "{name}" is in several namespaces', hint=hint)
+        namespace = spaces[0]
+    return find_service(session, namespace, name)

@@ -62,6 +62,7 @@ def service(
     from gketrace_cli.asking import Asker, assumed_port
     from gketrace_cli.commands.pod import find_pod
     from gketrace_cli.frontdoors import Door, Selection, questions
+    from gketrace_cli.liveness import live_document, read_live
     from gketrace_cli.names import find_node, short_names
     from gketrace_cli.senders import resolve_sender
     from gketrace_cli.session import Session
@@ -87,15 +88,20 @@ def service(
             if sender.pod is not None:
                 session.pods.add(sender.pod)
         result = Asker(session, services=(found,)).ask(asked)
+        session.progress.say("reading live connections")
+        there = [name for name in session.fleet.nodes if session.fleet.agent(name).info]
+        live = read_live(session, found, endpoints, there)
         session.progress.clear()
+    from gketrace_cli.render.connections import draw_live
     from gketrace_cli.render.documents import dump
     from gketrace_cli.render.layout import Page, write
     from gketrace_cli.render.trace import draw_trace
     from gketrace_cli.render.trace_document import trace_document
-    from gketrace_cli.verdict import judge_service
+    from gketrace_cli.verdict import judge_service, with_live
 
     notes = [*_notes(asked, len(nodes)), *skipped, *assumed_port(asked)]
     verdict = judge_service(f"Service {found.key}", result.answers, result.missing)
+    verdict = with_live(verdict, live)
     if options.format.machine:
         query = {
             "service": found.key,
@@ -111,11 +117,13 @@ def service(
             query=query,
             missing=result.missing,
             notes=notes,
+            live=live_document(live),
         )
         write(dump(document, options.format))
     else:
         page = Page.of(options, short_names(n.name for n in nodes))
         draw_trace(page, verdict, result.answers, missing=result.missing, notes=notes)
+        draw_live(page, live)
         write(page.text())
     raise typer.Exit(int(verdict.code))
 

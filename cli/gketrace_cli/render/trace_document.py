@@ -25,6 +25,7 @@ def trace_document(
     query: Mapping[str, Any],
     missing: Sequence[Missing] = (),
     notes: Sequence[str] = (),
+    live: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What docs/schema/trace.json describes."""
     paths = []
@@ -55,6 +56,7 @@ def trace_document(
             "missing": missing_document(missing),
             "notes": list(notes),
             "paths": paths,
+            "liveConnections": live,
         },
     )
 
