@@ -1,24 +1,31 @@
-"""The RPCs about connection tracking: lists in three forms, statistics."""
+"""The RPCs about connection tracking: lists and follows in three forms, statistics."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, cast
 
+from gketrace.conntrack import ConntrackEntry
+from gketrace.conntrack_records import entry_from_record, records_from_bytes
+from gketrace.conntrack_text import render_entry
 from gketrace_agent.kernel.conntrack_columns import Batch
 from gketrace_agent.kernel.conntrack_dump import TableReading
+from gketrace_agent.kernel.conntrack_events import EventKind
 from gketrace_agent.observe.conntrack_filter import ConntrackFilters
-from gketrace_agent.observe.conntrack_lines import render_batch
-from gketrace_agent.observe.conntrack_records import pack_batch
+from gketrace_agent.observe.conntrack_follow import Changes, Follower, Polled
+from gketrace_agent.observe.conntrack_lines import PREFIXES, render_batch
+from gketrace_agent.observe.conntrack_records import pack_batch, pack_events
 from gketrace_agent.observe.conntrack_table import ConntrackTable
 from gketrace_proto import codec
 from gketrace_proto.v1alpha1 import agent_pb2
 
-__all__ = ["list_entries", "statistics"]
+__all__ = ["asked_kinds", "follow_entries", "list_entries", "statistics"]
 
 _CHUNK: Final = 500
 """ConntrackEntry messages in one reply: about 100 KiB."""
+_POLLED: Final = 128
+"""In FollowConntrackReply.kinds."""
 
 
 def list_entries(
@@ -82,6 +89,77 @@ def _replies(batch: Batch, form: int) -> Iterator[agent_pb2.ListConntrackReply]:
     for start in range(0, len(entries), _CHUNK):
         some = entries[start : start + _CHUNK]
         yield agent_pb2.ListConntrackReply(entries=map(codec.encode, some))
+
+
+def asked_kinds(request: agent_pb2.FollowConntrackRequest) -> frozenset[EventKind]:
+    """The kinds that a request names; all of them, when it names none."""
+    asked = {
+        EventKind.NEW: request.news,
+        EventKind.UPDATE: request.updates,
+        EventKind.DESTROY: request.destroys,
+    }
+    return frozenset(kind for kind, yes in asked.items() if yes) or frozenset(EventKind)
+
+
+def follow_entries(
+    follower: Follower, form: int, base: agent_pb2.FollowConntrackStatus
+) -> Iterator[agent_pb2.FollowConntrackReply]:
+    """What follows, for ever; `base` is what its caller knows of each status."""
+    sent = 0
+    for one in follower.changes():
+        if one is None:
+            status = agent_pb2.FollowConntrackStatus(
+                at=time.time(),
+                sent=sent,
+                overruns=follower.overruns,
+                lost=follower.lost,
+                resyncs=follower.resyncs,
+                mode=follower.mode,
+                reason=follower.reason,
+            )
+            status.MergeFrom(base)
+            yield agent_pb2.FollowConntrackReply(status=status)
+        elif isinstance(one, Polled):
+            sent += len(one.records)
+            yield _polled(one, form)
+        else:
+            sent += len(one.batch)
+            yield _changed(one, form)
+
+
+def _changed(one: Changes, form: int) -> agent_pb2.FollowConntrackReply:
+    if form == agent_pb2.CONNTRACK_FORMAT_TEXT:
+        text = render_batch(one.batch, now=time.time(), kinds=one.kinds)
+        return agent_pb2.FollowConntrackReply(text=text)
+    if form == agent_pb2.CONNTRACK_FORMAT_RECORDS:
+        records, kinds, others = pack_events(one.batch, one.kinds)
+        return agent_pb2.FollowConntrackReply(
+            records=records.tobytes(),
+            kinds=kinds.tobytes(),
+            events=[_event(kind, entry) for kind, entry in others],
+        )
+    placed = one.batch.placed()
+    events = [_event(int(one.kinds[place]), entry) for place, entry in placed]
+    return agent_pb2.FollowConntrackReply(events=events)
+
+
+def _polled(one: Polled, form: int) -> agent_pb2.FollowConntrackReply:
+    records = one.records.tobytes()
+    if form == agent_pb2.CONNTRACK_FORMAT_RECORDS:
+        kinds = bytes((one.kind | _POLLED,)) * len(one.records)
+        return agent_pb2.FollowConntrackReply(records=records, kinds=kinds)
+    entries = map(entry_from_record, records_from_bytes(records))
+    if form == agent_pb2.CONNTRACK_FORMAT_TEXT:
+        now, prefix = time.time(), PREFIXES[one.kind]
+        lines = (f"{prefix}{render_entry(entry, now=now)}\n" for entry in entries)
+        return agent_pb2.FollowConntrackReply(text="".join(lines).encode())
+    events = [_event(one.kind, entry, polled=True) for entry in entries]
+    return agent_pb2.FollowConntrackReply(events=events)
+
+
+def _event(kind: int, entry: ConntrackEntry, *, polled: bool = False) -> agent_pb2.ConntrackEvent:
+    number = cast(agent_pb2.ConntrackEventKind.ValueType, kind)
+    return agent_pb2.ConntrackEvent(kind=number, entry=codec.encode(entry), polled=polled)
 
 
 def statistics(table: ConntrackTable) -> agent_pb2.GetConntrackStatsReply:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from importlib import metadata
 from typing import TYPE_CHECKING, Final
 
@@ -42,6 +43,8 @@ __all__ = ["AgentService"]
 
 _API_VERSION: Final = "gketrace.dev/v1alpha1"
 _VERSION: Final = metadata.version("gketrace")
+_POLL_SECONDS: Final = 2.0
+"""The least time between readings of a table that sends no events."""
 _RUNTIME_TIMEOUT: Final = 0.5
 """Seconds for a runtime's version in GetInfo."""
 
@@ -163,6 +166,37 @@ class AgentService(agent_pb2_grpc.AgentServicer):
                     reply.summary.tracked = self._tracked(target, table)
                     reply.summary.netns.CopyFrom(codec.encode(target.here.ref))
                 yield reply
+
+    def FollowConntrack(
+        self, request: agent_pb2.FollowConntrackRequest, context: grpc.ServicerContext
+    ) -> Iterator[agent_pb2.FollowConntrackReply]:
+        from gketrace_agent.conntracks import asked_kinds, follow_entries  # see `preload`
+
+        wanted = conntrack_filters(request)
+        with (
+            self._namespaces.open(
+                target_pod(request.target), timeout=self._remaining(context)
+            ) as target,
+            self._open_conntrack(target) as table,
+            closing(
+                table.follow(
+                    wanted,
+                    asked_kinds(request),
+                    existing=request.existing,
+                    poll_seconds=max(request.poll_seconds, _POLL_SECONDS),
+                )
+            ) as follower,
+        ):
+            base = agent_pb2.FollowConntrackStatus(
+                tracked=self._tracked(target, table),
+                accounting=table.settings.accounting,
+                netns=codec.encode(target.here.ref),
+            )
+            yield from until_stalled(
+                follow_entries(follower, request.format, base),
+                context,
+                self._config.limits.stall_seconds,
+            )
 
     def GetConntrackStats(
         self, request: agent_pb2.GetConntrackStatsRequest, context: grpc.ServicerContext

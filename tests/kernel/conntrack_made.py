@@ -110,14 +110,14 @@ def body(made: Made) -> bytes:
     return b"".join(parts)
 
 
-def make(entries: Iterable[Made], *, delete: bool = False) -> int:
-    """Makes (or deletes) entries in the calling thread's namespace; returns how many.
+def make(entries: Iterable[Made], *, delete: bool = False, update: bool = False) -> int:
+    """Makes (or deletes, or changes) entries in the calling thread's namespace; returns how many.
 
     Raises OSError with the kernel's number.
     """
     done = 0
     kind = _DELETE if delete else _NEW
-    flags = _REQUEST if delete else _REQUEST | _CREATE | _EXCL
+    flags = _REQUEST if delete or update else _REQUEST | _CREATE | _EXCL
     todo = iter(entries)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)

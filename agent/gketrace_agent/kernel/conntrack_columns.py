@@ -124,15 +124,19 @@ class Batch:
     def __len__(self) -> int:
         return sum(map(len, self.groups))
 
-    def entries(self) -> Iterator[ConntrackEntry]:
-        """All entries, in the order in which they came."""
+    def placed(self) -> Iterator[tuple[int, ConntrackEntry]]:
+        """Where each entry was, and the entry, in the order in which they came."""
         order = sorted(
             (place, group, row)
             for group, one in enumerate(self.groups)
             for row, place in enumerate(one.at.tolist())
         )
-        for _, group, row in order:
-            yield self.groups[group].entry(row)
+        for place, group, row in order:
+            yield place, self.groups[group].entry(row)
+
+    def entries(self) -> Iterator[ConntrackEntry]:
+        """All entries, in the order in which they came."""
+        return (entry for _, entry in self.placed())
 
 
 def frame(words: Array, sequence: int) -> Array | None:

@@ -20,7 +20,7 @@ from gketrace.packet import PORT_PROTOCOLS, Protocol
 from gketrace_agent.kernel.conntrack_columns import Array, Batch, Group
 from gketrace_agent.kernel.conntrack_layout import STATES
 
-__all__ = ["render_batch"]
+__all__ = ["PREFIXES", "render_batch"]
 
 _IPV6_TEXT: Final = 48
 """Bytes for INET6_ADDRSTRLEN, 46."""
@@ -49,6 +49,11 @@ _STATES: Final[Mapping[str, Array]] = {
     name: _table([f"{state_text(state)} " for state in (*states, *["0"] * (256 - len(states)))], 20)
     for name, states in STATES.items()
 }
+
+
+PREFIXES: Final = ("", "    [NEW] ", " [UPDATE] ", "[DESTROY] ", "")
+"""What conntrack(8) -E puts before a line, by `EventKind`; nothing before what was there."""
+_PREFIXES: Final = _table(list(PREFIXES), 12)
 
 
 class _Rows:
@@ -106,36 +111,40 @@ def _words(text: str) -> list[int]:
     return list(map(int, np.frombuffer(raw, np.uint32)))
 
 
-def render_batch(batch: Batch, *, now: float) -> bytes:
-    """The lines of a batch, in the order in which its entries came."""
+def render_batch(batch: Batch, *, now: float, kinds: Array | None = None) -> bytes:
+    """The lines of a batch, in the order in which its entries came; before each the name of its
+    kind, where `kinds` (as in `gketrace_agent.kernel.conntrack_events.EventBatch`) is given."""
     parts: list[tuple[Group, Array]] = []
     for group in batch.groups:
-        if "helper" in group or "secctx" in group or "use" not in group:
-            parts.append((group, _one_by_one(group, now)))
+        if "helper" in group or "secctx" in group or "stopped" in group:
+            parts.append((group, _one_by_one(group, now, kinds)))
         else:
-            parts.append((group, _render_group(group, now)))
-    if len(parts) == 1:
-        return bytes(parts[0][1].tobytes()).replace(b"\0", b"")
+            parts.append((group, _render_group(group, now, kinds)))
     width = max((matrix.shape[1] for _, matrix in parts), default=0)
     lines = np.zeros((batch.size, width), np.uint32)
     for group, matrix in parts:
         lines[group.at, : matrix.shape[1]] = matrix
-    return lines.tobytes().translate(None, b"\0")
+    # What ends with a blank ends with it in every line of its group: an event has no use.
+    return lines.tobytes().translate(None, b"\0").replace(b" \n", b"\n")
 
 
-def _one_by_one(group: Group, now: float) -> Array:
+def _one_by_one(group: Group, now: float, kinds: Array | None) -> Array:
+    before = [""] * len(group) if kinds is None else [PREFIXES[k] for k in kinds[group.at]]
     lines = [
-        (render_entry(group.entry(row), now=now) + "\n").replace("\0", "")
+        (before[row] + render_entry(group.entry(row), now=now) + "\n").replace("\0", "")
         for row in range(len(group))
     ]
     size = max(len(line.encode()) for line in lines)
     return _table(lines, size + -size % 4)
 
 
-def _render_group(group: Group, now: float) -> Array:
+def _render_group(group: Group, now: float, kinds: Array | None) -> Array:
     rows = _Rows(len(group))
     protocol = group.layout.protocol
     status = group.column("status") if "status" in group else np.zeros(len(group), np.uint32)
+    if kinds is not None:
+        named = _PREFIXES[kinds[group.at]]
+        rows.words(*(named[:, index] for index in range(named.shape[1])))
     rows.text(f"{PROTOCOL_NAMES.get(protocol, 'unknown'):<8} {protocol} ")
     if "timeout" in group:
         rows.number(group.column("timeout"))
@@ -165,8 +174,9 @@ def _render_group(group: Group, now: float) -> Array:
         begun = group.column("started") // np.uint64(_NANOSECONDS)
         rows.number(np.uint64(int(now)) - begun)
         rows.text(" ")
-    rows.text("use=")
-    rows.number(group.column("use"))
+    if "use" in group:
+        rows.text("use=")
+        rows.number(group.column("use"))
     rows.text("\n")
     return rows.matrix()
 

@@ -21,11 +21,11 @@ from gketrace.conntrack_records import (
 from gketrace_agent.kernel.conntrack_columns import Array, Batch, Group
 from gketrace_agent.kernel.conntrack_layout import STATES
 
-__all__ = ["pack_batch"]
+__all__ = ["RECORD_TYPE", "pack_batch", "pack_events", "pack_groups"]
 
 _TYPES: Final = {"16s": "V16", "Q": "<u8", "I": "<u4", "H": "<u2", "B": "u1"}
-_DTYPE: Final = np.dtype([(name, _TYPES[code]) for name, code in FIELDS])
-if _DTYPE.itemsize != RECORD.size:
+RECORD_TYPE: Final = np.dtype([(name, _TYPES[code]) for name, code in FIELDS])
+if RECORD_TYPE.itemsize != RECORD.size:
     raise AssertionError("a record's size")
 _BITS: Final = (
     ("timeout", HAS_TIMEOUT),
@@ -47,26 +47,50 @@ def pack_batch(batch: Batch) -> tuple[bytes, list[ConntrackEntry]]:
     parts: list[bytes] = []
     others: list[ConntrackEntry] = []
     for group in batch.groups:
-        packed = _pack(group)
-        if packed is None:
-            others.extend(group.entry(row) for row in range(len(group)))
+        if _fits(group):
+            parts.append(_pack(group).tobytes())
         else:
-            parts.append(packed.tobytes())
+            others.extend(group.entry(row) for row in range(len(group)))
     return b"".join(parts), others
 
 
-def _pack(group: Group) -> Array | None:
-    """None: these entries have more than a record holds."""
+def pack_events(
+    batch: Batch, kinds: Array
+) -> tuple[Array, Array, list[tuple[int, ConntrackEntry]]]:
+    """Records of `RECORD_TYPE` and the kind of each, in the order in which they came; and the
+    kinds and entries that a record has no room for."""
+    fitting = [group for group in batch.groups if _fits(group)]
+    others = Batch(batch.size, tuple(group for group in batch.groups if not _fits(group)))
+    places = np.concatenate([np.empty(0, np.int64), *(group.at for group in fitting)])
+    order = np.argsort(places)
+    records = np.concatenate([np.empty(0, RECORD_TYPE), *map(_pack, fitting)])[order]
+    rest = [(int(kinds[place]), entry) for place, entry in others.placed()]
+    return records, kinds[places[order]], rest
+
+
+def pack_groups(batch: Batch) -> list[Array]:
+    """Records of `RECORD_TYPE` for each group, without what a record has no room for."""
+    return [_pack(group) for group in batch.groups]
+
+
+def _fits(group: Group) -> bool:
+    """Whether a record holds all that these entries have."""
     counters = sum(name in group for name in _COUNTERS)
     if any(name in group for name in _BY_ITSELF) or counters not in (0, len(_COUNTERS)):
-        return None
-    made = np.zeros(len(group), _DTYPE)
+        return False
+    return all(
+        int(group.column(name).max()) < len(table)
+        for name, table in _STATES.items()
+        if name in group
+    )
+
+
+def _pack(group: Group) -> Array:
+    counters = all(name in group for name in _COUNTERS)
+    made = np.zeros(len(group), RECORD_TYPE)
     for name, table in _STATES.items():
         if name in group:
-            states = group.column(name)
-            if int(states.max()) >= len(table):
-                return None
-            made["state"] = table[states]
+            made["state"] = table[np.minimum(group.column(name), len(table) - 1)]
     for half in ("orig", "reply"):
         for end in ("src", "dst"):
             octets = group.octets(f"{half}_{end}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from gketrace_agent.kernel.conntrack_dump import BulkSocket, TableReading
+from gketrace_agent.kernel.conntrack_events import EventKind, EventSocket
 from gketrace_agent.kernel.conntrack_stats import (
     CpuStatistics,
     TableSize,
@@ -16,6 +17,7 @@ from gketrace_agent.kernel.hostpaths import HostPaths
 from gketrace_agent.kernel.netlink import NETLINK_NETFILTER, NetlinkSocket
 from gketrace_agent.kernel.netns import NetnsHandle, run_in_netns
 from gketrace_agent.observe.conntrack_filter import ConntrackFilters
+from gketrace_agent.observe.conntrack_follow import Follower
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -37,11 +39,19 @@ class ConntrackSettings:
 
 
 class ConntrackTable:
-    """An open table.  Any thread may use it; one reading at a time."""
+    """An open table.  Any thread may use it; one reading at a time.
+
+    The namespace's handle stays the caller's, and open.
+    """
 
     def __init__(
-        self, paths: HostPaths, netfilter: NetlinkSocket, settings: ConntrackSettings
+        self,
+        handle: NetnsHandle,
+        paths: HostPaths,
+        netfilter: NetlinkSocket,
+        settings: ConntrackSettings,
     ) -> None:
+        self._handle = handle
         self._paths = paths
         self._netfilter = netfilter
         self._bulk = BulkSocket()
@@ -73,6 +83,28 @@ class ConntrackTable:
             buckets=self.buckets,
         )
 
+    def follow(
+        self,
+        wanted: ConntrackFilters,
+        kinds: frozenset[EventKind],
+        *,
+        existing: bool,
+        poll_seconds: float,
+    ) -> Follower:
+        """Listens from now on; `close` it."""
+        kernel = wanted.kernel()
+        only = kernel[0] if len(kernel) == 1 else None
+        socket = run_in_netns(self._handle, lambda: EventSocket(kinds, only))
+        return Follower(
+            events=socket,
+            setting=self.settings.events,
+            kinds=kinds,
+            wanted=wanted,
+            reading=lambda: self.read(wanted),
+            existing=existing,
+            poll_seconds=poll_seconds,
+        )
+
     def close(self) -> None:
         """May be called twice."""
         self._bulk.close()
@@ -99,7 +131,7 @@ def open_conntrack(handle: NetnsHandle, paths: HostPaths) -> ConntrackTable:
             settings = ConntrackSettings(
                 accounting=_setting(paths, "acct") == 1, events=_setting(paths, "events")
             )
-            return ConntrackTable(paths, netfilter, settings)
+            return ConntrackTable(handle, paths, netfilter, settings)
         except BaseException:
             netfilter.close()
             raise

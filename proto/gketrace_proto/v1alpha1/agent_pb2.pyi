@@ -737,6 +737,7 @@ class FollowConntrackRequest(_message.Message):
     DESTROYS_FIELD_NUMBER: _builtins.int
     EXISTING_FIELD_NUMBER: _builtins.int
     POLL_SECONDS_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
     news: _builtins.bool
     """Any of them; none of them: all three."""
     updates: _builtins.bool
@@ -745,6 +746,8 @@ class FollowConntrackRequest(_message.Message):
     """Send the entries that are there already, as EXISTING, before the events."""
     poll_seconds: _builtins.float
     """Seconds between polls where the kernel sends no events; 0: the server's choice."""
+    format: Global___ConntrackFormat.ValueType
+    """Of the replies: ConntrackEvent messages, lines as conntrack(8) -E prints them, or records."""
     @_builtins.property
     def target(self) -> Global___Target: ...
     @_builtins.property
@@ -762,10 +765,11 @@ class FollowConntrackRequest(_message.Message):
         destroys: _builtins.bool = ...,
         existing: _builtins.bool = ...,
         poll_seconds: _builtins.float = ...,
+        format: Global___ConntrackFormat.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "target", b"target"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["any", b"any", "destroys", b"destroys", "existing", b"existing", "filter", b"filter", "news", b"news", "poll_seconds", b"poll_seconds", "target", b"target", "updates", b"updates"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["any", b"any", "destroys", b"destroys", "existing", b"existing", "filter", b"filter", "format", b"format", "news", b"news", "poll_seconds", b"poll_seconds", "target", b"target", "updates", b"updates"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -804,6 +808,15 @@ class FollowConntrackReply(_message.Message):
 
     EVENTS_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    RECORDS_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
+    text: _builtins.bytes
+    """With CONNTRACK_FORMAT_TEXT; whole lines."""
+    records: _builtins.bytes
+    """With CONNTRACK_FORMAT_RECORDS; an entry that has more than fits comes in `events`."""
+    kinds: _builtins.bytes
+    """A byte for each record: its ConntrackEventKind, plus 128 where it was polled."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConntrackEvent]: ...
     @_builtins.property
@@ -815,10 +828,13 @@ class FollowConntrackReply(_message.Message):
         *,
         events: _abc.Iterable[Global___ConntrackEvent] | None = ...,
         status: Global___FollowConntrackStatus | None = ...,
+        text: _builtins.bytes = ...,
+        records: _builtins.bytes = ...,
+        kinds: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_status", b"_status", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_status", b"_status", "events", b"events", "status", b"status"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_status", b"_status", "events", b"events", "kinds", b"kinds", "records", b"records", "status", b"status", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__status: _TypeAlias = _typing.Literal["status"]  # noqa: Y015
     _WhichOneofArgType__status: _TypeAlias = _typing.Literal["_status", b"_status"]  # noqa: Y015

@@ -1,0 +1,185 @@
+"""The conntrack RPCs of a real server, over a namespace of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from gketrace.conntrack import ConntrackEntry
+from gketrace.conntrack_records import entry_from_record, records_from_bytes
+from gketrace.conntrack_text import render_entry
+from gketrace.trace import NetnsKind
+from gketrace_agent import service as service_module
+from gketrace_agent.config import Config, Limits, Listen
+from gketrace_agent.namespaces import OpenTarget
+from gketrace_agent.server import AgentServer
+from gketrace_proto import codec
+from gketrace_proto.v1alpha1 import agent_pb2, agent_pb2_grpc
+from tests.agent.observe.bed import Bed, Netns, wait_until
+from tests.kernel.conntrack_made import flows, make
+
+HOST = agent_pb2.Target(host=True)
+
+
+@pytest.fixture
+def node() -> Iterator[Netns]:
+    bed = Bed()
+    try:
+        yield bed.netns("rpc")
+    finally:
+        bed.close()
+
+
+@pytest.fixture
+def address(node: Netns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Of an agent whose host is the namespace."""
+    path = tmp_path / "agent.sock"
+    config = Config(
+        node="node-a",
+        listen=(Listen(path=path),),
+        runtime_sockets=(),
+        limits=Limits(conntrack_entries=5000, stall_seconds=1.0),
+    )
+
+    class Here:
+        def __init__(self, *_: object) -> None:
+            self.namespace = node.namespace()
+
+        def open(self, target: object, **_: object) -> Here:
+            return self
+
+        def __enter__(self) -> OpenTarget:
+            return OpenTarget(here=self.namespace, host=self.namespace, known=(self.namespace,))
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(service_module, "NodeNamespaces", Here)
+    server = AgentServer(config)
+    server.start()
+    try:
+        yield f"unix:{path}"
+    finally:
+        server.stop(0)
+
+
+@pytest.fixture
+def stub(address: str) -> Iterator[agent_pb2_grpc.AgentStub]:
+    with grpc.insecure_channel(address) as channel:
+        yield agent_pb2_grpc.AgentStub(channel)
+
+
+def listed(
+    stub: agent_pb2_grpc.AgentStub, **more: object
+) -> tuple[list[agent_pb2.ListConntrackReply], agent_pb2.ConntrackSummary]:
+    replies = list(stub.ListConntrack(agent_pb2.ListConntrackRequest(target=HOST, **more)))
+    assert [reply.HasField("summary") for reply in replies] == [False] * (len(replies) - 1) + [True]
+    return replies, replies[-1].summary
+
+
+def test_three_forms_say_the_same(stub: agent_pb2_grpc.AgentStub, node: Netns) -> None:
+    node.inside(lambda: make(flows(1200)))
+    replies, summary = listed(stub)
+    assert (summary.sent, summary.consistent, summary.truncated) == (1200, True, False)
+    assert summary.tracked
+    assert not summary.accounting
+    assert summary.netns.kind == codec.encode(node.ref(NetnsKind.HOST)).kind
+    entries = [codec.decode(ConntrackEntry, e) for reply in replies for e in reply.entries]
+    assert max(len(reply.entries) for reply in replies) <= 500
+    replies, _ = listed(stub, format=agent_pb2.CONNTRACK_FORMAT_RECORDS)
+    packed = b"".join(reply.records for reply in replies)
+    records = {e.id: e for e in map(entry_from_record, records_from_bytes(packed))}
+    for entry in entries:
+        other = records[entry.id]
+        assert (other.orig, other.reply, other.status) == (entry.orig, entry.reply, entry.status)
+    replies, _ = listed(stub, format=agent_pb2.CONNTRACK_FORMAT_TEXT)
+    lines = b"".join(reply.text for reply in replies).decode().splitlines()
+
+    def still(line: str) -> str:
+        words = line.split()
+        return " ".join(words[:2] + words[3:])
+
+    assert [still(line) for line in lines] == [
+        still(render_entry(entry, now=time.time())) for entry in entries
+    ]
+
+
+def test_a_limit_and_the_servers_bound(stub: agent_pb2_grpc.AgentStub, node: Netns) -> None:
+    node.inside(lambda: make(flows(6000)))
+    for asked, expected in ((10, 10), (0, 5000), (9000, 5000)):
+        replies, summary = listed(stub, limit=asked, format=agent_pb2.CONNTRACK_FORMAT_TEXT)
+        lines = b"".join(reply.text for reply in replies).splitlines()
+        assert (len(lines), summary.sent, summary.truncated) == (expected, expected, True)
+
+
+def test_filters_any_of_which_may_take_an_entry(
+    stub: agent_pb2_grpc.AgentStub, node: Netns
+) -> None:
+    node.inside(lambda: make(flows(1000)))
+    filters = [
+        agent_pb2.ConntrackFilter(orig_dst="10.43.0.1", protocol=6),
+        agent_pb2.ConntrackFilter(orig_dst="10.43.0.1"),
+        agent_pb2.ConntrackFilter(address="10.43.0.2"),
+    ]
+    replies, summary = listed(stub, any=filters)
+    found = [entry.orig.dst for reply in replies for entry in reply.entries]
+    every = [made.dst for made in flows(1000)]
+    assert len(found) == every.count("10.43.0.1") + every.count("10.43.0.2")
+    assert summary.duplicates == 0
+    with pytest.raises(grpc.RpcError) as caught:
+        listed(stub, filter=agent_pb2.ConntrackFilter(tcp_state="OPENISH"))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_namespace_that_tracks_nothing(stub: agent_pb2_grpc.AgentStub, node: Netns) -> None:
+    _, summary = listed(stub)
+    assert (summary.sent, summary.tracked) == (0, False)
+    stats = stub.GetConntrackStats(agent_pb2.GetConntrackStatsRequest(target=HOST))
+    assert (stats.entries, stats.tracked) == (0, False)
+    assert stats.limit > 0
+
+
+def test_statistics_are_those_of_conntrack(stub: agent_pb2_grpc.AgentStub, node: Netns) -> None:
+    node.inside(lambda: make(flows(77)))
+    stats = stub.GetConntrackStats(agent_pb2.GetConntrackStatsRequest(target=HOST))
+    assert (stats.entries, stats.tracked) == (int(node.run("conntrack", "-C")), True)
+    for line, cpu in zip(node.run("conntrack", "-S").splitlines(), stats.cpus, strict=True):
+        pairs = dict(word.split("=") for word in line.split())
+        names = {"chaintoolong": "chain_toolong"}
+        expected = {names.get(name, name): int(value) for name, value in pairs.items()}
+        assert {"cpu": cpu.cpu, **cpu.counters} == expected
+
+
+def test_following(stub: agent_pb2_grpc.AgentStub, node: Netns) -> None:
+    call = stub.FollowConntrack(
+        agent_pb2.FollowConntrackRequest(
+            target=HOST, format=agent_pb2.CONNTRACK_FORMAT_TEXT, news=True
+        )
+    )
+    first = next(call)
+    assert first.status.mode == "events"
+    node.inside(lambda: make(flows(3)))
+    text = b""
+    for reply in call:
+        text += reply.text
+        if reply.HasField("status") and reply.status.sent:
+            break
+    call.cancel()
+    assert [line.split()[0] for line in text.decode().splitlines()] == ["[NEW]"] * 3
+    assert reply.status.lost == reply.status.overruns == 0
+
+
+def test_a_client_that_stops_reading_is_cut_off(address: str, node: Netns) -> None:
+    node.inside(lambda: make(flows(5000)))
+    # A window that is smaller than the list.
+    options = (("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0))
+    with grpc.insecure_channel(address, options=options) as channel:
+        stub = agent_pb2_grpc.AgentStub(channel)
+        call = stub.ListConntrack(agent_pb2.ListConntrackRequest(target=HOST))
+        next(call)
+        wait_until(lambda: not call.is_active(), 15)
+        assert call.code() is grpc.StatusCode.CANCELLED
