@@ -28,6 +28,7 @@ from gketrace.simulate.targets.passing import (
     EcnTarget,
     HlTarget,
     NotrackTarget,
+    TcpmssTarget,
     TosTarget,
     TtlTarget,
 )
@@ -50,6 +51,7 @@ TARGETS: Final[tuple[type[Target], ...]] = (
     RejectTarget,
     SetTarget,
     SnatTarget,
+    TcpmssTarget,
     TosTarget,
     TproxyTarget,
     TtlTarget,

@@ -107,7 +107,6 @@ _LIST: Final[tuple[tuple[str, str, Mapping[str, int]], ...]] = (
         {"--rateest-name": 1, "--rateest-interval": 1, "--rateest-ewmalog": 1},
     ),
     ("SECMARK", "sets the security mark", {"--selctx": 1}),
-    ("TCPMSS", "changes the TCP MSS option", {"--set-mss": 1, "--clamp-mss-to-pmtu": 0}),
     ("TCPOPTSTRIP", "strips TCP options", {"--strip-options": 1}),
     ("TEE", "sends a copy to another machine", {"--gateway": 1, "--oif": 1}),
     ("TRACE", "has the kernel trace this packet's rules", {}),
@@ -133,6 +132,39 @@ def _class(name: str, note: str, options: Mapping[str, int]) -> type[PassingTarg
 
 PASSING: Final[tuple[type[PassingTarget], ...]] = tuple(_class(*row) for row in _LIST)
 """One class for each."""
+
+
+_MSS_OPTION: Final = 2
+_MSS_BYTES: Final = 4
+
+
+class TcpmssTarget(PassingTarget):
+    """``-j TCPMSS``: changes the MSS option, or adds it where there is none.
+
+    Source: tcpmss_mangle_packet() in net/netfilter/xt_TCPMSS.c: the option is added to a segment
+    without data only, which makes the packet four bytes longer.
+    """
+
+    __slots__ = ()
+    name: ClassVar[str] = "TCPMSS"
+    NOTE: ClassVar[str] = "TCPMSS changes the TCP MSS option; the packet goes on"
+    OPTIONS: ClassVar[Mapping[str, int]] = {"--set-mss": 1, "--clamp-mss-to-pmtu": 0}
+
+    def apply(self, state: PacketState, env: Environment) -> Effect:
+        packet = state.packet
+        if packet.tcp_options is not None and _MSS_OPTION in packet.tcp_options:
+            return pass_on(state, self.NOTE)
+        if packet.tcp_options is None or packet.length is None:
+            # Whether the option is there, and so how long the packet is now, is not known.
+            return pass_on(evolve(state, packet=evolve(packet, length=None)), self.NOTE)
+        longer = evolve(
+            packet,
+            length=packet.length + _MSS_BYTES,
+            tcp_options=(_MSS_OPTION, *packet.tcp_options),
+        )
+        return pass_on(
+            evolve(state, packet=longer), "TCPMSS adds the TCP MSS option; the packet goes on"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

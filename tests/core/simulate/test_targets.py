@@ -201,6 +201,23 @@ def test_fields(target: str, family: int, changes: dict[str, int]) -> None:
     assert effect.action is StepAction.REWRITE
 
 
+@pytest.mark.parametrize(
+    ("options", "length", "after"),
+    [
+        ((2, 4), 44, ((2, 4), 44)),
+        ((4,), 44, ((2, 4), 48)),
+        ((), 40, ((2,), 44)),
+        (None, 40, (None, None)),
+    ],
+)
+def test_tcpmss_adds_the_option_where_there_is_none(
+    options: tuple[int, ...] | None, length: int, after: tuple[Any, Any]
+) -> None:
+    packet = replace(TCP, tcp_options=options, length=length)
+    changed = apply("TCPMSS --set-mss 1300", packet=packet).state.packet
+    assert (changed.tcp_options, changed.length) == after
+
+
 def test_an_unknown_ttl_stays_unknown() -> None:
     assert apply("TTL --ttl-dec 1").state.packet.ttl is None
 
