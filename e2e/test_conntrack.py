@@ -6,12 +6,17 @@ import json
 import os
 import re
 import shlex
+import signal
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
+import jsonschema
 import pytest
 
-from e2e.answers import run_cli
+from e2e.answers import COMMAND, run_cli
 from e2e.netlab import Lab
 
 DNS = ("10.43.240.17", 53)
@@ -98,6 +103,27 @@ def test_filters_and_untracked_pods(own_lab: Lab) -> None:
     assert document(own_lab, "conntrack", "-p", "sctp")["entries"] == []
     pods = document(own_lab, "conntrack", "pod/web-2")
     assert [table["tracked"] for table in pods["tables"]] == [False]
+
+
+def test_events_as_they_come(own_lab: Lab) -> None:
+    words = ["conntrack", "2jdh", "-E", "-p", "tcp", "--dport", "31830", "-o", "jsonl"]
+    environment = {**os.environ, "KUBECONFIG": str(own_lab.kubeconfig)}
+    with subprocess.Popen(
+        [*COMMAND, *words], stdout=PIPE, stderr=PIPE, text=True, env=environment
+    ) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        assert "following node" in running.stderr.readline()
+        result = own_lab.connect("node/m69d", "10.142.0.8", 31830)
+        assert result.source is not None
+        event = json.loads(running.stdout.readline())
+        running.send_signal(signal.SIGINT)
+        running.communicate(timeout=20)
+    assert (event["kind"], event["event"], event["polled"]) == ("ConntrackEvent", "NEW", False)
+    assert event["original"]["sport"] == result.source[1]
+    assert running.returncode == 130
+    schema = Path(__file__).parents[1] / "docs/schema/conntrack.json"
+    jsonschema.validate(event, json.loads(schema.read_text()))
 
 
 def test_an_entry_of_an_endpoint_that_is_gone_is_stale(own_lab: Lab) -> None:

@@ -46,6 +46,9 @@ def conntrack(
     stats: Annotated[
         bool, typer.Option("--stats", "-S", help="How full, and the kernel's counters.")
     ] = False,
+    events: Annotated[
+        bool, typer.Option("--event", "-E", help="Follow events, until interrupted.")
+    ] = False,
     src: Annotated[
         str | None,
         typer.Option("--orig-src", "--src", "-s", metavar="ADDRESS[/LENGTH]", help="Who asked."),
@@ -120,15 +123,15 @@ def conntrack(
         typer.Option("--output", "-o", help="Output format (default: text)."),
     ] = None,
 ) -> None:
-    """List, count or sum up connection tracking: any node's table, any pod's, or all nodes'.
+    """List, count, sum up or follow connection tracking, of any node or pod, or of all nodes.
 
     For example:  gketrace conntrack -p tcp --dport 31830 -o conntrack
     """
     from gketrace_cli.conntrack_filter import typed_filter
     from gketrace_cli.session import Session
 
-    if sum((list_, count, stats)) > 1:
-        raise UsageError("-L, -C and -S exclude each other")
+    if sum((list_, count, stats, events)) > 1:
+        raise UsageError("-L, -C, -S and -E exclude each other")
     typed = typed_filter(
         family=family,
         protocol=proto,
@@ -161,6 +164,11 @@ def conntrack(
         if stats or (count and not fitting):
             show.show_statistics(session, places, gaps, options, form, brief=count)
         filters = _filters(session, places, typed, pod, service)
+        if events:
+            from gketrace_cli.conntrack_follow import follow
+
+            session.progress.clear()
+            follow(session, gaps, filters, form)
         asked = {
             "where": where,
             "node": node,

@@ -1,0 +1,102 @@
+"""``gketrace conntrack -E``: events of any number of tables as they come, until interrupted."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+import typer
+
+from gketrace.conntrack import ConntrackEntry
+from gketrace.conntrack_text import render_event
+from gketrace.errors import ExitCode, GketraceError, UsageError
+from gketrace.trace import Missing
+from gketrace_cli.commands.conntrack import ConntrackOutput
+from gketrace_cli.conntrack_reading import Place
+from gketrace_cli.names import short_names
+from gketrace_cli.render.conntrack import entry_document
+from gketrace_cli.render.documents import envelope
+from gketrace_cli.session import Session
+from gketrace_proto.codec import decode
+from gketrace_proto.v1alpha1 import agent_pb2 as pb
+
+__all__ = ["follow"]
+
+_AT_MOST = 32
+"""Tables at a time: each is a call that does not end."""
+
+
+def follow(
+    session: Session,
+    gaps: Sequence[Missing],
+    filters: Mapping[Place, tuple[pb.ConntrackFilter, ...]],
+    form: ConntrackOutput,
+) -> NoReturn:
+    """Ends when every table's events have ended.  Losses are told on standard error.
+
+    Raises: `UsageError`, `GketraceError`, `typer.Exit`.
+    """
+    if form in (ConntrackOutput.JSON, ConntrackOutput.YAML):
+        raise UsageError(f"-E does not end, so it has no -o {form.value}", hint="use -o jsonl")
+    if len(filters) > _AT_MOST:
+        raise UsageError(f"-E follows {_AT_MOST} nodes at most", hint="--node NODE picks one")
+    for item in gaps:
+        _tell(f"not seen: {item}")
+    short = short_names(node.name for node in session.nodes)
+    calls = {
+        place: (
+            place.node,
+            "FollowConntrack",
+            pb.FollowConntrackRequest(target=place.target, any=a),
+        )
+        for place, a in filters.items()
+        if a
+    }
+    said: dict[Place, tuple[str, int, int, bool]] = {}
+    for place, reply in session.fleet.stream(calls):
+        if isinstance(reply, GketraceError):
+            _tell(f"not seen: conntrack on {place}: {reply.message}")
+            continue
+        if reply is None:
+            continue
+        for event in reply.events:
+            _write(place, event, form, short[place.node])
+        sys.stdout.flush()
+        if reply.HasField("status"):
+            status = reply.status
+            now = (status.mode, status.overruns, status.lost, status.tracked)
+            if said.get(place) != now:
+                _tell_status(place, status, first=place not in said)
+                said[place] = now
+    raise typer.Exit(int(ExitCode.PARTIAL))
+
+
+def _write(place: Place, event: pb.ConntrackEvent, form: ConntrackOutput, short: str) -> None:
+    entry = decode(ConntrackEntry, event.entry)
+    kind = pb.ConntrackEventKind.Name(event.kind).removeprefix("CONNTRACK_EVENT_KIND_")
+    if form is ConntrackOutput.JSONL:
+        body = {"event": kind, "polled": event.polled, **entry_document(place, entry)}
+        sys.stdout.write(json.dumps(envelope("ConntrackEvent", body)) + "\n")
+        return
+    line = render_event(kind, entry, now=time.time())
+    sys.stdout.write(f"{line}\n" if form is ConntrackOutput.CONNTRACK else f"{short} {line}\n")
+
+
+def _tell_status(place: Place, status: pb.FollowConntrackStatus, *, first: bool) -> None:
+    if first:
+        why = f" ({status.reason})" if status.reason else ""
+        _tell(f"following {place} by {status.mode}{why}")
+    if not status.tracked:
+        _tell(f"{place}: not tracked: nothing there asks for connection tracking")
+    if status.lost or status.overruns:
+        _tell(
+            f"{place}: the kernel dropped {status.lost} messages of events in {status.overruns} "
+            f"overruns; the table was read again {status.resyncs} times"
+        )
+
+
+def _tell(text: str) -> None:
+    print(f"gketrace: {text}", file=sys.stderr, flush=True)  # noqa: T201
