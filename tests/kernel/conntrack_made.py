@@ -110,39 +110,72 @@ def body(made: Made) -> bytes:
     return b"".join(parts)
 
 
+def requests(
+    entries: Iterable[Made], *, delete: bool = False, update: bool = False
+) -> Iterator[tuple[bytes, int]]:
+    """Requests to make (or delete, or change) up to 200 entries each, and how many those are."""
+    kind = _DELETE if delete else _NEW
+    flags = _REQUEST if delete or update else _REQUEST | _CREATE | _EXCL
+    todo = iter(entries)
+    while some := list(islice(todo, 200)):
+        parts = []
+        for number, one in enumerate(some):
+            data = body(one)
+            more = _ACK if number == len(some) - 1 else 0
+            parts.append(_HEADER.pack(16 + len(data), kind, flags | more, number, 0) + data)
+            parts.append(b"\0" * (-len(data) % 4))
+        yield b"".join(parts), len(some)
+
+
+class Maker:
+    """A socket in the calling thread's namespace that takes `requests`."""
+
+    def __init__(self) -> None:
+        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
+        self._socket.bind((0, 0))
+
+    def __enter__(self) -> Maker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def send(self, request: bytes, count: int) -> list[int]:
+        """The kernel's error numbers."""
+        self._socket.send(request)
+        errors: list[int] = []
+        while True:
+            data = self._socket.recv(1 << 17)
+            offset = 0
+            while offset + 20 <= len(data):
+                length, got, _, answers, _ = _HEADER.unpack_from(data, offset)
+                if got == 2:
+                    (number,) = struct.unpack_from("=i", data, offset + 16)
+                    errors += [-number] if number else []
+                    if answers == count - 1:
+                        return errors
+                offset += (length + 3) & ~3
+
+    def flush(self) -> None:
+        """Deletes all entries of the namespace."""
+        data = NFNL_HEADER.pack(socket.AF_UNSPEC, 0, 0)
+        request = _HEADER.pack(16 + len(data), _DELETE, _REQUEST | _ACK, 0, 0) + data
+        assert not self.send(request, 1)
+
+
 def make(entries: Iterable[Made], *, delete: bool = False, update: bool = False) -> int:
     """Makes (or deletes, or changes) entries in the calling thread's namespace; returns how many.
 
     Raises OSError with the kernel's number.
     """
     done = 0
-    kind = _DELETE if delete else _NEW
-    flags = _REQUEST if delete or update else _REQUEST | _CREATE | _EXCL
-    todo = iter(entries)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_NETFILTER) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
-        sock.bind((0, 0))
-        while some := list(islice(todo, 200)):
-            parts = []
-            for number, one in enumerate(some):
-                data = body(one)
-                more = _ACK if number == len(some) - 1 else 0
-                parts.append(_HEADER.pack(16 + len(data), kind, flags | more, number, 0) + data)
-                parts.append(b"\0" * (-len(data) % 4))
-            sock.send(b"".join(parts))
-            ended = False
-            while not ended:
-                data = sock.recv(1 << 17)
-                offset = 0
-                while offset + 20 <= len(data):
-                    length, got, _, answers, _ = _HEADER.unpack_from(data, offset)
-                    if got == 2:
-                        (number,) = struct.unpack_from("=i", data, offset + 16)
-                        if number and not delete:
-                            raise OSError(-number, f"entry {some[answers]}")
-                        ended |= answers == len(some) - 1
-                    offset += (length + 3) & ~3
-            done += len(some)
+    with Maker() as maker:
+        for request, count in requests(entries, delete=delete, update=update):
+            errors = maker.send(request, count)
+            if errors and not delete:
+                raise OSError(errors[0], "making conntrack entries")
+            done += count
     return done
 
 
@@ -182,4 +215,4 @@ def flows(count: int, *, start: int = 0) -> Iterator[Made]:
             yield Made(src=client, dst=pod, sport=port, dport=443, status=6, timeout=86000)
 
 
-__all__ = ["Made", "body", "flows", "make"]
+__all__ = ["Made", "Maker", "body", "flows", "make", "requests"]
