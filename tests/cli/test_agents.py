@@ -17,8 +17,8 @@ from gketrace.errors import NotFoundError, TimeoutExceeded, UnavailableError
 from gketrace_cli.agents import Fleet, agent_port
 from gketrace_cli.local import local_node, start_local_agent
 from gketrace_cli.object_json import parse_node, parse_pod
-from gketrace_cli.podref import pod_ref
 from gketrace_cli.objects import Container, ContainerPort, Pod
+from gketrace_cli.podref import pod_ref
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
 from gketrace_proto.v1alpha1.agent_pb2_grpc import AgentServicer, add_AgentServicer_to_server
 from tests.cli.stage import Stage
