@@ -6,6 +6,9 @@
     service        the RPCs, each a few lines over the packages below
     info           what data plane this node has, and by which signs
     walks          a packet's walk on this node: the view it walks over, the uplink it comes in by
+    conntracks     lists and follows of connection tracking, as messages, lines or records
+    stall          ends a stream whose client has stopped reading
+    metrics        Prometheus on a port of its own, over samples; calls: what its own calls cost
     messages       requests → the agent's own types, and back
     resolve/       pod → sandbox, containers, PIDs, network namespace
     observe/       what one namespace's kernel says, as the core's data

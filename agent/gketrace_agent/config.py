@@ -66,6 +66,8 @@ class Config:
 
     node: str
     listen: tuple[Listen, ...]
+    metrics: Listen | None = None
+    """Where /metrics is served; None: nowhere."""
     insecure: bool = False
     """TCP without TLS and without access control was asked for."""
     log_file: Path | None = None
@@ -106,6 +108,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
         metavar="ADDRESS",
         help="unix:///PATH or tcp://HOST:PORT; may be given again "
         "(default: unix:///run/gketrace/agent.sock)",
+    )
+    add(
+        "--metrics-listen",
+        metavar="ADDRESS",
+        help="serve Prometheus metrics at http://HOST:PORT/metrics: tcp://HOST:PORT "
+        "(default: do not); counts and Service names only, for whoever reaches the port",
     )
     add(
         "--insecure",
@@ -187,9 +195,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
                 f"{address} would be served without TLS and without access control",
                 hint="use a unix socket, or say --insecure",
             )
+    metrics = None if given.metrics_listen is None else _listen(given.metrics_listen)
+    if metrics is not None and metrics.path is not None:
+        raise UsageError("metrics are served over TCP", hint="use tcp://HOST:PORT")
     return Config(
         node=given.node_name,
         listen=listen,
+        metrics=metrics,
         insecure=given.insecure,
         log_file=given.log_file,
         log_debug=given.log_level == "debug",

@@ -10,6 +10,7 @@ from typing import Any, Final
 import grpc
 
 from gketrace.errors import GRPC_STATUS, GketraceError
+from gketrace_agent.calls import CALLS
 from gketrace_agent.log import logger
 from gketrace_agent.messages import describe_request
 
@@ -116,10 +117,13 @@ def _log(
         level = logging.ERROR
     else:
         level = logging.INFO
+    seconds = time.monotonic() - started
+    if method.startswith("/gketrace."):
+        CALLS.add(method.rpartition("/")[2], code.name, seconds)
     fields: dict[str, Any] = {
         "call": method.rpartition("/")[2],
         "target": describe_request(request),
-        "duration_ms": round((time.monotonic() - started) * 1000, 1),
+        "duration_ms": round(seconds * 1000, 1),
         "code": code.name,
         "peer": context.peer(),
     }

@@ -15,7 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -27,6 +27,9 @@ from gketrace_agent.interceptor import CallInterceptor
 from gketrace_agent.log import logger, start_logging
 from gketrace_agent.service import AgentService
 from gketrace_proto.v1alpha1 import agent_pb2, agent_pb2_grpc
+
+if TYPE_CHECKING:
+    from gketrace_agent.metrics import MetricsServer
 
 __all__ = ["AgentServer", "serve"]
 
@@ -45,6 +48,7 @@ class AgentServer:
         self._service = AgentService(config)
         self._health = health.HealthServicer()
         self._sockets: list[tuple[Path, int]] = []
+        self._metrics: MetricsServer | None = None
         limits = config.limits
         self._pool = ThreadPoolExecutor(limits.concurrent_calls, thread_name_prefix="call")
         self._server = grpc.server(
@@ -81,6 +85,8 @@ class AgentServer:
         """
         self._health.enter_graceful_shutdown()
         self._server.stop(grace).wait()
+        if self._metrics is not None:
+            self._metrics.stop()
         for path, inode in self._sockets:
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_ino == inode:
@@ -90,6 +96,20 @@ class AgentServer:
         ending.join(_LAST)
         self._service.close()
         return not ending.is_alive()
+
+    def start_metrics(self, address: Listen) -> tuple[str, int]:
+        """Serves metrics there, until `stop`; returns the host and the port."""
+        from gketrace_agent.metrics import MetricsServer  # NumPy and the client: only if asked for
+
+        self._metrics = MetricsServer(
+            host=address.host,
+            port=address.port,
+            node=self._config.node,
+            netns=self._service.host_netns(),
+            paths=self._config.paths,
+            names=self._service.service_names,
+        )
+        return address.host, self._metrics.start()
 
     def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
         for name in ("", _SERVICE):
@@ -167,6 +187,9 @@ def serve(config: Config) -> None:
             print(f"gketrace-agent: WARNING: {warning}", file=sys.stderr, flush=True)  # noqa: T201
             logger.warning(warning)
         logger.info("listening", extra={"fields": {"address": str(address)}})
+    if config.metrics is not None:
+        host, port = server.start_metrics(config.metrics)
+        logger.info("metrics", extra={"fields": {"address": f"tcp://{host}:{port}"}})
     threading.Thread(target=AgentService.preload, name="preload", daemon=True).start()
     startup = round((time.monotonic() - started) * 1000, 1)
     logger.info(

@@ -20,6 +20,7 @@ from gketrace_agent.config import Config
 from gketrace_agent.info import NOUNS as INFO_NOUNS
 from gketrace_agent.info import detect_data_plane, own_addresses
 from gketrace_agent.kernel.conntrack import preload as preload_conntrack
+from gketrace_agent.kernel.netns import NetnsHandle
 from gketrace_agent.messages import (
     conntrack_filters,
     pod_ref,
@@ -29,6 +30,7 @@ from gketrace_agent.messages import (
 )
 from gketrace_agent.namespaces import NodeNamespaces, OpenTarget
 from gketrace_agent.observe.conntrack import Conntrack
+from gketrace_agent.observe.iptables import IptablesDump, IptablesDumps
 from gketrace_agent.observe.snapshot import Observer
 from gketrace_agent.resolve.resolver import Resolver
 from gketrace_agent.rulesets import rule_chunks, summaries
@@ -37,6 +39,7 @@ from gketrace_proto import codec
 from gketrace_proto.v1alpha1 import agent_pb2, agent_pb2_grpc
 
 if TYPE_CHECKING:
+    from gketrace_agent.observe.conntrack_sample import Destination, ServiceNames
     from gketrace_agent.observe.conntrack_table import ConntrackTable
 
 __all__ = ["AgentService"]
@@ -72,6 +75,25 @@ class AgentService(agent_pb2_grpc.AgentServicer):
 
     def close(self) -> None:
         self._resolver.close()
+
+    def host_netns(self) -> NetnsHandle:
+        """The node's own network namespace; the caller closes it."""
+        return self._resolver.host_netns()
+
+    def service_names(self) -> ServiceNames:
+        """What the node's rules call the destinations that they translate."""
+        from gketrace_agent.observe.conntrack_sample import service_names  # see `preload`
+
+        with (
+            self._namespaces.open(None, timeout=self._config.limits.call_seconds) as target,
+            self._observer.observe(target.here, only=frozenset({"rulesets"})) as observation,
+        ):
+            names: dict[Destination, str] = {}
+            if isinstance(observation.iptables, IptablesDumps):
+                for dump in observation.iptables.dumps:
+                    if isinstance(dump, IptablesDump):
+                        names |= service_names(dump.text)
+            return names
 
     def GetInfo(
         self, request: agent_pb2.GetInfoRequest, context: grpc.ServicerContext

@@ -8,7 +8,10 @@ from here and turns them into the core's data.  Nothing here knows Kubernetes.
     netlink     a netlink socket: dumps that notice NLM_F_DUMP_INTR, attributes, extended errors
     rtnetlink   requests and flat views of rtnetlink messages
     nfnetlink   nf_tables generation and tables, ipset names, netfilter hooks
-    conntrack   connection-tracking lookups and filtered dumps
+    conntrack   one connection-tracking entry; and of whole tables
+      conntrack_request, _dump, _events   what is asked, streamed, multicast
+      conntrack_layout, _columns          messages of one layout, decoded together (NumPy)
+      conntrack_stats                     the count, the limit, each CPU's statistics
     process     one subprocess or several side by side: bounded in time, output and stack
     reader      `KernelReader`: all of the above for one namespace, opened once and shared
 
