@@ -91,7 +91,7 @@ def parse_iptables_save(
         raise _error(f"table {table.name} has no COMMIT: cut short", text, len(text) - 1, source)
     if not tables and not notes and not empty_ok:
         if text.strip():
-            raise _error("no table in it", text, 0, source)
+            raise _error("no table in it", text, len(text) - len(text.lstrip()), source)
         raise ParseError("nothing in it", source=source, line=0, text="")
     return IptablesRuleset(
         backend=backend or "iptables-legacy",

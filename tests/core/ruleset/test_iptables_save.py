@@ -160,6 +160,10 @@ def test_iptables_nft_hangs_security_behind_nat(backend: str, priority: int) -> 
         (b"COMMIT\n", 1, "outside of a table"),
         (b"*filter\nhello\nCOMMIT\n", 2, "not a line"),
         (b"*filter\n-D INPUT -j DROP\nCOMMIT\n", 2, "not a line"),
+        (b"*filter\n:INPUT REJECT [0:0]\nCOMMIT\n", 2, "not a line"),
+        (b"*filter\n:INPUT \xc9 [0:0]\nCOMMIT\n", 2, "not a line"),
+        (b"*filter\n[1] -A INPUT -j DROP\nCOMMIT\n", 2, "not a line"),
+        (b"\n# Completed on Sun Nov 22\n", 2, "no table in it"),
     ],
 )
 def test_what_is_no_dump_is_refused_with_its_line(text: bytes, line: int, message: str) -> None:
