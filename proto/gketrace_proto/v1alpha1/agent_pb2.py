@@ -22,12 +22,15 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from gketrace_proto.v1alpha1 import capture_pb2 as gketrace__proto_dot_v1alpha1_dot_capture__pb2
 from gketrace_proto.v1alpha1 import packet_pb2 as gketrace__proto_dot_v1alpha1_dot_packet__pb2
 from gketrace_proto.v1alpha1 import snapshot_pb2 as gketrace__proto_dot_v1alpha1_dot_snapshot__pb2
+from gketrace_proto.v1alpha1 import target_pb2 as gketrace__proto_dot_v1alpha1_dot_target__pb2
 from gketrace_proto.v1alpha1 import trace_pb2 as gketrace__proto_dot_v1alpha1_dot_trace__pb2
 
+from gketrace_proto.v1alpha1.target_pb2 import *
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#gketrace_proto/v1alpha1/agent.proto\x12\x11gketrace.v1alpha1\x1a$gketrace_proto/v1alpha1/packet.proto\x1a&gketrace_proto/v1alpha1/snapshot.proto\x1a#gketrace_proto/v1alpha1/trace.proto\"\x89\x01\n\x06PodRef\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03uid\x18\x03 \x01(\t\x12\x15\n\rcontainer_ids\x18\x04 \x03(\t\x12\x0f\n\x07pod_ips\x18\x05 \x03(\t\x12\x14\n\x0chost_network\x18\x06 \x01(\x08\x12\x13\n\x0b\x63onfig_hash\x18\x07 \x01(\t\"L\n\x06Target\x12\x0e\n\x04host\x18\x01 \x01(\x08H\x00\x12(\n\x03pod\x18\x02 \x01(\x0b\x32\x19.gketrace.v1alpha1.PodRefH\x00\x42\x08\n\x06target\"\x10\n\x0eGetInfoRequest\"\x80\x03\n\x0cGetInfoReply\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0b\x61pi_version\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0e\n\x06kernel\x18\x04 \x01(\t\x12\x12\n\nstarted_at\x18\x05 \x01(\x01\x12\x12\n\ndata_plane\x18\x06 \x01(\t\x12\x19\n\x11\x64\x61ta_plane_reason\x18\x07 \x01(\t\x12\x18\n\x10iptables_backend\x18\x08 \x01(\t\x12\x33\n\x08rulesets\x18\t \x03(\x0b\x32!.gketrace.v1alpha1.RulesetSummary\x12\x0f\n\x07runtime\x18\n \x01(\t\x12\x1c\n\x14\x61llow_system_changes\x18\x0b \x01(\x08\x12+\n\x07missing\x18\x0c \x03(\x0b\x32\x1a.gketrace.v1alpha1.Missing\x12\x0b\n\x03now\x18\r \x01(\x01\x12\x31\n\taddresses\x18\x0e \x03(\x0b\x32\x1e.gketrace.v1alpha1.NodeAddress\"D\n\x0bNodeAddress\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\tprefixlen\x18\x02 \x01(\r\x12\x11\n\tinterface\x18\x03 \x01(\t\";\n\x11ResolvePodRequest\x12&\n\x03pod\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.PodRef\"f\n\tContainer\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\r\n\x05state\x18\x04 \x01(\t\x12\x12\n\nstart_time\x18\x05 \x01(\x04\x12\x0f\n\x07\x63ommand\x18\x06 \x01(\t\"7\n\x0bResolveStep\x12\x0c\n\x04step\x18\x01 \x01(\t\x12\n\n\x02ok\x18\x02 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\xea\x02\n\x0bResolvedPod\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03uid\x18\x03 \x01(\t\x12*\n\x05netns\x18\x04 \x01(\x0b\x32\x1b.gketrace.v1alpha1.NetnsRef\x12\x12\n\nsandbox_id\x18\x05 \x01(\t\x12\x13\n\x0bsandbox_pid\x18\x06 \x01(\r\x12\x30\n\ncontainers\x18\x07 \x03(\x0b\x32\x1c.gketrace.v1alpha1.Container\x12\x14\n\x0chost_network\x18\x08 \x01(\x08\x12\x17\n\x0fruntime_handler\x18\t \x01(\t\x12\x0e\n\x06method\x18\n \x01(\t\x12-\n\x05steps\x18\x0b \x03(\x0b\x32\x1e.gketrace.v1alpha1.ResolveStep\x12\x12\n\nnetns_path\x18\x0c \x01(\t\x12\x0b\n\x03ips\x18\r \x03(\t\x12\x17\n\x0fother_sandboxes\x18\x0e \x01(\r\">\n\x0fResolvePodReply\x12+\n\x03pod\x18\x01 \x01(\x0b\x32\x1e.gketrace.v1alpha1.ResolvedPod\"e\n\x0fGetNetnsRequest\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.Target\x12\'\n\x04pods\x18\x02 \x03(\x0b\x32\x19.gketrace.v1alpha1.PodRef\"}\n\rGetNetnsReply\x12\x32\n\x08snapshot\x18\x01 \x01(\x0b\x32 .gketrace.v1alpha1.NetnsSnapshot\x12\x30\n\x03pod\x18\x02 \x01(\x0b\x32\x1e.gketrace.v1alpha1.ResolvedPodH\x00\x88\x01\x01\x42\x06\n\x04_pod\"Z\n\x0fGetRulesRequest\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.Target\x12\r\n\x05table\x18\x02 \x01(\t\x12\r\n\x05\x63hain\x18\x03 \x01(\t\"\x84\x01\n\rGetRulesReply\x12\x0f\n\x07\x62\x61\x63kend\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\x0c\x12\x13\n\x0bunavailable\x18\x04 \x01(\t\x12\x10\n\x08taken_at\x18\x05 \x01(\x01\x12\r\n\x05table\x18\x06 \x01(\t\x12\x0e\n\x06source\x18\x07 \x01(\t\"\xb5\x03\n\x0f\x43onntrackFilter\x12\x0e\n\x06\x66\x61mily\x18\x01 \x01(\r\x12\x10\n\x08protocol\x18\x02 \x01(\r\x12\x10\n\x08orig_src\x18\x03 \x01(\t\x12\x10\n\x08orig_dst\x18\x04 \x01(\t\x12\x11\n\treply_src\x18\x05 \x01(\t\x12\x11\n\treply_dst\x18\x06 \x01(\t\x12\x17\n\norig_sport\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x17\n\norig_dport\x18\x08 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0breply_sport\x18\t \x01(\rH\x02\x88\x01\x01\x12\x18\n\x0breply_dport\x18\n \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04mark\x18\x0b \x01(\rH\x04\x88\x01\x01\x12\x11\n\tmark_mask\x18\x0c \x01(\r\x12\x11\n\x04zone\x18\r \x01(\rH\x05\x88\x01\x01\x12\x0f\n\x07\x61\x64\x64ress\x18\x0e \x01(\t\x12\x11\n\ttcp_state\x18\x0f \x01(\t\x12\x0e\n\x06status\x18\x10 \x01(\r\x12\x13\n\x0bstatus_mask\x18\x11 \x01(\rB\r\n\x0b_orig_sportB\r\n\x0b_orig_dportB\x0e\n\x0c_reply_sportB\x0e\n\x0c_reply_dportB\x07\n\x05_markB\x07\n\x05_zone\"\xe9\x01\n\x14ListConntrackRequest\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.Target\x12\x32\n\x06\x66ilter\x18\x02 \x01(\x0b\x32\".gketrace.v1alpha1.ConntrackFilter\x12\r\n\x05limit\x18\x03 \x01(\r\x12\x32\n\x06\x66ormat\x18\x04 \x01(\x0e\x32\".gketrace.v1alpha1.ConntrackFormat\x12/\n\x03\x61ny\x18\x05 \x03(\x0b\x32\".gketrace.v1alpha1.ConntrackFilter\"\xae\x01\n\x12ListConntrackReply\x12\x32\n\x07\x65ntries\x18\x01 \x03(\x0b\x32!.gketrace.v1alpha1.ConntrackEntry\x12\x39\n\x07summary\x18\x02 \x01(\x0b\x32#.gketrace.v1alpha1.ConntrackSummaryH\x00\x88\x01\x01\x12\x0c\n\x04text\x18\x03 \x01(\x0c\x12\x0f\n\x07records\x18\x04 \x01(\x0c\x42\n\n\x08_summary\"\xb5\x02\n\x16\x46ollowConntrackRequest\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.Target\x12\x32\n\x06\x66ilter\x18\x02 \x01(\x0b\x32\".gketrace.v1alpha1.ConntrackFilter\x12/\n\x03\x61ny\x18\x03 \x03(\x0b\x32\".gketrace.v1alpha1.ConntrackFilter\x12\x0c\n\x04news\x18\x04 \x01(\x08\x12\x0f\n\x07updates\x18\x05 \x01(\x08\x12\x10\n\x08\x64\x65stroys\x18\x06 \x01(\x08\x12\x10\n\x08\x65xisting\x18\x07 \x01(\x08\x12\x14\n\x0cpoll_seconds\x18\x08 \x01(\x01\x12\x32\n\x06\x66ormat\x18\t \x01(\x0e\x32\".gketrace.v1alpha1.ConntrackFormat\"\x87\x01\n\x0e\x43onntrackEvent\x12\x33\n\x04kind\x18\x01 \x01(\x0e\x32%.gketrace.v1alpha1.ConntrackEventKind\x12\x30\n\x05\x65ntry\x18\x02 \x01(\x0b\x32!.gketrace.v1alpha1.ConntrackEntry\x12\x0e\n\x06polled\x18\x03 \x01(\x08\"\xc1\x01\n\x14\x46ollowConntrackReply\x12\x31\n\x06\x65vents\x18\x01 \x03(\x0b\x32!.gketrace.v1alpha1.ConntrackEvent\x12=\n\x06status\x18\x02 \x01(\x0b\x32(.gketrace.v1alpha1.FollowConntrackStatusH\x00\x88\x01\x01\x12\x0c\n\x04text\x18\x03 \x01(\x0c\x12\x0f\n\x07records\x18\x04 \x01(\x0c\x12\r\n\x05kinds\x18\x05 \x01(\x0c\x42\t\n\x07_status\"\xd1\x01\n\x15\x46ollowConntrackStatus\x12\n\n\x02\x61t\x18\x01 \x01(\x01\x12\x0c\n\x04sent\x18\x02 \x01(\x04\x12\x10\n\x08overruns\x18\x03 \x01(\x04\x12\x0c\n\x04lost\x18\x04 \x01(\x04\x12\x0f\n\x07resyncs\x18\x05 \x01(\x04\x12\x0c\n\x04mode\x18\x06 \x01(\t\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x0f\n\x07tracked\x18\x08 \x01(\x08\x12\x12\n\naccounting\x18\t \x01(\x08\x12*\n\x05netns\x18\n \x01(\x0b\x32\x1b.gketrace.v1alpha1.NetnsRef\"E\n\x18GetConntrackStatsRequest\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.Target\"\xde\x01\n\x16GetConntrackStatsReply\x12\x0f\n\x07\x65ntries\x18\x01 \x01(\x04\x12\r\n\x05limit\x18\x02 \x01(\x04\x12\x0f\n\x07\x62uckets\x18\x03 \x01(\x04\x12\x32\n\x04\x63pus\x18\x04 \x03(\x0b\x32$.gketrace.v1alpha1.ConntrackCpuStats\x12\x0f\n\x07tracked\x18\x05 \x01(\x08\x12\x12\n\naccounting\x18\x06 \x01(\x08\x12\x0e\n\x06\x65vents\x18\x07 \x01(\r\x12*\n\x05netns\x18\x08 \x01(\x0b\x32\x1b.gketrace.v1alpha1.NetnsRef\"\x97\x01\n\x11\x43onntrackCpuStats\x12\x0b\n\x03\x63pu\x18\x01 \x01(\r\x12\x44\n\x08\x63ounters\x18\x02 \x03(\x0b\x32\x32.gketrace.v1alpha1.ConntrackCpuStats.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xda\x01\n\x10\x43onntrackSummary\x12\x0c\n\x04sent\x18\x01 \x01(\x04\x12\x12\n\nconsistent\x18\x02 \x01(\x08\x12\x0c\n\x04lost\x18\x03 \x01(\x04\x12\x11\n\ttruncated\x18\x04 \x01(\x08\x12\x0f\n\x07tracked\x18\x05 \x01(\x08\x12\x12\n\naccounting\x18\x06 \x01(\x08\x12*\n\x05netns\x18\x07 \x01(\x0b\x32\x1b.gketrace.v1alpha1.NetnsRef\x12\x12\n\nduplicates\x18\x08 \x01(\x04\x12\x10\n\x08readings\x18\t \x01(\r\x12\x0c\n\x04read\x18\n \x01(\x04\"\xef\x01\n\x0bWalkRequest\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.Target\x12\x11\n\tinterface\x18\x02 \x01(\t\x12)\n\x06packet\x18\x03 \x01(\x0b\x32\x19.gketrace.v1alpha1.Packet\x12&\n\x05\x66lows\x18\x04 \x03(\x0b\x32\x17.gketrace.v1alpha1.Flow\x12\'\n\x04pods\x18\x05 \x03(\x0b\x32\x19.gketrace.v1alpha1.PodRef\x12\x0f\n\x07\x61rrives\x18\x06 \x01(\x08\x12\x15\n\ruse_conntrack\x18\x07 \x01(\x08\"w\n\tWalkReply\x12%\n\x04walk\x18\x01 \x01(\x0b\x32\x17.gketrace.v1alpha1.Walk\x12\x32\n\x07timings\x18\x02 \x01(\x0b\x32!.gketrace.v1alpha1.GetWalkTimings\x12\x0f\n\x07\x61rrival\x18\x03 \x01(\t\"@\n\x0eGetWalkTimings\x12\x0f\n\x07resolve\x18\x01 \x01(\x01\x12\x0f\n\x07observe\x18\x02 \x01(\x01\x12\x0c\n\x04walk\x18\x03 \x01(\x01*l\n\x0f\x43onntrackFormat\x12 \n\x1c\x43ONNTRACK_FORMAT_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43ONNTRACK_FORMAT_TEXT\x10\x01\x12\x1c\n\x18\x43ONNTRACK_FORMAT_RECORDS\x10\x02*\xbe\x01\n\x12\x43onntrackEventKind\x12$\n CONNTRACK_EVENT_KIND_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x43ONNTRACK_EVENT_KIND_NEW\x10\x01\x12\x1f\n\x1b\x43ONNTRACK_EVENT_KIND_UPDATE\x10\x02\x12 \n\x1c\x43ONNTRACK_EVENT_KIND_DESTROY\x10\x03\x12!\n\x1d\x43ONNTRACK_EVENT_KIND_EXISTING\x10\x04\x32\xd3\x05\n\x05\x41gent\x12M\n\x07GetInfo\x12!.gketrace.v1alpha1.GetInfoRequest\x1a\x1f.gketrace.v1alpha1.GetInfoReply\x12V\n\nResolvePod\x12$.gketrace.v1alpha1.ResolvePodRequest\x1a\".gketrace.v1alpha1.ResolvePodReply\x12P\n\x08GetNetns\x12\".gketrace.v1alpha1.GetNetnsRequest\x1a .gketrace.v1alpha1.GetNetnsReply\x12R\n\x08GetRules\x12\".gketrace.v1alpha1.GetRulesRequest\x1a .gketrace.v1alpha1.GetRulesReply0\x01\x12\x61\n\rListConntrack\x12\'.gketrace.v1alpha1.ListConntrackRequest\x1a%.gketrace.v1alpha1.ListConntrackReply0\x01\x12g\n\x0f\x46ollowConntrack\x12).gketrace.v1alpha1.FollowConntrackRequest\x1a\'.gketrace.v1alpha1.FollowConntrackReply0\x01\x12k\n\x11GetConntrackStats\x12+.gketrace.v1alpha1.GetConntrackStatsRequest\x1a).gketrace.v1alpha1.GetConntrackStatsReply\x12\x44\n\x04Walk\x12\x1e.gketrace.v1alpha1.WalkRequest\x1a\x1c.gketrace.v1alpha1.WalkReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#gketrace_proto/v1alpha1/agent.proto\x12\x11gketrace.v1alpha1\x1a%gketrace_proto/v1alpha1/capture.proto\x1a$gketrace_proto/v1alpha1/packet.proto\x1a&gketrace_proto/v1alpha1/snapshot.proto\x1a$gketrace_proto/v1alpha1/target.proto\x1a#gketrace_proto/v1alpha1/trace.proto\"\x10\n\x0eGetInfoRequest\"\x80\x03\n\x0cGetInfoReply\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0b\x61pi_version\x18\x02 \x01(\t\x12\x0c\n\x04node\x18\x03 \x01(\t\x12\x0e\n\x06kernel\x18\x04 \x01(\t\x12\x12\n\nstarted_at\x18\x05 \x01(\x01\x12\x12\n\ndata_plane\x18\x06 \x01(\t\x12\x19\n\x11\x64\x61ta_plane_reason\x18\x07 \x01(\t\x12\x18\n\x10iptables_backend\x18\x08 \x01(\t\x12\x33\n\x08rulesets\x18\t \x03(\x0b\x32!.gketrace.v1alpha1.RulesetSummary\x12\x0f\n\x07runtime\x18\n \x01(\t\x12\x1c\n\x14\x61llow_system_changes\x18\x0b \x01(\x08\x12+\n\x07missing\x18\x0c \x03(\x0b\x32\x1a.gketrace.v1alpha1.Missing\x12\x0b\n\x03now\x18\r \x01(\x01\x12\x31\n\taddresses\x18\x0e \x03(\x0b\x32\x1e.gketrace.v1alpha1.NodeAddress\"D\n\x0bNodeAddress\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\tprefixlen\x18\x02 \x01(\r\x12\x11\n\tinterface\x18\x03 \x01(\t\";\n\x11ResolvePodRequest\x12&\n\x03pod\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.PodRef\"f\n\tContainer\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\r\n\x05state\x18\x04 \x01(\t\x12\x12\n\nstart_time\x18\x05 \x01(\x04\x12\x0f\n\x07\x63ommand\x18\x06 \x01(\t\"7\n\x0bResolveStep\x12\x0c\n\x04step\x18\x01 \x01(\t\x12\n\n\x02ok\x18\x02 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\"\xea\x02\n\x0bResolvedPod\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03uid\x18\x03 \x01(\t\x12*\n\x05netns\x18\x04 \x01(\x0b\x32\x1b.gketrace.v1alpha1.NetnsRef\x12\x12\n\nsandbox_id\x18\x05 \x01(\t\x12\x13\n\x0bsandbox_pid\x18\x06 \x01(\r\x12\x30\n\ncontainers\x18\x07 \x03(\x0b\x32\x1c.gketrace.v1alpha1.Container\x12\x14\n\x0chost_network\x18\x08 \x01(\x08\x12\x17\n\x0fruntime_handler\x18\t \x01(\t\x12\x0e\n\x06method\x18\n \x01(\t\x12-\n\x05steps\x18\x0b \x03(\x0b\x32\x1e.gketrace.v1alpha1.ResolveStep\x12\x12\n\nnetns_path\x18\x0c \x01(\t\x12\x0b\n\x03ips\x18\r \x03(\t\x12\x17\n\x0fother_sandboxes\x18\x0e \x01(\r\">\n\x0fResolvePodReply\x12+\n\x03pod\x18\x01 \x01(\x0b\x32\x1e.gketrace.v1alpha1.ResolvedPod\"e\n\x0fGetNetnsRequest\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.Target\x12\'\n\x04pods\x18\x02 \x03(\x0b\x32\x19.gketrace.v1alpha1.PodRef\"}\n\rGetNetnsReply\x12\x32\n\x08snapshot\x18\x01 \x01(\x0b\x32 .gketrace.v1alpha1.NetnsSnapshot\x12\x30\n\x03pod\x18\x02 \x01(\x0b\x32\x1e.gketrace.v1alpha1.ResolvedPodH\x00\x88\x01\x01\x42\x06\n\x04_pod\"Z\n\x0fGetRulesRequest\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.Target\x12\r\n\x05table\x18\x02 \x01(\t\x12\r\n\x05\x63hain\x18\x03 \x01(\t\"\x84\x01\n\rGetRulesReply\x12\x0f\n\x07\x62\x61\x63kend\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\x0c\x12\x13\n\x0bunavailable\x18\x04 \x01(\t\x12\x10\n\x08taken_at\x18\x05 \x01(\x01\x12\r\n\x05table\x18\x06 \x01(\t\x12\x0e\n\x06source\x18\x07 \x01(\t\"\xaf\x04\n\x0f\x43onntrackFilter\x12\x0e\n\x06\x66\x61mily\x18\x01 \x01(\r\x12\x10\n\x08protocol\x18\x02 \x01(\r\x12\x10\n\x08orig_src\x18\x03 \x01(\t\x12\x10\n\x08orig_dst\x18\x04 \x01(\t\x12\x11\n\treply_src\x18\x05 \x01(\t\x12\x11\n\treply_dst\x18\x06 \x01(\t\x12\x17\n\norig_sport\x18\x07 \x01(\rH\x00\x88\x01\x01\x12\x17\n\norig_dport\x18\x08 \x01(\rH\x01\x88\x01\x01\x12\x18\n\x0breply_sport\x18\t \x01(\rH\x02\x88\x01\x01\x12\x18\n\x0breply_dport\x18\n \x01(\rH\x03\x88\x01\x01\x12\x11\n\x04mark\x18\x0b \x01(\rH\x04\x88\x01\x01\x12\x11\n\tmark_mask\x18\x0c \x01(\r\x12\x11\n\x04zone\x18\r \x01(\rH\x05\x88\x01\x01\x12\x0f\n\x07\x61\x64\x64ress\x18\x0e \x01(\t\x12\x11\n\ttcp_state\x18\x0f \x01(\t\x12\x0e\n\x06status\x18\x10 \x01(\r\x12\x13\n\x0bstatus_mask\x18\x11 \x01(\r\x12\x0f\n\x07src_nat\x18\x12 \x01(\t\x12\x0f\n\x07\x64st_nat\x18\x13 \x01(\t\x12\x19\n\x0csrc_nat_port\x18\x14 \x01(\rH\x06\x88\x01\x01\x12\x19\n\x0c\x64st_nat_port\x18\x15 \x01(\rH\x07\x88\x01\x01\x42\r\n\x0b_orig_sportB\r\n\x0b_orig_dportB\x0e\n\x0c_reply_sportB\x0e\n\x0c_reply_dportB\x07\n\x05_markB\x07\n\x05_zoneB\x0f\n\r_src_nat_portB\x0f\n\r_dst_nat_port\"\xe9\x01\n\x14ListConntrackRequest\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.Target\x12\x32\n\x06\x66ilter\x18\x02 \x01(\x0b\x32\".gketrace.v1alpha1.ConntrackFilter\x12\r\n\x05limit\x18\x03 \x01(\r\x12\x32\n\x06\x66ormat\x18\x04 \x01(\x0e\x32\".gketrace.v1alpha1.ConntrackFormat\x12/\n\x03\x61ny\x18\x05 \x03(\x0b\x32\".gketrace.v1alpha1.ConntrackFilter\"\xae\x01\n\x12ListConntrackReply\x12\x32\n\x07\x65ntries\x18\x01 \x03(\x0b\x32!.gketrace.v1alpha1.ConntrackEntry\x12\x39\n\x07summary\x18\x02 \x01(\x0b\x32#.gketrace.v1alpha1.ConntrackSummaryH\x00\x88\x01\x01\x12\x0c\n\x04text\x18\x03 \x01(\x0c\x12\x0f\n\x07records\x18\x04 \x01(\x0c\x42\n\n\x08_summary\"\xb5\x02\n\x16\x46ollowConntrackRequest\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.Target\x12\x32\n\x06\x66ilter\x18\x02 \x01(\x0b\x32\".gketrace.v1alpha1.ConntrackFilter\x12/\n\x03\x61ny\x18\x03 \x03(\x0b\x32\".gketrace.v1alpha1.ConntrackFilter\x12\x0c\n\x04news\x18\x04 \x01(\x08\x12\x0f\n\x07updates\x18\x05 \x01(\x08\x12\x10\n\x08\x64\x65stroys\x18\x06 \x01(\x08\x12\x10\n\x08\x65xisting\x18\x07 \x01(\x08\x12\x14\n\x0cpoll_seconds\x18\x08 \x01(\x01\x12\x32\n\x06\x66ormat\x18\t \x01(\x0e\x32\".gketrace.v1alpha1.ConntrackFormat\"\x87\x01\n\x0e\x43onntrackEvent\x12\x33\n\x04kind\x18\x01 \x01(\x0e\x32%.gketrace.v1alpha1.ConntrackEventKind\x12\x30\n\x05\x65ntry\x18\x02 \x01(\x0b\x32!.gketrace.v1alpha1.ConntrackEntry\x12\x0e\n\x06polled\x18\x03 \x01(\x08\"\xc1\x01\n\x14\x46ollowConntrackReply\x12\x31\n\x06\x65vents\x18\x01 \x03(\x0b\x32!.gketrace.v1alpha1.ConntrackEvent\x12=\n\x06status\x18\x02 \x01(\x0b\x32(.gketrace.v1alpha1.FollowConntrackStatusH\x00\x88\x01\x01\x12\x0c\n\x04text\x18\x03 \x01(\x0c\x12\x0f\n\x07records\x18\x04 \x01(\x0c\x12\r\n\x05kinds\x18\x05 \x01(\x0c\x42\t\n\x07_status\"\xd1\x01\n\x15\x46ollowConntrackStatus\x12\n\n\x02\x61t\x18\x01 \x01(\x01\x12\x0c\n\x04sent\x18\x02 \x01(\x04\x12\x10\n\x08overruns\x18\x03 \x01(\x04\x12\x0c\n\x04lost\x18\x04 \x01(\x04\x12\x0f\n\x07resyncs\x18\x05 \x01(\x04\x12\x0c\n\x04mode\x18\x06 \x01(\t\x12\x0e\n\x06reason\x18\x07 \x01(\t\x12\x0f\n\x07tracked\x18\x08 \x01(\x08\x12\x12\n\naccounting\x18\t \x01(\x08\x12*\n\x05netns\x18\n \x01(\x0b\x32\x1b.gketrace.v1alpha1.NetnsRef\"E\n\x18GetConntrackStatsRequest\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.Target\"\xde\x01\n\x16GetConntrackStatsReply\x12\x0f\n\x07\x65ntries\x18\x01 \x01(\x04\x12\r\n\x05limit\x18\x02 \x01(\x04\x12\x0f\n\x07\x62uckets\x18\x03 \x01(\x04\x12\x32\n\x04\x63pus\x18\x04 \x03(\x0b\x32$.gketrace.v1alpha1.ConntrackCpuStats\x12\x0f\n\x07tracked\x18\x05 \x01(\x08\x12\x12\n\naccounting\x18\x06 \x01(\x08\x12\x0e\n\x06\x65vents\x18\x07 \x01(\r\x12*\n\x05netns\x18\x08 \x01(\x0b\x32\x1b.gketrace.v1alpha1.NetnsRef\"\x97\x01\n\x11\x43onntrackCpuStats\x12\x0b\n\x03\x63pu\x18\x01 \x01(\r\x12\x44\n\x08\x63ounters\x18\x02 \x03(\x0b\x32\x32.gketrace.v1alpha1.ConntrackCpuStats.CountersEntry\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xda\x01\n\x10\x43onntrackSummary\x12\x0c\n\x04sent\x18\x01 \x01(\x04\x12\x12\n\nconsistent\x18\x02 \x01(\x08\x12\x0c\n\x04lost\x18\x03 \x01(\x04\x12\x11\n\ttruncated\x18\x04 \x01(\x08\x12\x0f\n\x07tracked\x18\x05 \x01(\x08\x12\x12\n\naccounting\x18\x06 \x01(\x08\x12*\n\x05netns\x18\x07 \x01(\x0b\x32\x1b.gketrace.v1alpha1.NetnsRef\x12\x12\n\nduplicates\x18\x08 \x01(\x04\x12\x10\n\x08readings\x18\t \x01(\r\x12\x0c\n\x04read\x18\n \x01(\x04\"\x88\x01\n\x16\x44\x65leteConntrackRequest\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.Target\x12\x0f\n\x07records\x18\x02 \x01(\x0c\x12\x32\n\x07\x65ntries\x18\x03 \x03(\x0b\x32!.gketrace.v1alpha1.ConntrackEntry\"^\n\x14\x44\x65leteConntrackReply\x12\x36\n\x08outcomes\x18\x01 \x03(\x0e\x32$.gketrace.v1alpha1.ConntrackDeletion\x12\x0e\n\x06\x65rrors\x18\x02 \x03(\t\"\xef\x01\n\x0bWalkRequest\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.Target\x12\x11\n\tinterface\x18\x02 \x01(\t\x12)\n\x06packet\x18\x03 \x01(\x0b\x32\x19.gketrace.v1alpha1.Packet\x12&\n\x05\x66lows\x18\x04 \x03(\x0b\x32\x17.gketrace.v1alpha1.Flow\x12\'\n\x04pods\x18\x05 \x03(\x0b\x32\x19.gketrace.v1alpha1.PodRef\x12\x0f\n\x07\x61rrives\x18\x06 \x01(\x08\x12\x15\n\ruse_conntrack\x18\x07 \x01(\x08\"w\n\tWalkReply\x12%\n\x04walk\x18\x01 \x01(\x0b\x32\x17.gketrace.v1alpha1.Walk\x12\x32\n\x07timings\x18\x02 \x01(\x0b\x32!.gketrace.v1alpha1.GetWalkTimings\x12\x0f\n\x07\x61rrival\x18\x03 \x01(\t\"@\n\x0eGetWalkTimings\x12\x0f\n\x07resolve\x18\x01 \x01(\x01\x12\x0f\n\x07observe\x18\x02 \x01(\x01\x12\x0c\n\x04walk\x18\x03 \x01(\x01*l\n\x0f\x43onntrackFormat\x12 \n\x1c\x43ONNTRACK_FORMAT_UNSPECIFIED\x10\x00\x12\x19\n\x15\x43ONNTRACK_FORMAT_TEXT\x10\x01\x12\x1c\n\x18\x43ONNTRACK_FORMAT_RECORDS\x10\x02*\xbe\x01\n\x12\x43onntrackEventKind\x12$\n CONNTRACK_EVENT_KIND_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x43ONNTRACK_EVENT_KIND_NEW\x10\x01\x12\x1f\n\x1b\x43ONNTRACK_EVENT_KIND_UPDATE\x10\x02\x12 \n\x1c\x43ONNTRACK_EVENT_KIND_DESTROY\x10\x03\x12!\n\x1d\x43ONNTRACK_EVENT_KIND_EXISTING\x10\x04*\xb4\x01\n\x11\x43onntrackDeletion\x12\"\n\x1e\x43ONNTRACK_DELETION_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x43ONNTRACK_DELETION_DELETED\x10\x01\x12\x1b\n\x17\x43ONNTRACK_DELETION_GONE\x10\x02\x12\x1f\n\x1b\x43ONNTRACK_DELETION_REPLACED\x10\x03\x12\x1d\n\x19\x43ONNTRACK_DELETION_FAILED\x10\x04\x32\x8b\x07\n\x05\x41gent\x12M\n\x07GetInfo\x12!.gketrace.v1alpha1.GetInfoRequest\x1a\x1f.gketrace.v1alpha1.GetInfoReply\x12V\n\nResolvePod\x12$.gketrace.v1alpha1.ResolvePodRequest\x1a\".gketrace.v1alpha1.ResolvePodReply\x12P\n\x08GetNetns\x12\".gketrace.v1alpha1.GetNetnsRequest\x1a .gketrace.v1alpha1.GetNetnsReply\x12R\n\x08GetRules\x12\".gketrace.v1alpha1.GetRulesRequest\x1a .gketrace.v1alpha1.GetRulesReply0\x01\x12\x61\n\rListConntrack\x12\'.gketrace.v1alpha1.ListConntrackRequest\x1a%.gketrace.v1alpha1.ListConntrackReply0\x01\x12g\n\x0f\x46ollowConntrack\x12).gketrace.v1alpha1.FollowConntrackRequest\x1a\'.gketrace.v1alpha1.FollowConntrackReply0\x01\x12k\n\x11GetConntrackStats\x12+.gketrace.v1alpha1.GetConntrackStatsRequest\x1a).gketrace.v1alpha1.GetConntrackStatsReply\x12\x65\n\x0f\x44\x65leteConntrack\x12).gketrace.v1alpha1.DeleteConntrackRequest\x1a\'.gketrace.v1alpha1.DeleteConntrackReply\x12\x44\n\x04Walk\x12\x1e.gketrace.v1alpha1.WalkRequest\x1a\x1c.gketrace.v1alpha1.WalkReply\x12O\n\x07\x43\x61pture\x12!.gketrace.v1alpha1.CaptureRequest\x1a\x1f.gketrace.v1alpha1.CaptureReply0\x01P\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,68 +39,70 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CONNTRACKCPUSTATS_COUNTERSENTRY']._loaded_options = None
   _globals['_CONNTRACKCPUSTATS_COUNTERSENTRY']._serialized_options = b'8\001'
-  _globals['_CONNTRACKFORMAT']._serialized_start=4785
-  _globals['_CONNTRACKFORMAT']._serialized_end=4893
-  _globals['_CONNTRACKEVENTKIND']._serialized_start=4896
-  _globals['_CONNTRACKEVENTKIND']._serialized_end=5086
-  _globals['_PODREF']._serialized_start=174
-  _globals['_PODREF']._serialized_end=311
-  _globals['_TARGET']._serialized_start=313
-  _globals['_TARGET']._serialized_end=389
-  _globals['_GETINFOREQUEST']._serialized_start=391
-  _globals['_GETINFOREQUEST']._serialized_end=407
-  _globals['_GETINFOREPLY']._serialized_start=410
-  _globals['_GETINFOREPLY']._serialized_end=794
-  _globals['_NODEADDRESS']._serialized_start=796
-  _globals['_NODEADDRESS']._serialized_end=864
-  _globals['_RESOLVEPODREQUEST']._serialized_start=866
-  _globals['_RESOLVEPODREQUEST']._serialized_end=925
-  _globals['_CONTAINER']._serialized_start=927
-  _globals['_CONTAINER']._serialized_end=1029
-  _globals['_RESOLVESTEP']._serialized_start=1031
-  _globals['_RESOLVESTEP']._serialized_end=1086
-  _globals['_RESOLVEDPOD']._serialized_start=1089
-  _globals['_RESOLVEDPOD']._serialized_end=1451
-  _globals['_RESOLVEPODREPLY']._serialized_start=1453
-  _globals['_RESOLVEPODREPLY']._serialized_end=1515
-  _globals['_GETNETNSREQUEST']._serialized_start=1517
-  _globals['_GETNETNSREQUEST']._serialized_end=1618
-  _globals['_GETNETNSREPLY']._serialized_start=1620
-  _globals['_GETNETNSREPLY']._serialized_end=1745
-  _globals['_GETRULESREQUEST']._serialized_start=1747
-  _globals['_GETRULESREQUEST']._serialized_end=1837
-  _globals['_GETRULESREPLY']._serialized_start=1840
-  _globals['_GETRULESREPLY']._serialized_end=1972
-  _globals['_CONNTRACKFILTER']._serialized_start=1975
-  _globals['_CONNTRACKFILTER']._serialized_end=2412
-  _globals['_LISTCONNTRACKREQUEST']._serialized_start=2415
-  _globals['_LISTCONNTRACKREQUEST']._serialized_end=2648
-  _globals['_LISTCONNTRACKREPLY']._serialized_start=2651
-  _globals['_LISTCONNTRACKREPLY']._serialized_end=2825
-  _globals['_FOLLOWCONNTRACKREQUEST']._serialized_start=2828
-  _globals['_FOLLOWCONNTRACKREQUEST']._serialized_end=3137
-  _globals['_CONNTRACKEVENT']._serialized_start=3140
-  _globals['_CONNTRACKEVENT']._serialized_end=3275
-  _globals['_FOLLOWCONNTRACKREPLY']._serialized_start=3278
-  _globals['_FOLLOWCONNTRACKREPLY']._serialized_end=3471
-  _globals['_FOLLOWCONNTRACKSTATUS']._serialized_start=3474
-  _globals['_FOLLOWCONNTRACKSTATUS']._serialized_end=3683
-  _globals['_GETCONNTRACKSTATSREQUEST']._serialized_start=3685
-  _globals['_GETCONNTRACKSTATSREQUEST']._serialized_end=3754
-  _globals['_GETCONNTRACKSTATSREPLY']._serialized_start=3757
-  _globals['_GETCONNTRACKSTATSREPLY']._serialized_end=3979
-  _globals['_CONNTRACKCPUSTATS']._serialized_start=3982
-  _globals['_CONNTRACKCPUSTATS']._serialized_end=4133
-  _globals['_CONNTRACKCPUSTATS_COUNTERSENTRY']._serialized_start=4086
-  _globals['_CONNTRACKCPUSTATS_COUNTERSENTRY']._serialized_end=4133
-  _globals['_CONNTRACKSUMMARY']._serialized_start=4136
-  _globals['_CONNTRACKSUMMARY']._serialized_end=4354
-  _globals['_WALKREQUEST']._serialized_start=4357
-  _globals['_WALKREQUEST']._serialized_end=4596
-  _globals['_WALKREPLY']._serialized_start=4598
-  _globals['_WALKREPLY']._serialized_end=4717
-  _globals['_GETWALKTIMINGS']._serialized_start=4719
-  _globals['_GETWALKTIMINGS']._serialized_end=4783
-  _globals['_AGENT']._serialized_start=5089
-  _globals['_AGENT']._serialized_end=5812
+  _globals['_CONNTRACKFORMAT']._serialized_start=5001
+  _globals['_CONNTRACKFORMAT']._serialized_end=5109
+  _globals['_CONNTRACKEVENTKIND']._serialized_start=5112
+  _globals['_CONNTRACKEVENTKIND']._serialized_end=5302
+  _globals['_CONNTRACKDELETION']._serialized_start=5305
+  _globals['_CONNTRACKDELETION']._serialized_end=5485
+  _globals['_GETINFOREQUEST']._serialized_start=250
+  _globals['_GETINFOREQUEST']._serialized_end=266
+  _globals['_GETINFOREPLY']._serialized_start=269
+  _globals['_GETINFOREPLY']._serialized_end=653
+  _globals['_NODEADDRESS']._serialized_start=655
+  _globals['_NODEADDRESS']._serialized_end=723
+  _globals['_RESOLVEPODREQUEST']._serialized_start=725
+  _globals['_RESOLVEPODREQUEST']._serialized_end=784
+  _globals['_CONTAINER']._serialized_start=786
+  _globals['_CONTAINER']._serialized_end=888
+  _globals['_RESOLVESTEP']._serialized_start=890
+  _globals['_RESOLVESTEP']._serialized_end=945
+  _globals['_RESOLVEDPOD']._serialized_start=948
+  _globals['_RESOLVEDPOD']._serialized_end=1310
+  _globals['_RESOLVEPODREPLY']._serialized_start=1312
+  _globals['_RESOLVEPODREPLY']._serialized_end=1374
+  _globals['_GETNETNSREQUEST']._serialized_start=1376
+  _globals['_GETNETNSREQUEST']._serialized_end=1477
+  _globals['_GETNETNSREPLY']._serialized_start=1479
+  _globals['_GETNETNSREPLY']._serialized_end=1604
+  _globals['_GETRULESREQUEST']._serialized_start=1606
+  _globals['_GETRULESREQUEST']._serialized_end=1696
+  _globals['_GETRULESREPLY']._serialized_start=1699
+  _globals['_GETRULESREPLY']._serialized_end=1831
+  _globals['_CONNTRACKFILTER']._serialized_start=1834
+  _globals['_CONNTRACKFILTER']._serialized_end=2393
+  _globals['_LISTCONNTRACKREQUEST']._serialized_start=2396
+  _globals['_LISTCONNTRACKREQUEST']._serialized_end=2629
+  _globals['_LISTCONNTRACKREPLY']._serialized_start=2632
+  _globals['_LISTCONNTRACKREPLY']._serialized_end=2806
+  _globals['_FOLLOWCONNTRACKREQUEST']._serialized_start=2809
+  _globals['_FOLLOWCONNTRACKREQUEST']._serialized_end=3118
+  _globals['_CONNTRACKEVENT']._serialized_start=3121
+  _globals['_CONNTRACKEVENT']._serialized_end=3256
+  _globals['_FOLLOWCONNTRACKREPLY']._serialized_start=3259
+  _globals['_FOLLOWCONNTRACKREPLY']._serialized_end=3452
+  _globals['_FOLLOWCONNTRACKSTATUS']._serialized_start=3455
+  _globals['_FOLLOWCONNTRACKSTATUS']._serialized_end=3664
+  _globals['_GETCONNTRACKSTATSREQUEST']._serialized_start=3666
+  _globals['_GETCONNTRACKSTATSREQUEST']._serialized_end=3735
+  _globals['_GETCONNTRACKSTATSREPLY']._serialized_start=3738
+  _globals['_GETCONNTRACKSTATSREPLY']._serialized_end=3960
+  _globals['_CONNTRACKCPUSTATS']._serialized_start=3963
+  _globals['_CONNTRACKCPUSTATS']._serialized_end=4114
+  _globals['_CONNTRACKCPUSTATS_COUNTERSENTRY']._serialized_start=4067
+  _globals['_CONNTRACKCPUSTATS_COUNTERSENTRY']._serialized_end=4114
+  _globals['_CONNTRACKSUMMARY']._serialized_start=4117
+  _globals['_CONNTRACKSUMMARY']._serialized_end=4335
+  _globals['_DELETECONNTRACKREQUEST']._serialized_start=4338
+  _globals['_DELETECONNTRACKREQUEST']._serialized_end=4474
+  _globals['_DELETECONNTRACKREPLY']._serialized_start=4476
+  _globals['_DELETECONNTRACKREPLY']._serialized_end=4570
+  _globals['_WALKREQUEST']._serialized_start=4573
+  _globals['_WALKREQUEST']._serialized_end=4812
+  _globals['_WALKREPLY']._serialized_start=4814
+  _globals['_WALKREPLY']._serialized_end=4933
+  _globals['_GETWALKTIMINGS']._serialized_start=4935
+  _globals['_GETWALKTIMINGS']._serialized_end=4999
+  _globals['_AGENT']._serialized_start=5488
+  _globals['_AGENT']._serialized_end=6395
 # @@protoc_insertion_point(module_scope)

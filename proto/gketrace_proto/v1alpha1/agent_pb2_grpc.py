@@ -4,6 +4,7 @@ import grpc
 import warnings
 
 from gketrace_proto.v1alpha1 import agent_pb2 as gketrace__proto_dot_v1alpha1_dot_agent__pb2
+from gketrace_proto.v1alpha1 import capture_pb2 as gketrace__proto_dot_v1alpha1_dot_capture__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
 GRPC_VERSION = grpc.__version__
@@ -69,10 +70,20 @@ class AgentStub:
                 request_serializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.GetConntrackStatsRequest.SerializeToString,
                 response_deserializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.GetConntrackStatsReply.FromString,
                 _registered_method=True)
+        self.DeleteConntrack = channel.unary_unary(
+                '/gketrace.v1alpha1.Agent/DeleteConntrack',
+                request_serializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.DeleteConntrackRequest.SerializeToString,
+                response_deserializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.DeleteConntrackReply.FromString,
+                _registered_method=True)
         self.Walk = channel.unary_unary(
                 '/gketrace.v1alpha1.Agent/Walk',
                 request_serializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.WalkRequest.SerializeToString,
                 response_deserializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.WalkReply.FromString,
+                _registered_method=True)
+        self.Capture = channel.unary_stream(
+                '/gketrace.v1alpha1.Agent/Capture',
+                request_serializer=gketrace__proto_dot_v1alpha1_dot_capture__pb2.CaptureRequest.SerializeToString,
+                response_deserializer=gketrace__proto_dot_v1alpha1_dot_capture__pb2.CaptureReply.FromString,
                 _registered_method=True)
 
 
@@ -128,8 +139,23 @@ class AgentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteConntrack(self, request, context):
+        """Deletes entries that a list has shown, one by one.  Changes the node: FAILED_PRECONDITION unless
+        the agent was started with --allow-system-changes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Walk(self, request, context):
         """What becomes of a packet on this node.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Capture(self, request, context):
+        """Packets at any number of interfaces, as they pass, until a limit or the client ends the call.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -173,10 +199,20 @@ def add_AgentServicer_to_server(servicer, server):
                     request_deserializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.GetConntrackStatsRequest.FromString,
                     response_serializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.GetConntrackStatsReply.SerializeToString,
             ),
+            'DeleteConntrack': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteConntrack,
+                    request_deserializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.DeleteConntrackRequest.FromString,
+                    response_serializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.DeleteConntrackReply.SerializeToString,
+            ),
             'Walk': grpc.unary_unary_rpc_method_handler(
                     servicer.Walk,
                     request_deserializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.WalkRequest.FromString,
                     response_serializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.WalkReply.SerializeToString,
+            ),
+            'Capture': grpc.unary_stream_rpc_method_handler(
+                    servicer.Capture,
+                    request_deserializer=gketrace__proto_dot_v1alpha1_dot_capture__pb2.CaptureRequest.FromString,
+                    response_serializer=gketrace__proto_dot_v1alpha1_dot_capture__pb2.CaptureReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -379,6 +415,33 @@ class Agent:
             _registered_method=True)
 
     @staticmethod
+    def DeleteConntrack(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gketrace.v1alpha1.Agent/DeleteConntrack',
+            gketrace__proto_dot_v1alpha1_dot_agent__pb2.DeleteConntrackRequest.SerializeToString,
+            gketrace__proto_dot_v1alpha1_dot_agent__pb2.DeleteConntrackReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Walk(request,
             target,
             options=(),
@@ -395,6 +458,33 @@ class Agent:
             '/gketrace.v1alpha1.Agent/Walk',
             gketrace__proto_dot_v1alpha1_dot_agent__pb2.WalkRequest.SerializeToString,
             gketrace__proto_dot_v1alpha1_dot_agent__pb2.WalkReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Capture(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/gketrace.v1alpha1.Agent/Capture',
+            gketrace__proto_dot_v1alpha1_dot_capture__pb2.CaptureRequest.SerializeToString,
+            gketrace__proto_dot_v1alpha1_dot_capture__pb2.CaptureReply.FromString,
             options,
             channel_credentials,
             insecure,
