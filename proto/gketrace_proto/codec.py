@@ -6,7 +6,7 @@ of them; a test fails when the two sides differ.  Conversions by the dataclass's
 - ``IPv4Address | IPv6Address`` and networks ↔ string; `Fraction` ↔ ``"n/d"``
 - `Enum` member ↔ proto enum value ``PREFIX_MEMBER``
 - ``tuple[T, ...]`` ↔ repeated; ``tuple[int, int]`` ↔ ``PortRange``; ``X | None`` ↔ optional
-- ``tuple[int, ...] | None`` ↔ optional ``ByteList``
+- ``tuple[int, ...] | None`` ↔ optional ``ByteList``; ``Mapping[str, str]`` ↔ map
 
 An enum value that this side does not know becomes the enum's ``UNKNOWN`` member where it has one
 (a newer peer), else `GketraceError`: nothing is dropped silently.
@@ -62,6 +62,9 @@ MESSAGES: Mapping[type[Any], type[Message]] = {
     snapshot.Neighbour: snapshot_pb2.Neighbour,
     snapshot.FdbEntry: snapshot_pb2.FdbEntry,
     snapshot.Socket: snapshot_pb2.Socket,
+    snapshot.RecentEntry: snapshot_pb2.RecentEntry,
+    snapshot.IpSetEntry: snapshot_pb2.IpSetEntry,
+    snapshot.IpSet: snapshot_pb2.IpSet,
 }
 """Every core type that travels, and its message."""
 
@@ -91,7 +94,7 @@ def decode(cls: type[T], message: Message) -> T:
 
 
 def snapshot_to_proto(shot: NetnsSnapshot) -> snapshot_pb2.NetnsSnapshot:
-    """A snapshot without its rule sets, conntrack, recent lists and sets."""
+    """A snapshot without its rule sets and conntrack."""
     message = snapshot_pb2.NetnsSnapshot(netns=encode(shot.netns), taken_at=shot.taken_at)
     for name in _SNAPSHOT_LISTS:
         value = getattr(shot, name)
@@ -103,6 +106,15 @@ def snapshot_to_proto(shot: NetnsSnapshot) -> snapshot_pb2.NetnsSnapshot:
         message.unavailable["sysctls"] = shot.sysctls.reason
     else:
         message.sysctls.update(shot.sysctls)
+    if isinstance(shot.recent, Unavailable):
+        message.unavailable["recent"] = shot.recent.reason
+    else:
+        for name, entries in shot.recent.items():
+            message.recent[name].entries.extend(encode(entry) for entry in entries)
+    if isinstance(shot.ipsets, Unavailable):
+        message.unavailable["ipsets"] = shot.ipsets.reason
+    else:
+        message.ipsets.extend(encode(one) for one in shot.ipsets.values())
     message.missing.extend(encode(item) for item in shot.missing)
     return message
 
@@ -122,8 +134,13 @@ def snapshot_from_proto(message: snapshot_pb2.NetnsSnapshot) -> NetnsSnapshot:
         sysctls=gone.get("sysctls") or dict(message.sysctls),
         rulesets=(),
         conntrack=absent,
-        recent=absent,
-        ipsets=absent,
+        recent=gone.get("recent")
+        or {
+            name: tuple(decode(snapshot.RecentEntry, entry) for entry in listed.entries)
+            for name, listed in message.recent.items()
+        },
+        ipsets=gone.get("ipsets")
+        or {one.name: decode(snapshot.IpSet, one) for one in message.ipsets},
         missing=tuple(decode(trace.Missing, item) for item in message.missing),
         taken_at=message.taken_at,
         **parts,
@@ -189,12 +206,18 @@ def _put_text(message: Message, name: str, value: Any) -> None:
     setattr(message, name, str(value))
 
 
+def _put_map(message: Message, name: str, value: Any) -> None:
+    getattr(message, name).update(value)
+
+
 def _put_message(message: Message, name: str, value: Any) -> None:
     getattr(message, name).CopyFrom(encode(value))
 
 
 def _converter(hint: Any, message: type[Message], name: str) -> tuple[_Put, _Get]:
     origin = typing.get_origin(hint)
+    if origin in (Mapping, dict):
+        return _put_map, lambda m, n: dict(getattr(m, n))
     if origin is tuple:
         return _tuple_converter(typing.get_args(hint), message, name)
     if origin in (typing.Union, types.UnionType):

@@ -442,6 +442,91 @@ class GetNetnsReply(_message.Message):
 Global___GetNetnsReply: _TypeAlias = GetNetnsReply  # noqa: Y015
 
 @_typing.final
+class SnapshotRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PODS_FIELD_NUMBER: _builtins.int
+    WITHOUT_RULES_FIELD_NUMBER: _builtins.int
+    without_rules: _builtins.bool
+    """Leave out the rule sets of the node's own namespace."""
+    @_builtins.property
+    def pods(self) -> _containers.RepeatedCompositeFieldContainer[_target_pb2.PodRef]:
+        """Pods of this node, whose namespaces are wanted besides the node's own."""
+
+    def __init__(
+        self,
+        *,
+        pods: _abc.Iterable[_target_pb2.PodRef] | None = ...,
+        without_rules: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pods", b"pods", "without_rules", b"without_rules"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SnapshotRequest: _TypeAlias = SnapshotRequest  # noqa: Y015
+
+@_typing.final
+class SnapshotReply(_message.Message):
+    """One namespace after the other, the node's own first.  A reply with `snapshot` begins one; the
+    replies with `rules` that follow are chunks of its rule sets.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    RULES_FIELD_NUMBER: _builtins.int
+    POD_FIELD_NUMBER: _builtins.int
+    UNAVAILABLE_FIELD_NUMBER: _builtins.int
+    RUNTIME_HANDLER_FIELD_NUMBER: _builtins.int
+    CONNTRACK_FIELD_NUMBER: _builtins.int
+    unavailable: _builtins.str
+    """Why it could not be read."""
+    runtime_handler: _builtins.str
+    """"gvisor", "kata" ... as the runtime's handler says; empty: runc or not known."""
+    @_builtins.property
+    def snapshot(self) -> _snapshot_pb2.NetnsSnapshot: ...
+    @_builtins.property
+    def rules(self) -> Global___GetRulesReply: ...
+    @_builtins.property
+    def pod(self) -> _target_pb2.PodRef:
+        """Set with `snapshot` of a pod, and alone where the pod's namespace could not be read."""
+
+    @_builtins.property
+    def conntrack(self) -> Global___GetConntrackStatsReply:
+        """With the node's own snapshot."""
+
+    def __init__(
+        self,
+        *,
+        snapshot: _snapshot_pb2.NetnsSnapshot | None = ...,
+        rules: Global___GetRulesReply | None = ...,
+        pod: _target_pb2.PodRef | None = ...,
+        unavailable: _builtins.str = ...,
+        runtime_handler: _builtins.str = ...,
+        conntrack: Global___GetConntrackStatsReply | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_conntrack", b"_conntrack", "_rules", b"_rules", "_snapshot", b"_snapshot", "conntrack", b"conntrack", "pod", b"pod", "rules", b"rules", "snapshot", b"snapshot"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_conntrack", b"_conntrack", "_rules", b"_rules", "_snapshot", b"_snapshot", "conntrack", b"conntrack", "pod", b"pod", "rules", b"rules", "runtime_handler", b"runtime_handler", "snapshot", b"snapshot", "unavailable", b"unavailable"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__conntrack: _TypeAlias = _typing.Literal["conntrack"]  # noqa: Y015
+    _WhichOneofArgType__conntrack: _TypeAlias = _typing.Literal["_conntrack", b"_conntrack"]  # noqa: Y015
+    _WhichOneofReturnType__rules: _TypeAlias = _typing.Literal["rules"]  # noqa: Y015
+    _WhichOneofArgType__rules: _TypeAlias = _typing.Literal["_rules", b"_rules"]  # noqa: Y015
+    _WhichOneofReturnType__snapshot: _TypeAlias = _typing.Literal["snapshot"]  # noqa: Y015
+    _WhichOneofArgType__snapshot: _TypeAlias = _typing.Literal["_snapshot", b"_snapshot"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__conntrack) -> _WhichOneofReturnType__conntrack | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rules) -> _WhichOneofReturnType__rules | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__snapshot) -> _WhichOneofReturnType__snapshot | None: ...
+
+Global___SnapshotReply: _TypeAlias = SnapshotReply  # noqa: Y015
+
+@_typing.final
 class GetRulesRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

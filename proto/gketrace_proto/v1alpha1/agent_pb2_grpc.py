@@ -50,6 +50,11 @@ class AgentStub:
                 request_serializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.GetNetnsRequest.SerializeToString,
                 response_deserializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.GetNetnsReply.FromString,
                 _registered_method=True)
+        self.Snapshot = channel.unary_stream(
+                '/gketrace.v1alpha1.Agent/Snapshot',
+                request_serializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.SnapshotRequest.SerializeToString,
+                response_deserializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.SnapshotReply.FromString,
+                _registered_method=True)
         self.GetRules = channel.unary_stream(
                 '/gketrace.v1alpha1.Agent/GetRules',
                 request_serializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.GetRulesRequest.SerializeToString,
@@ -106,6 +111,13 @@ class AgentServicer:
 
     def GetNetns(self, request, context):
         """Links, addresses, routes, policy rules, neighbours, FDB, sysctls, listening sockets.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Snapshot(self, request, context):
+        """Everything that decides about packets on this node: its own namespace and its pods'.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -178,6 +190,11 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.GetNetns,
                     request_deserializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.GetNetnsRequest.FromString,
                     response_serializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.GetNetnsReply.SerializeToString,
+            ),
+            'Snapshot': grpc.unary_stream_rpc_method_handler(
+                    servicer.Snapshot,
+                    request_deserializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.SnapshotRequest.FromString,
+                    response_serializer=gketrace__proto_dot_v1alpha1_dot_agent__pb2.SnapshotReply.SerializeToString,
             ),
             'GetRules': grpc.unary_stream_rpc_method_handler(
                     servicer.GetRules,
@@ -296,6 +313,33 @@ class Agent:
             '/gketrace.v1alpha1.Agent/GetNetns',
             gketrace__proto_dot_v1alpha1_dot_agent__pb2.GetNetnsRequest.SerializeToString,
             gketrace__proto_dot_v1alpha1_dot_agent__pb2.GetNetnsReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Snapshot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/gketrace.v1alpha1.Agent/Snapshot',
+            gketrace__proto_dot_v1alpha1_dot_agent__pb2.SnapshotRequest.SerializeToString,
+            gketrace__proto_dot_v1alpha1_dot_agent__pb2.SnapshotReply.FromString,
             options,
             channel_credentials,
             insecure,

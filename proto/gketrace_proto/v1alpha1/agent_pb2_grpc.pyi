@@ -42,6 +42,8 @@ class AgentStub:
     """Pod -> sandbox, containers, PIDs, network namespace."""
     GetNetns: _grpc.UnaryUnaryMultiCallable[_agent_pb2.GetNetnsRequest, _agent_pb2.GetNetnsReply]
     """Links, addresses, routes, policy rules, neighbours, FDB, sysctls, listening sockets."""
+    Snapshot: _grpc.UnaryStreamMultiCallable[_agent_pb2.SnapshotRequest, _agent_pb2.SnapshotReply]
+    """Everything that decides about packets on this node: its own namespace and its pods'."""
     GetRules: _grpc.UnaryStreamMultiCallable[_agent_pb2.GetRulesRequest, _agent_pb2.GetRulesReply]
     """Rule sets as text, chunk by chunk."""
     ListConntrack: _grpc.UnaryStreamMultiCallable[_agent_pb2.ListConntrackRequest, _agent_pb2.ListConntrackReply]
@@ -68,6 +70,8 @@ class AgentAsyncStub(AgentStub):
     """Pod -> sandbox, containers, PIDs, network namespace."""
     GetNetns: _aio.UnaryUnaryMultiCallable[_agent_pb2.GetNetnsRequest, _agent_pb2.GetNetnsReply]  # type: ignore[assignment]
     """Links, addresses, routes, policy rules, neighbours, FDB, sysctls, listening sockets."""
+    Snapshot: _aio.UnaryStreamMultiCallable[_agent_pb2.SnapshotRequest, _agent_pb2.SnapshotReply]  # type: ignore[assignment]
+    """Everything that decides about packets on this node: its own namespace and its pods'."""
     GetRules: _aio.UnaryStreamMultiCallable[_agent_pb2.GetRulesRequest, _agent_pb2.GetRulesReply]  # type: ignore[assignment]
     """Rule sets as text, chunk by chunk."""
     ListConntrack: _aio.UnaryStreamMultiCallable[_agent_pb2.ListConntrackRequest, _agent_pb2.ListConntrackReply]  # type: ignore[assignment]
@@ -109,6 +113,14 @@ class AgentServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.GetNetnsReply, _abc.Awaitable[_agent_pb2.GetNetnsReply]]:
         """Links, addresses, routes, policy rules, neighbours, FDB, sysctls, listening sockets."""
+
+    @_abc_1.abstractmethod
+    def Snapshot(
+        self,
+        request: _agent_pb2.SnapshotRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_agent_pb2.SnapshotReply], _abc.AsyncIterator[_agent_pb2.SnapshotReply]]:
+        """Everything that decides about packets on this node: its own namespace and its pods'."""
 
     @_abc_1.abstractmethod
     def GetRules(

@@ -680,6 +680,143 @@ class Socket(_message.Message):
 Global___Socket: _TypeAlias = Socket  # noqa: Y015
 
 @_typing.final
+class RecentEntry(_message.Message):
+    """One address in an xt_recent list."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    AGES_FIELD_NUMBER: _builtins.int
+    TTL_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    ttl: _builtins.int
+    text: _builtins.str
+    @_builtins.property
+    def ages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Seconds since each remembered packet, newest first."""
+
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        ages: _abc.Iterable[_builtins.float] | None = ...,
+        ttl: _builtins.int = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "ages", b"ages", "text", b"text", "ttl", b"ttl"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecentEntry: _TypeAlias = RecentEntry  # noqa: Y015
+
+@_typing.final
+class RecentList(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___RecentEntry]: ...
+    def __init__(
+        self,
+        *,
+        entries: _abc.Iterable[Global___RecentEntry] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecentList: _TypeAlias = RecentList  # noqa: Y015
+
+@_typing.final
+class IpSetEntry(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTS_FIELD_NUMBER: _builtins.int
+    NOMATCH_FIELD_NUMBER: _builtins.int
+    TIMEOUT_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    nomatch: _builtins.bool
+    timeout: _builtins.int
+    text: _builtins.str
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        parts: _abc.Iterable[_builtins.str] | None = ...,
+        nomatch: _builtins.bool = ...,
+        timeout: _builtins.int | None = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_timeout", b"_timeout", "timeout", b"timeout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_timeout", b"_timeout", "nomatch", b"nomatch", "parts", b"parts", "text", b"text", "timeout", b"timeout"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__timeout: _TypeAlias = _typing.Literal["timeout"]  # noqa: Y015
+    _WhichOneofArgType__timeout: _TypeAlias = _typing.Literal["_timeout", b"_timeout"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__timeout) -> _WhichOneofReturnType__timeout | None: ...
+
+Global___IpSetEntry: _TypeAlias = IpSetEntry  # noqa: Y015
+
+@_typing.final
+class IpSet(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class HeaderEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAME_FIELD_NUMBER: _builtins.int
+    TYPE_FIELD_NUMBER: _builtins.int
+    FAMILY_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    HEADER_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    type: _builtins.str
+    family: _builtins.int
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___IpSetEntry]: ...
+    @_builtins.property
+    def header(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        type: _builtins.str = ...,
+        family: _builtins.int = ...,
+        entries: _abc.Iterable[Global___IpSetEntry] | None = ...,
+        header: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "family", b"family", "header", b"header", "name", b"name", "type", b"type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IpSet: _TypeAlias = IpSet  # noqa: Y015
+
+@_typing.final
 class NetnsSnapshot(_message.Message):
     """One network namespace at one moment, without its rule sets (see Agent.GetRules)."""
 
@@ -725,6 +862,27 @@ class NetnsSnapshot(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class RecentEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___RecentList: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___RecentList | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NETNS_FIELD_NUMBER: _builtins.int
     LINKS_FIELD_NUMBER: _builtins.int
     ADDRESSES_FIELD_NUMBER: _builtins.int
@@ -738,6 +896,8 @@ class NetnsSnapshot(_message.Message):
     MISSING_FIELD_NUMBER: _builtins.int
     TAKEN_AT_FIELD_NUMBER: _builtins.int
     RULESETS_FIELD_NUMBER: _builtins.int
+    RECENT_FIELD_NUMBER: _builtins.int
+    IPSETS_FIELD_NUMBER: _builtins.int
     taken_at: _builtins.float
     """Seconds since the epoch."""
     @_builtins.property
@@ -768,6 +928,12 @@ class NetnsSnapshot(_message.Message):
     def rulesets(self) -> _containers.RepeatedCompositeFieldContainer[Global___RulesetSummary]:
         """One line for each rule set on the namespace's hooks."""
 
+    @_builtins.property
+    def recent(self) -> _containers.MessageMap[_builtins.str, Global___RecentList]:
+        """List name -> what it holds."""
+
+    @_builtins.property
+    def ipsets(self) -> _containers.RepeatedCompositeFieldContainer[Global___IpSet]: ...
     def __init__(
         self,
         *,
@@ -784,10 +950,12 @@ class NetnsSnapshot(_message.Message):
         missing: _abc.Iterable[_trace_pb2.Missing] | None = ...,
         taken_at: _builtins.float = ...,
         rulesets: _abc.Iterable[Global___RulesetSummary] | None = ...,
+        recent: _abc.Mapping[_builtins.str, Global___RecentList] | None = ...,
+        ipsets: _abc.Iterable[Global___IpSet] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["netns", b"netns"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "fdb", b"fdb", "links", b"links", "missing", b"missing", "neighbours", b"neighbours", "netns", b"netns", "routes", b"routes", "rules", b"rules", "rulesets", b"rulesets", "sockets", b"sockets", "sysctls", b"sysctls", "taken_at", b"taken_at", "unavailable", b"unavailable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "fdb", b"fdb", "ipsets", b"ipsets", "links", b"links", "missing", b"missing", "neighbours", b"neighbours", "netns", b"netns", "recent", b"recent", "routes", b"routes", "rules", b"rules", "rulesets", b"rulesets", "sockets", b"sockets", "sysctls", b"sysctls", "taken_at", b"taken_at", "unavailable", b"unavailable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
