@@ -25,9 +25,20 @@ from gketrace.conntrack import ConntrackEntry, CtStatus
 from gketrace.conntrack_records import Record, entry_from_record
 from gketrace.packet import PORT_PROTOCOLS, IPAddress, Protocol, Tuple5
 
-__all__ = ["Connection", "Doubt", "Half", "Place", "PlaceEntries", "Unseen", "join_connections"]
+__all__ = [
+    "Connection",
+    "Doubt",
+    "Half",
+    "Place",
+    "PlaceEntries",
+    "TupleKey",
+    "Unseen",
+    "inverted_key",
+    "join_connections",
+    "record_keys",
+]
 
-_Key: TypeAlias = tuple[bytes, bytes, int, int, int, int]
+TupleKey: TypeAlias = tuple[bytes, bytes, int, int, int, int]
 """Source, destination, protocol, source port, destination port, ICMP type: what is on the wire."""
 _ICMP: Final = frozenset({Protocol.ICMP, Protocol.ICMPV6})
 _OPEN: Final = frozenset({"ESTABLISHED", "FIN_WAIT", "CLOSE_WAIT"})
@@ -141,12 +152,12 @@ class _Entries:
 
     def __init__(self, tables: Iterable[PlaceEntries]) -> None:
         self.halves: list[tuple[Place, ConntrackEntry | Record]] = []
-        self.keys: list[tuple[_Key, _Key]] = []
-        self.same: dict[_Key, list[int]] = {}
+        self.keys: list[tuple[TupleKey, TupleKey]] = []
+        self.same: dict[TupleKey, list[int]] = {}
         """Entries without NAT, by the tuple that they see."""
-        self.into: dict[_Key, list[int]] = {}
+        self.into: dict[TupleKey, list[int]] = {}
         """Entries with NAT, by what they take in."""
-        self.out_of: dict[_Key, list[int]] = {}
+        self.out_of: dict[TupleKey, list[int]] = {}
         """Entries with NAT, by what they let out."""
         for table in tables:
             for seen in table.entries:
@@ -156,7 +167,7 @@ class _Entries:
 
     def _add(self, place: Place, seen: ConntrackEntry | Record) -> None:
         number = len(self.halves)
-        taken, let_out = _record_keys(seen) if isinstance(seen, Record) else _entry_keys(seen)
+        taken, let_out = record_keys(seen) if isinstance(seen, Record) else _entry_keys(seen)
         self.halves.append((place, seen))
         self.keys.append((taken, let_out))
         if taken == let_out:
@@ -173,7 +184,7 @@ class _Entries:
         """
         turned: set[int] = set()
         for key in list(self.same):
-            back = _inverted(key)
+            back = inverted_key(key)
             if back == key or key not in self.same:
                 continue
             forth = key in self.into or key in self.out_of
@@ -191,7 +202,7 @@ class _Entries:
                 turned.update(here)
         return frozenset(turned)
 
-    def _rank(self, numbers: list[int], key: _Key) -> tuple[int, int, _Key]:
+    def _rank(self, numbers: list[int], key: TupleKey) -> tuple[int, int, TupleKey]:
         """The larger, the likelier these have the direction of the first packet."""
         starts = [self.halves[number][1].started or 0 for number in numbers]
         return -min(starts), len(numbers), key
@@ -221,7 +232,7 @@ def join_connections(
         return owners[address]
 
     made: list[Connection] = []
-    placed: set[_Key] = set()
+    placed: set[TupleKey] = set()
     for chain in _chains(entries):
         made.append(_connection(entries, chain, node_of, whole, placed))
     for key, seen in entries.same.items():
@@ -269,7 +280,7 @@ def _connection(
     chain: list[int],
     node_of: Callable[[bytes], str],
     whole: frozenset[str],
-    placed: set[_Key],
+    placed: set[TupleKey],
 ) -> Connection:
     halves: list[int] = []
     contested: list[int] = []
@@ -298,7 +309,7 @@ def _connection(
 
 def _lone(
     entries: _Entries,
-    key: _Key,
+    key: TupleKey,
     seen: list[int],
     node_of: Callable[[bytes], str],
     whole: frozenset[str],
@@ -329,7 +340,7 @@ def _doubled(entries: _Entries, seen: list[int]) -> bool:
 
 
 def _ordered(
-    entries: _Entries, key: _Key, seen: list[int], node_of: Callable[[bytes], str]
+    entries: _Entries, key: TupleKey, seen: list[int], node_of: Callable[[bytes], str]
 ) -> list[int]:
     """The source's node first, the destination's last; pods outside of their node."""
     if len(seen) < 2:
@@ -352,7 +363,7 @@ def _ordered(
 
 def _unseen(
     entries: _Entries,
-    key: _Key,
+    key: TupleKey,
     around: set[int],
     node_of: Callable[[bytes], str],
     whole: frozenset[str],
@@ -382,7 +393,7 @@ _REPLY: Final[Mapping[tuple[int, int], int]] = {
 }
 
 
-def _inverted(key: _Key) -> _Key:
+def inverted_key(key: TupleKey) -> TupleKey:
     """The tuple of the answers, as `Tuple5.inverted`."""
     src, dst, protocol, sport, dport, kind = key
     if protocol in _ICMP:
@@ -390,7 +401,7 @@ def _inverted(key: _Key) -> _Key:
     return dst, src, protocol, dport, sport, kind
 
 
-def _record_keys(seen: Record) -> tuple[_Key, _Key]:
+def record_keys(seen: Record) -> tuple[TupleKey, TupleKey]:
     """What it takes in, what it lets out."""
     size = 4 if seen.family == 4 else 16
     protocol = seen.protocol
@@ -410,17 +421,17 @@ def _record_keys(seen: Record) -> tuple[_Key, _Key]:
         seen.reply_dport,
         seen.reply_icmp_type,
     )
-    return taken, _inverted(reply)
+    return taken, inverted_key(reply)
 
 
-def _entry_keys(seen: ConntrackEntry) -> tuple[_Key, _Key]:
+def _entry_keys(seen: ConntrackEntry) -> tuple[TupleKey, TupleKey]:
     keys = seen.gre_keys or (0, 0, 0, 0)
     gre = seen.orig.protocol == Protocol.GRE
     orig = _half_key(seen.orig, keys[:2] if gre else None)
-    return orig, _inverted(_half_key(seen.reply, keys[2:] if gre else None))
+    return orig, inverted_key(_half_key(seen.reply, keys[2:] if gre else None))
 
 
-def _half_key(half: Tuple5, keys: tuple[int, ...] | None) -> _Key:
+def _half_key(half: Tuple5, keys: tuple[int, ...] | None) -> TupleKey:
     sport, dport = keys or (half.sport or 0, half.dport or 0)
     src, dst = half.src.packed, half.dst.packed
     return src, dst, half.protocol, sport, dport, half.icmp_type or 0
@@ -430,7 +441,7 @@ def _address(raw: bytes) -> IPAddress:
     return IPv4Address(raw) if len(raw) == 4 else IPv6Address(raw)
 
 
-def _tuple(key: _Key) -> Tuple5:
+def _tuple(key: TupleKey) -> Tuple5:
     src, dst, protocol, sport, dport, kind = key
     icmp, ports = protocol in _ICMP, protocol in PORT_PROTOCOLS
     return Tuple5(
