@@ -1,9 +1,18 @@
-"""The Kubernetes objects that a trace needs, as values: only the fields that matter to packets."""
+"""The Kubernetes objects as values; see `gketrace.objects`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from gketrace.objects import (
+    Container,
+    ContainerPort,
+    Endpoint,
+    LoadBalancerIngress,
+    Node,
+    Pod,
+    Service,
+    ServicePort,
+    Taint,
+)
 
 __all__ = [
     "Container",
@@ -16,165 +25,3 @@ __all__ = [
     "ServicePort",
     "Taint",
 ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ContainerPort:
-    port: int
-    name: str = ""
-    protocol: str = "TCP"
-    host_port: int = 0
-    """0: none."""
-    host_ip: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Container:
-    name: str
-    id: str = ""
-    """As the runtime knows it, without the `containerd://` in front; empty until it has started."""
-    runtime: str = ""
-    """"containerd", "cri-o", "docker"."""
-    init: bool = False
-    ready: bool = False
-    running: bool = False
-    restarts: int = 0
-    ports: tuple[ContainerPort, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pod:
-    namespace: str
-    name: str
-    uid: str
-    node: str
-    """Empty until it is scheduled."""
-    phase: str
-    ready: bool
-    host_network: bool
-    pod_ips: tuple[str, ...]
-    host_ip: str
-    containers: tuple[Container, ...]
-    """Init containers too, first."""
-    runtime_class: str
-    labels: Mapping[str, str]
-    deletion_timestamp: str
-    """RFC 3339; empty unless it is being deleted."""
-    reason: str
-    """`status.reason`, e.g. Evicted."""
-    config_hash: str = ""
-    """Annotation kubernetes.io/config.hash of a static pod's mirror: the UID that the kubelet and
-    the runtime know the pod by."""
-
-    @property
-    def key(self) -> str:
-        return f"{self.namespace}/{self.name}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServicePort:
-    port: int
-    name: str = ""
-    protocol: str = "TCP"
-    target_port: int | str = 0
-    """A number, or the name of a container port."""
-    node_port: int = 0
-    """0: none."""
-    app_protocol: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadBalancerIngress:
-    ip: str = ""
-    hostname: str = ""
-    ip_mode: str = "VIP"
-    """"VIP": nodes answer for the address; "Proxy": they do not, and have no rules for it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Service:
-    namespace: str
-    name: str
-    uid: str
-    type: str
-    cluster_ips: tuple[str, ...]
-    """Empty for headless and ExternalName services."""
-    headless: bool
-    external_ips: tuple[str, ...]
-    external_name: str
-    ingress: tuple[LoadBalancerIngress, ...]
-    source_ranges: tuple[str, ...]
-    ports: tuple[ServicePort, ...]
-    selector: Mapping[str, str]
-    external_traffic_policy: str
-    """"Cluster" or "Local"."""
-    internal_traffic_policy: str
-    session_affinity: str
-    """"None" or "ClientIP"."""
-    affinity_seconds: int
-    """0 without affinity."""
-    traffic_distribution: str
-    health_check_node_port: int
-    publish_not_ready: bool
-    ip_families: tuple[str, ...]
-    load_balancer_class: str
-    annotations: Mapping[str, str]
-
-    @property
-    def key(self) -> str:
-        return f"{self.namespace}/{self.name}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Endpoint:
-    """One address and port of one service."""
-
-    namespace: str
-    service: str
-    source: str
-    """The object that says so: `endpointslices/NAME` or `endpoints/NAME`."""
-    address: str
-    address_type: str
-    """"IPv4", "IPv6" or "FQDN"."""
-    port: int
-    """0: all ports."""
-    port_name: str
-    protocol: str
-    ready: bool
-    serving: bool
-    terminating: bool
-    node: str
-    zone: str
-    pod: str
-    """The target pod's name; empty when the target is none."""
-    hint_zones: tuple[str, ...] = ()
-    hint_nodes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Taint:
-    key: str
-    value: str
-    effect: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Node:
-    name: str
-    uid: str
-    internal_ips: tuple[str, ...]
-    external_ips: tuple[str, ...]
-    hostname: str
-    pod_cidrs: tuple[str, ...]
-    ready: bool | None
-    """None: the node's kubelet has not been heard, or no condition says."""
-    unschedulable: bool
-    labels: Mapping[str, str]
-    taints: tuple[Taint, ...]
-    provider_id: str
-    kubelet_version: str
-    kube_proxy_version: str
-    runtime_version: str
-    kernel_version: str
-    os_image: str
-    internal_dns: tuple[str, ...] = field(default=())
