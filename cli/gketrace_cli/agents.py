@@ -263,7 +263,7 @@ class Fleet:
                 streamed = not hasattr(getattr(self._agents[node].stub, method), "future")
                 answers[key] = list(running) if streamed else running.result()
             except grpc.RpcError as error:
-                answers[key] = self._explain(node, error, time.monotonic() - begun)
+                answers[key] = self.explain(node, error, time.monotonic() - begun)
             if queues[node]:
                 start(queues[node].popleft())
         return {key: answers[key] for key in calls}
@@ -284,7 +284,7 @@ class Fleet:
                 for reply in replies:
                     arrived.put((key, reply))
             except grpc.RpcError as error:
-                end = self._explain(calls[key][0], error, time.monotonic() - begun)
+                end = self.explain(calls[key][0], error, time.monotonic() - begun)
             arrived.put((key, end))
 
         def start(key: K) -> None:
@@ -334,7 +334,7 @@ class Fleet:
             hint="--timeout SECONDS waits longer",
         )
 
-    def _explain(self, node: str, error: grpc.RpcError, seconds: float) -> GketraceError:
+    def explain(self, node: str, error: grpc.RpcError, seconds: float) -> GketraceError:
         """A failed call as an exception of the one tree."""
         call: Any = error  # every RpcError of a call is the call too, which grpc's types do not say
         status, details = call.code().name, call.details() or ""

@@ -1,0 +1,306 @@
+"""Captures on many agents at once: one call for each agent, with all its taps.
+
+What comes back are events, in the order in which they come: `Started`, `Batch`, `Statistics`,
+`TapsEnded`, and `AgentFailed` for an agent that cannot be reached, refuses, or dies.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from queue import Empty, Queue
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import grpc
+
+from gketrace.capture.packets import Tap
+from gketrace.errors import GketraceError
+from gketrace.trace import NetnsRef
+from gketrace_cli.capture.batch import PacketBatch, batch_from_blocks
+from gketrace_cli.capture.wire import RawPackets, parse_reply
+from gketrace_proto.codec import decode
+from gketrace_proto.v1alpha1 import capture_pb2 as pb
+
+if TYPE_CHECKING:
+    from gketrace_cli.agents import Fleet
+
+__all__ = [
+    "AgentFailed",
+    "Batch",
+    "CaptureStream",
+    "Event",
+    "Started",
+    "Statistics",
+    "TapStatistics",
+    "TapsEnded",
+]
+
+_METHOD: Final = "/gketrace.v1alpha1.Agent/Capture"
+_AHEAD: Final = 8
+"""Replies of all agents, of 4 MiB at most, that are read before they are wanted; beyond that, the
+agents wait, and then their rings fill."""
+_GRACE: Final = 3.0
+"""Seconds that the last statistics may take after `stop`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """An agent's taps are open."""
+
+    node: str
+    taps: tuple[Tap, ...]
+    reply: pb.CaptureStarted
+    """What was granted, and clocks."""
+    received_ns: int
+    """This machine's wall clock when the reply came."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Packets of one tap."""
+
+    node: str
+    batch: PacketBatch
+
+    @property
+    def tap(self) -> Tap:
+        return self.batch.tap
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TapStatistics:
+    """From the start of the capture on; see CaptureTapStatistics."""
+
+    received: int = 0
+    dropped: int = 0
+    dropped_waiting: int = 0
+    freezes: int = 0
+    packets: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """Twice a second.  All packets of blocks that were closed by `wall_ns` have come before."""
+
+    node: str
+    taps: Mapping[Tap, TapStatistics]
+    wall_ns: int
+    """The node's clock."""
+    monotonic_ns: int
+    received_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TapsEnded:
+    """By the agent; packets and statistics of these taps have come before."""
+
+    node: str
+    taps: tuple[Tap, ...]
+    reason: str
+    """``seconds``, ``packets``, ``bytes``, ``namespace-gone``, ``interface-gone``, ``stopping``."""
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentFailed:
+    """Its call ended with an error; `taps` are those that had not ended."""
+
+    node: str
+    taps: tuple[Tap, ...]
+    error: GketraceError
+
+
+Event: TypeAlias = Started | Batch | Statistics | TapsEnded | AgentFailed
+
+
+@dataclass(slots=True)
+class _Call:
+    node: str
+    replies: Any
+    taps: tuple[Tap, ...] = ()
+    ended: frozenset[int] = frozenset()
+    stopped: bool = False
+    """Its statistics after `stop` have come."""
+
+    @property
+    def live(self) -> tuple[Tap, ...]:
+        return tuple(tap for tap in self.taps if tap.index not in self.ended)
+
+
+class CaptureStream:
+    """The calls of one command.  A context manager; leaving it ends all of them.
+
+    `descriptions` are the taps' `Tap.description`, by node, in the order of the request's taps.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        requests: Mapping[str, pb.CaptureRequest],
+        *,
+        descriptions: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> None:
+        self._fleet = fleet
+        self._requests = requests
+        self._descriptions = descriptions or {}
+        self._arrived: Queue[tuple[str, Any]] = Queue(maxsize=_AHEAD)
+        self._calls: dict[str, _Call] = {}
+        self._threads: list[threading.Thread] = []
+        self._stop_ns = 0
+        self._stop_by = 0.0
+
+    def __enter__(self) -> CaptureStream:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def stop(self) -> None:
+        """Lets `events` end after each agent's next statistics, which have all that was captured
+        until now.  May be called by a signal's handler."""
+        self._stop_ns = time.time_ns()
+        self._stop_by = time.monotonic() + _GRACE
+
+    def close(self) -> None:
+        """Ends all calls now.  May be called twice."""
+        for call in self._calls.values():
+            call.replies.cancel()
+        while any(thread.is_alive() for thread in self._threads):
+            try:  # a full queue would keep them
+                self._arrived.get(timeout=0.01)
+            except Empty:
+                continue
+        self._threads.clear()
+
+    def events(self) -> Iterator[Event]:
+        """Until every agent's call has ended, or `stop`."""
+        for node, request in self._requests.items():
+            try:
+                self._open(node, request)
+            except GketraceError as error:
+                yield AgentFailed(node=node, taps=(), error=error)
+        while self._calls:
+            try:
+                node, reply = self._arrived.get(timeout=0.1)
+            except Empty:
+                if self._stop_by and time.monotonic() > self._stop_by:
+                    return
+                continue
+            call = self._calls.get(node)
+            if call is None:
+                continue
+            yield from self._event(call, reply)
+            if self._stop_by and time.monotonic() > self._stop_by:
+                return
+
+    def _open(self, node: str, request: pb.CaptureRequest) -> None:
+        agent = self._fleet.agent(node)
+        # Packets are taken out of the message without the copies that its parsing would make.
+        method = agent.channel.unary_stream(
+            _METHOD,
+            request_serializer=pb.CaptureRequest.SerializeToString,
+            response_deserializer=parse_reply,
+        )
+        replies = method(request)
+        self._calls[node] = _Call(node, replies)
+        thread = threading.Thread(
+            target=self._read,
+            args=(node, replies, time.monotonic()),
+            name=f"capture-{node}",
+            daemon=True,
+        )
+        self._threads.append(thread)
+        thread.start()
+
+    def _read(self, node: str, replies: Any, begun: float) -> None:
+        end: GketraceError | None = None
+        try:
+            for reply in replies:
+                self._arrived.put((node, reply))
+        except grpc.RpcError as error:
+            end = self._fleet.explain(node, error, time.monotonic() - begun)
+        self._arrived.put((node, end))
+
+    def _event(self, call: _Call, reply: Any) -> Iterator[Event]:
+        node = call.node
+        if isinstance(reply, RawPackets):
+            tap = call.taps[reply.tap]
+            batch = batch_from_blocks(tap, reply.data, reply.counts, reply.lengths)
+            yield Batch(node=node, batch=batch)
+        elif reply is None or isinstance(reply, GketraceError):
+            del self._calls[node]
+            if reply is not None:
+                yield AgentFailed(node=node, taps=call.live, error=reply)
+        elif reply.HasField("started"):
+            call.taps = self._taps(node, reply.started)
+            yield Started(
+                node=node, taps=call.taps, reply=reply.started, received_ns=time.time_ns()
+            )
+        elif reply.HasField("statistics"):
+            yield self._statistics(call, reply.statistics)
+        elif reply.HasField("end"):
+            ended = tuple(call.taps[index] for index in reply.end.taps)
+            call.ended |= frozenset(reply.end.taps)
+            reason = pb.CaptureEndReason.Name(reply.end.reason).removeprefix("CAPTURE_END_REASON_")
+            yield TapsEnded(
+                node=node,
+                taps=ended,
+                reason=reason.lower().replace("_", "-"),
+                text=reply.end.text,
+            )
+
+    def _statistics(self, call: _Call, message: pb.CaptureStatistics) -> Statistics:
+        received_ns = time.time_ns()
+        if self._stop_ns and not call.stopped:
+            # Made before `stop`, perhaps; the second one is not.
+            call.stopped = True
+        elif self._stop_ns:
+            call.replies.cancel()
+            del self._calls[call.node]
+        numbers = (
+            TapStatistics(
+                received=one.received,
+                dropped=one.dropped,
+                dropped_waiting=one.dropped_waiting,
+                freezes=one.freezes,
+                packets=one.packets,
+                bytes=one.bytes,
+            )
+            for one in message.taps
+        )
+        return Statistics(
+            node=call.node,
+            taps=dict(zip(call.taps, numbers, strict=True)),
+            wall_ns=message.wall_ns,
+            monotonic_ns=message.monotonic_ns,
+            received_ns=received_ns,
+        )
+
+    def _taps(self, node: str, started: pb.CaptureStarted) -> tuple[Tap, ...]:
+        words = self._descriptions.get(node, ())
+        return tuple(
+            Tap(
+                node=node,
+                netns=decode(NetnsRef, one.netns),
+                interface=one.interface,
+                link_type=one.link_type,
+                ifindex=one.ifindex,
+                mtu=one.mtu,
+                hardware=one.hardware,
+                snap_length=one.snap_length,
+                filter=one.filter,
+                excluded=tuple((part.filter, part.reason) for part in one.excluded),
+                index=index,
+                description=words[index] if index < len(words) else "",
+            )
+            for index, one in enumerate(started.taps)
+        )
