@@ -69,6 +69,9 @@ class CtInfo:
     labels: int = 0
     existing: bool = False
     """True: the entry was in the table already, its NAT is settled: no nat rule is consulted."""
+    template: bool = False
+    """True: what a CT target attaches in raw (nf_ct_tmpl_alloc): a connection of zeros that only
+    names a zone.  Tracking replaces it."""
 
 
 class RecentOp(Enum):
@@ -123,7 +126,8 @@ class PacketState:
     notrack: bool = False
     """Set by NOTRACK / CT --notrack in raw."""
     zone: int | None = None
-    """Conntrack zone that a CT target in raw chose; None: the default, 0."""
+    """Conntrack zone that a CT target in raw chose; None: the default, 0; -1: the packet's mark
+    when tracking looks (NF_CT_FLAG_MARK)."""
     recent: tuple[RecentChange, ...] = ()
     """What this packet did to xt_recent lists, oldest first; later rules see it."""
     sets: tuple[SetChange, ...] = ()

@@ -58,7 +58,7 @@ def _idle(kind: StationKind, ct: CtInfo | None, manip: nat.Manip | None) -> bool
         return False
     if kind is StationKind.CONNTRACK:
         # nf_conntrack_in(): "Previously seen (loopback or untracked)? Ignore."
-        return ct is not None
+        return ct is not None and not ct.template
     if ct is None:
         return True
     if kind is StationKind.NAT:
@@ -200,6 +200,9 @@ def _conntrack(context: Context, cursor: Cursor, station: Station) -> tuple[Way,
         return (_opened(after) if local else Way(cursor=after),)
     loose = space.sysctl("net.netfilter.nf_conntrack_tcp_loose")
     zone = state.zone or 0
+    if zone < 0:
+        # nf_ct_zone_tmpl(): the mark as it is now.
+        zone = state.packet.mark & 0xFFFF
     ways = []
     for seen in tracking.track(
         cursor.packet,
@@ -210,7 +213,7 @@ def _conntrack(context: Context, cursor: Cursor, station: Station) -> tuple[Way,
         tcp_loose=loose != "0",
     ):
         ct = evolve(seen.ct, zone=zone)
-        after = evolve(cursor, state=evolve(state, ct=ct), flow=seen.flow)
+        after = evolve(cursor, state=evolve(state, ct=ct, zone=zone), flow=seen.flow)
         way = _opened(after) if local and seen.ct.orig is None else Way(cursor=after)
         ways.append(
             evolve(

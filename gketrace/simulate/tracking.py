@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
 from gketrace.conntrack import ConntrackEntry, CtState, CtStatus
@@ -25,6 +26,7 @@ __all__ = [
     "new_flow",
     "opened_here",
     "opening",
+    "template",
     "track",
     "tuple_taken",
 ]
@@ -150,6 +152,24 @@ def new_flow(ct: CtInfo, netns: NetnsRef) -> Flow:
         tcp_state="SYN_SENT" if ct.orig.protocol == Protocol.TCP else "",
     )
     return Flow(netns=netns, entry=entry)
+
+
+def template(family: int, zone: int = 0) -> CtInfo:
+    """What a CT target attaches to a packet that tracking has not seen yet (nf_ct_tmpl_alloc).
+
+    Rules up to nf_conntrack_in() take it for a connection: NEW, confirmed, all its addresses,
+    ports and its protocol 0.
+    """
+    nowhere = IPv4Address(0) if family == 4 else IPv6Address(0)
+    zeros = Tuple5(src=nowhere, dst=nowhere, protocol=0, sport=0, dport=0)
+    return CtInfo(
+        state=CtState.NEW,
+        orig=zeros,
+        reply=zeros,
+        status=CtStatus.TEMPLATE | CtStatus.CONFIRMED,
+        zone=zone,
+        template=True,
+    )
 
 
 def tuple_taken(

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Final
 
 from gketrace.ruleset.model import Match
 from gketrace.ruleset.options import Option, value_mask
 from gketrace.simulate.matches.base import is_tracked, negation, only_options
-from gketrace.simulate.state import NO, Answer, Environment, PacketState, decide
+from gketrace.simulate.state import NO, Answer, Environment, PacketState, decide, unknown
 
 if TYPE_CHECKING:
     from typing import Self
 
-__all__ = ["ConnmarkMatch", "MarkMatch"]
+__all__ = ["TEMPLATE_MARK", "ConnmarkMatch", "MarkMatch"]
+
+TEMPLATE_MARK: Final = "earlier packets may have marked the template that a CT target attached"
+"""xt_connmark writes into templates, which live as long as their rule."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,4 +57,6 @@ class ConnmarkMatch(MarkMatch):
     def evaluate(self, state: PacketState, env: Environment) -> Answer:
         if state.ct is None or not is_tracked(state):
             return NO
+        if state.ct.template:
+            return unknown(TEMPLATE_MARK)
         return decide(state.ct.mark & self.mask == self.value, negated=self.negated)

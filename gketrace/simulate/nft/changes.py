@@ -17,6 +17,7 @@ from gketrace.simulate.nft.payload import payload
 from gketrace.simulate.nft.scene import Scene
 from gketrace.simulate.nft.values import BREAK, NotKnown, Value
 from gketrace.simulate.state import PacketState, SetChange
+from gketrace.simulate.tracking import template
 
 __all__ = ["Unclear", "change_set", "mangle", "mangle_types"]
 
@@ -72,11 +73,13 @@ def _set_meta(key: str, value: Value, scene: Scene) -> PacketState:
 def _set_ct(key: str, value: Value, scene: Scene) -> PacketState:
     state = scene.state
     if key == "zone":
-        if state.ct is not None:
+        if state.ct is not None and is_tracked(state):
             return state
-        return replace(state, zone=_number(value, "the conntrack zone"))
-    if key in _HARMLESS_CT or state.ct is None or not is_tracked(state):
-        # nft_ct_set_eval() returns quietly where there is no entry.
+        # nft_ct_set_zone_eval(): over an earlier notrack, too, which is then forgotten.
+        zone = _number(value, "the conntrack zone")
+        return replace(state, zone=zone, notrack=False, ct=template(state.packet.family, zone))
+    if key in _HARMLESS_CT or state.ct is None or state.ct.template or not is_tracked(state):
+        # nft_ct_set_eval() returns quietly where there is no entry, or a template.
         return state
     if key == "mark":
         return replace(state, ct=replace(state.ct, mark=_number(value, "the ct mark")))

@@ -167,7 +167,8 @@ def ct(body: Json, scene: Scene) -> Value:
             return _STATE_BITS[info.state]
         untracked = state.notrack or (info is not None and info.state is CtState.UNTRACKED)
         return _STATE_BITS[CtState.UNTRACKED if untracked else CtState.INVALID]
-    if info is None or not tracked:
+    if info is None or not tracked or info.template:
+        # Of a template, only the state is told.
         return BREAK
     if "dir" in body:
         side = info.orig if body["dir"] == "original" else info.reply

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Final, TypeAlias
 
+from gketrace.conntrack import CtState
 from gketrace.packet import Protocol
 from gketrace.ruleset.nft import NftRule, NftRuleset, NftSet
 from gketrace.ruleset.nft_text import statement_text
@@ -329,8 +330,8 @@ def _run_reject(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
 
 
 def _run_notrack(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
-    """nft_notrack_eval(): nothing when tracking has looked already."""
-    if way.state.ct is not None:
+    """nft_notrack_eval(): nothing when an entry or a template is attached."""
+    if way.state.ct is not None and way.state.ct.state is not CtState.INVALID:
         return [way]
     return [replace(way, state=replace(way.state, notrack=True))]
 

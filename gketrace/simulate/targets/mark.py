@@ -13,7 +13,8 @@ from gketrace.ruleset.model import Target
 from gketrace.ruleset.options import Option, integer, value_mask
 from gketrace.simulate.evolve import evolve
 from gketrace.simulate.matches.base import by_name, is_tracked
-from gketrace.simulate.state import Environment, PacketState
+from gketrace.simulate.matches.mark import TEMPLATE_MARK
+from gketrace.simulate.state import Environment, PacketState, VerdictKind
 from gketrace.simulate.targets.base import Effect, pass_on
 from gketrace.trace import StepAction
 
@@ -125,6 +126,16 @@ class ConnmarkTarget(Target):
         if ct is None or not is_tracked(state):
             return pass_on(state, "the packet is not tracked: nothing is marked")
         mark = state.packet.mark
+        if ct.template:
+            # It is not the connection's mark: tracking takes the template away.
+            if self.mode != "restore":
+                return pass_on(state, "only the template of the CT target is marked")
+            return Effect(
+                action=StepAction.UNKNOWN,
+                state=state,
+                verdict=VerdictKind.UNKNOWN,
+                note=f"the packet's mark is not known afterwards: {TEMPLATE_MARK}",
+            )
         if self.mode == "restore":
             taken = self._shifted(ct.mark & self.ctmask)
             mark = (mark & ~self.nfmask & _ALL) ^ taken

@@ -18,6 +18,7 @@ from gketrace.simulate.matches.base import by_name, negation, only_options
 from gketrace.simulate.matches.fields import DSCP_CLASSES, parse_tos
 from gketrace.simulate.state import Environment, PacketState
 from gketrace.simulate.targets.base import Effect, pass_on
+from gketrace.simulate.tracking import template
 from gketrace.trace import StepAction
 
 if TYPE_CHECKING:
@@ -185,10 +186,15 @@ class NotrackTarget(Target):
         return "-j NOTRACK"
 
 
+def _attached(state: PacketState) -> bool:
+    """skb->_nfct != 0, as xt_ct_target() asks: an entry, a template, or the mark of untracked."""
+    return state.notrack or (state.ct is not None and state.ct.state is not CtState.INVALID)
+
+
 def _untrack(state: PacketState) -> Effect:
-    """xt_ct_target(): only where no entry is attached; one found INVALID on lo's way has none."""
-    if state.ct is not None and state.ct.state is not CtState.INVALID:
-        return pass_on(state, "the packet is tracked already: nothing changes")
+    """xt_ct_target(): only where nothing is attached; one found INVALID on lo's way has none."""
+    if _attached(state):
+        return pass_on(state, "tracking is settled already: nothing changes")
     return pass_on(evolve(state, notrack=True), "connection tracking and NAT will not see it")
 
 
@@ -216,7 +222,9 @@ class CtTarget(Target):
     @classmethod
     def parse(cls, options: tuple[Option, ...], family: int) -> Self:
         found = by_name(options)
-        zone = found.get("--zone") or found.get("--zone-orig")
+        if {"--zone-orig", "--zone-reply"} & set(found):
+            raise ValueError("zones of one direction are not modelled")
+        zone = found.get("--zone")
         number = None
         if zone is not None:
             number = -1 if zone.value == "mark" else integer(zone.value, 0, 65535)
@@ -225,10 +233,12 @@ class CtTarget(Target):
     def apply(self, state: PacketState, env: Environment) -> Effect:
         if self.notrack:
             return _untrack(state)
-        if state.ct is not None or self.zone is None:
-            return pass_on(state)
-        zone = state.packet.mark & 0xFFFF if self.zone < 0 else self.zone
-        return pass_on(evolve(state, zone=zone), f"conntrack zone {zone}")
+        if _attached(state):
+            return pass_on(state, "tracking is settled already: nothing changes")
+        zone = self.zone or 0
+        ct = template(state.packet.family, max(zone, 0))
+        note = "conntrack zone " + ("of the packet's mark" if zone < 0 else str(zone))
+        return pass_on(evolve(state, ct=ct, zone=zone), note if self.zone is not None else "")
 
     def render(self) -> str:
         return " ".join(("-j CT", *render_options(self.options)))

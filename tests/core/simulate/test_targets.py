@@ -174,9 +174,26 @@ def test_notrack(target: str) -> None:
 def test_ct_zone() -> None:
     assert apply("CT --zone 5", ct=None).state.zone == 5
     marked = replace(TCP, mark=0x10007)
-    assert apply("CT --zone mark", ct=None, packet=marked).state.zone == 7
+    # Which mark counts is decided when tracking looks.
+    assert apply("CT --zone mark", ct=None, packet=marked).state.zone == -1
     assert apply("CT --zone 5").state.zone is None
-    assert apply("CT --helper ftp", ct=None).state.zone is None
+    assert apply("CT --helper ftp", ct=None).state.zone == 0
+
+
+def test_what_is_attached_first_stays() -> None:
+    template = apply("CT --helper ftp", ct=None).state.ct
+    assert template is not None
+    assert (template.template, template.state) == (True, CtState.NEW)
+    assert not apply("NOTRACK", ct=template).state.notrack
+    assert apply("CT --zone 5", ct=template).state.zone is None
+    assert apply("CT --zone 5", ct=None, notrack=True).state.zone is None
+
+
+def test_a_templates_mark_is_that_of_earlier_packets() -> None:
+    template = apply("CT --zone 5", ct=None).state.ct
+    restored = apply("CONNMARK --restore-mark --nfmask 0xff --ctmask 0xff", ct=template)
+    assert restored.verdict is VerdictKind.UNKNOWN
+    assert apply("CONNMARK --set-xmark 0x1/0xff", ct=template).state.ct == template
 
 
 @pytest.mark.parametrize(
