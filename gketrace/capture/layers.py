@@ -134,6 +134,7 @@ class Tcp(NamedTuple):
     checksum: int
     urgent: int
     header_length: int
+    """0: only ports were captured, and the sequence number or 0."""
     options: tuple[tuple[int, bytes], ...] = ()
     """Kind and data of each; a malformed rest is kind -1."""
 
