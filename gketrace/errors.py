@@ -5,6 +5,8 @@
     │   └── ParseError        text that does not parse: file, line and the text itself
     ├── NotFoundError         the named pod, service, node, port or namespace does not exist
     ├── ForbiddenError        the caller may not see or do this
+    │   ├── ReadOnlyError     the agent was told to change nothing, whoever asks
+    │   └── UnauthenticatedError  nobody that the cluster knows, or not for this agent
     ├── UnavailableError      nobody answered: API server, agent, runtime, kernel interface
     │   ├── GoneError         it was there when the call began and is gone now
     │   └── TimeoutExceeded   it did not answer in time
@@ -30,7 +32,9 @@ __all__ = [
     "GoneError",
     "NotFoundError",
     "ParseError",
+    "ReadOnlyError",
     "TimeoutExceeded",
+    "UnauthenticatedError",
     "UnavailableError",
     "UnsupportedError",
     "UsageError",
@@ -105,6 +109,14 @@ class ForbiddenError(GketraceError):
     exit_code = ExitCode.FORBIDDEN
 
 
+class ReadOnlyError(ForbiddenError):
+    """The agent was started without ``--allow-system-changes``."""
+
+
+class UnauthenticatedError(ForbiddenError):
+    """No credentials, or credentials that do not hold here."""
+
+
 class UnavailableError(GketraceError):
     """Nobody answered."""
 
@@ -136,6 +148,8 @@ class UnsupportedError(GketraceError):
 GRPC_STATUS: Final[tuple[tuple[type[GketraceError], str], ...]] = (
     (UsageError, "INVALID_ARGUMENT"),
     (NotFoundError, "NOT_FOUND"),
+    (ReadOnlyError, "FAILED_PRECONDITION"),
+    (UnauthenticatedError, "UNAUTHENTICATED"),
     (ForbiddenError, "PERMISSION_DENIED"),
     (GoneError, "ABORTED"),
     (TimeoutExceeded, "DEADLINE_EXCEEDED"),
@@ -151,7 +165,6 @@ Read the other way by `error_from_status`.  Names, not `grpc.StatusCode`: the co
 
 _FROM_STATUS: Final[dict[str, type[GketraceError]]] = {
     **{status: cls for cls, status in reversed(GRPC_STATUS)},
-    "UNAUTHENTICATED": ForbiddenError,
     "CANCELLED": UnavailableError,
     "OUT_OF_RANGE": UsageError,
 }

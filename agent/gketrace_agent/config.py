@@ -70,6 +70,8 @@ class Config:
     """Where /metrics is served; None: nowhere."""
     insecure: bool = False
     """TCP without TLS and without access control was asked for."""
+    allow_system_changes: bool = False
+    """Calls that change the node are served, to those who may."""
     log_file: Path | None = None
     """None: standard error."""
     log_debug: bool = False
@@ -119,6 +121,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
         "--insecure",
         action="store_true",
         help="allow TCP without TLS: whoever reaches the port reads this node's network state",
+    )
+    add(
+        "--allow-system-changes",
+        action="store_true",
+        help="serve the calls that change this node: delete conntrack entries (default: refuse "
+        "them, whoever asks)",
     )
     add("--log-file", type=Path, metavar="FILE", help="append the log here, not to stderr")
     add(
@@ -203,6 +211,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
         listen=listen,
         metrics=metrics,
         insecure=given.insecure,
+        allow_system_changes=given.allow_system_changes,
         log_file=given.log_file,
         log_debug=given.log_level == "debug",
         paths=paths,

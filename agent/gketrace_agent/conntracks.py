@@ -1,4 +1,4 @@
-"""The RPCs about connection tracking: lists and follows in three forms, statistics."""
+"""The RPCs about connection tracking: lists and follows in three forms, deletion, statistics."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Final, cast
 from gketrace.conntrack import ConntrackEntry
 from gketrace.conntrack_records import entry_from_record, records_from_bytes
 from gketrace.conntrack_text import render_entry
+from gketrace.errors import UsageError
 from gketrace_agent.kernel.conntrack_columns import Batch
 from gketrace_agent.kernel.conntrack_dump import TableReading
 from gketrace_agent.kernel.conntrack_events import EventKind
+from gketrace_agent.log import logger
 from gketrace_agent.observe.conntrack_filter import ConntrackFilters
 from gketrace_agent.observe.conntrack_follow import Changes, Follower, Polled
 from gketrace_agent.observe.conntrack_lines import PREFIXES, render_batch
@@ -20,10 +22,12 @@ from gketrace_agent.observe.conntrack_table import ConntrackTable
 from gketrace_proto import codec
 from gketrace_proto.v1alpha1 import agent_pb2
 
-__all__ = ["asked_kinds", "follow_entries", "list_entries", "statistics"]
+__all__ = ["asked_kinds", "delete_asked", "follow_entries", "list_entries", "statistics"]
 
 _CHUNK: Final = 500
 """ConntrackEntry messages in one reply: about 100 KiB."""
+_DELETED: Final = 20_000
+"""Entries that one request may name."""
 _POLLED: Final = 128
 """In FollowConntrackReply.kinds."""
 
@@ -160,6 +164,33 @@ def _polled(one: Polled, form: int) -> agent_pb2.FollowConntrackReply:
 def _event(kind: int, entry: ConntrackEntry, *, polled: bool = False) -> agent_pb2.ConntrackEvent:
     number = cast(agent_pb2.ConntrackEventKind.ValueType, kind)
     return agent_pb2.ConntrackEvent(kind=number, entry=codec.encode(entry), polled=polled)
+
+
+def delete_asked(
+    table: ConntrackTable, request: agent_pb2.DeleteConntrackRequest
+) -> agent_pb2.DeleteConntrackReply:
+    """Deletes the entries that a request names.
+
+    Raises `UsageError` when it names none, too many, or one without an id.
+    """
+    entries = list(map(entry_from_record, records_from_bytes(request.records)))
+    entries += (codec.decode(ConntrackEntry, one) for one in request.entries)
+    if not entries:
+        raise UsageError("the request names no entry: a table is never deleted as a whole")
+    if len(entries) > _DELETED:
+        raise UsageError(f"{len(entries)} entries in one request; at most {_DELETED} are deleted")
+    if any(entry.id is None for entry in entries):
+        raise UsageError("an entry without an id cannot be told from others")
+    reply = agent_pb2.DeleteConntrackReply()
+    told: dict[str, None] = {}
+    for entry, done in zip(entries, table.delete(entries), strict=True):
+        reply.outcomes.append(cast(agent_pb2.ConntrackDeletion.ValueType, int(done.outcome)))
+        if done.error:
+            told[done.error] = None
+        fields = {"entry": str(entry), "outcome": done.outcome.name}
+        logger.info("conntrack deletion", extra={"fields": fields})
+    reply.errors.extend(told)
+    return reply
 
 
 def statistics(table: ConntrackTable) -> agent_pb2.GetConntrackStatsReply:

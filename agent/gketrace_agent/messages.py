@@ -63,7 +63,14 @@ def target_pod(target: agent_pb2.Target) -> PodRef | None:
 
 
 _Number: TypeAlias = Literal[
-    "orig_sport", "orig_dport", "reply_sport", "reply_dport", "mark", "zone"
+    "orig_sport",
+    "orig_dport",
+    "reply_sport",
+    "reply_dport",
+    "mark",
+    "zone",
+    "src_nat_port",
+    "dst_nat_port",
 ]
 """Fields of a filter that tell zero from not given."""
 
@@ -94,6 +101,10 @@ def conntrack_filter(message: agent_pb2.ConntrackFilter) -> ConntrackFilter:
         tcp_state=message.tcp_state.upper(),
         status=message.status,
         status_mask=message.status_mask,
+        src_nat=_network(message.src_nat),
+        dst_nat=_network(message.dst_nat),
+        src_nat_port=number("src_nat_port"),
+        dst_nat_port=number("dst_nat_port"),
     )
 
 

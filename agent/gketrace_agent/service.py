@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import grpc
 
-from gketrace.errors import GketraceError, UnavailableError, UsageError
+from gketrace.errors import GketraceError, ReadOnlyError, UnavailableError, UsageError
 from gketrace.packet import Packet
 from gketrace.trace import Flow
 from gketrace_agent.config import Config
@@ -34,6 +34,7 @@ from gketrace_agent.observe.iptables import IptablesDump, IptablesDumps
 from gketrace_agent.observe.snapshot import Observer
 from gketrace_agent.resolve.resolver import Resolver
 from gketrace_agent.rulesets import rule_chunks, summaries
+from gketrace_agent.snapshots import snapshot_replies
 from gketrace_agent.stall import until_stalled
 from gketrace_proto import codec
 from gketrace_proto.v1alpha1 import agent_pb2, agent_pb2_grpc
@@ -116,6 +117,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
                 runtime=self._runtime(),
                 missing=[codec.encode(missing) for missing in plane.missing],
                 now=time.time(),
+                allow_system_changes=self._config.allow_system_changes,
                 addresses=[
                     agent_pb2.NodeAddress(
                         address=str(one.address), prefixlen=one.prefixlen, interface=name
@@ -147,6 +149,25 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             snapshot.rulesets.extend(summaries(observation.iptables, observation.nftables))
             pod = None if target.pod is None else resolved_to_proto(target.pod)
             return agent_pb2.GetNetnsReply(snapshot=snapshot, pod=pod)
+
+    def Snapshot(
+        self, request: agent_pb2.SnapshotRequest, context: grpc.ServicerContext
+    ) -> Iterator[agent_pb2.SnapshotReply]:
+        pods = {pod_ref(message): message for message in request.pods}
+        with self._namespaces.open(
+            None, pods=pods, timeout=self._remaining(context), owners=True
+        ) as target:
+            yield from until_stalled(
+                snapshot_replies(
+                    target,
+                    self._observer,
+                    pods,
+                    lambda: self._statistics(target),
+                    rules=not request.without_rules,
+                ),
+                context,
+                self._config.limits.stall_seconds,
+            )
 
     def GetRules(
         self, request: agent_pb2.GetRulesRequest, context: grpc.ServicerContext
@@ -223,18 +244,37 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     def GetConntrackStats(
         self, request: agent_pb2.GetConntrackStatsRequest, context: grpc.ServicerContext
     ) -> agent_pb2.GetConntrackStatsReply:
+        with self._namespaces.open(
+            target_pod(request.target), timeout=self._remaining(context)
+        ) as target:
+            return self._statistics(target)
+
+    def _statistics(self, target: OpenTarget) -> agent_pb2.GetConntrackStatsReply:
         from gketrace_agent.conntracks import statistics  # see `preload`
 
+        with self._open_conntrack(target) as table:
+            reply = statistics(table)
+            reply.tracked = self._tracked(target, table)
+            reply.netns.CopyFrom(codec.encode(target.here.ref))
+            return reply
+
+    def DeleteConntrack(
+        self, request: agent_pb2.DeleteConntrackRequest, context: grpc.ServicerContext
+    ) -> agent_pb2.DeleteConntrackReply:
+        from gketrace_agent.conntracks import delete_asked  # see `preload`
+
+        if not self._config.allow_system_changes:
+            raise ReadOnlyError(
+                "this agent changes nothing on its node",
+                hint="it would have to be started with --allow-system-changes",
+            )
         with (
             self._namespaces.open(
                 target_pod(request.target), timeout=self._remaining(context)
             ) as target,
             self._open_conntrack(target) as table,
         ):
-            reply = statistics(table)
-            reply.tracked = self._tracked(target, table)
-            reply.netns.CopyFrom(codec.encode(target.here.ref))
-            return reply
+            return delete_asked(table, request)
 
     def _open_conntrack(self, target: OpenTarget) -> ConntrackTable:
         from gketrace_agent.observe.conntrack_table import open_conntrack  # see `preload`

@@ -57,7 +57,9 @@ app: Final = typer.Typer(
 )
 app.callback()(_root)
 app.command("connections", epilog=EPILOG)(with_options(connections.connections))
-app.command("conntrack", epilog=EPILOG)(with_options(conntrack.conntrack))
+app.command("conntrack", cls=conntrack.ConntrackCommand, epilog=EPILOG)(
+    with_options(conntrack.conntrack)
+)
 app.command("pod", epilog=EPILOG)(with_options(pod.pod))
 app.command("rules", epilog=EPILOG)(with_options(rules.rules))
 app.command("service", epilog=EPILOG)(with_options(service.service))

@@ -23,13 +23,26 @@ __all__ = [
     "endpoint_filters",
     "parse_family",
     "parse_mark",
+    "parse_nat",
     "pod_filters",
     "typed_filter",
 ]
 
 _FAMILIES: Final[Mapping[str, int]] = {"ipv4": 4, "ipv6": 6, "4": 4, "6": 6, "inet": 4, "inet6": 6}
-_ADDRESSES: Final = ("orig_src", "orig_dst", "reply_src", "reply_dst", "address")
-_Number = Literal["orig_sport", "orig_dport", "reply_sport", "reply_dport", "zone", "mark"]
+_ADDRESSES: Final = (
+    *("orig_src", "orig_dst", "reply_src", "reply_dst", "address"),
+    *("src_nat", "dst_nat"),
+)
+_Number = Literal[
+    "orig_sport",
+    "orig_dport",
+    "reply_sport",
+    "reply_dport",
+    "zone",
+    "mark",
+    "src_nat_port",
+    "dst_nat_port",
+]
 _NUMBERS: Final[tuple[_Number, ...]] = (
     "orig_sport",
     "orig_dport",
@@ -37,6 +50,8 @@ _NUMBERS: Final[tuple[_Number, ...]] = (
     "reply_dport",
     "zone",
     "mark",
+    "src_nat_port",
+    "dst_nat_port",
 )
 
 
@@ -68,10 +83,11 @@ def typed_filter(
     mark: str | None = None,
     zone: int | None = None,
     state: str | None = None,
-    src_nat: bool = False,
-    dst_nat: bool = False,
+    src_nat: str | None = None,
+    dst_nat: str | None = None,
 ) -> pb.ConntrackFilter:
-    """The flags as one filter; `addresses` and `ports` by its fields.  Raises `UsageError`."""
+    """The flags as one filter; `addresses` and `ports` by its fields.  `src_nat`, `dst_nat`: empty
+    for any translation, or what to.  Raises `UsageError`."""
     made = pb.ConntrackFilter(family=parse_family(family) if family else 0)
     if protocol is not None:
         made.protocol = protocol_number(protocol)
@@ -90,9 +106,37 @@ def typed_filter(
     made.tcp_state = (state or "").upper()
     if made.tcp_state not in STATE_NAMES:
         raise UsageError(f"no such state: {state!r}", hint=f"one of {', '.join(STATE_NAMES[1:])}")
-    wanted = (CtStatus.SRC_NAT if src_nat else 0) | (CtStatus.DST_NAT if dst_nat else 0)
+    wanted = CtStatus.NONE
+    if src_nat is not None:
+        wanted |= CtStatus.SRC_NAT
+        address, number = parse_nat(src_nat)
+        made.src_nat = address
+        if number is not None:
+            made.src_nat_port = number
+    if dst_nat is not None:
+        wanted |= CtStatus.DST_NAT
+        address, number = parse_nat(dst_nat)
+        made.dst_nat = address
+        if number is not None:
+            made.dst_nat_port = number
     made.status = made.status_mask = int(wanted)
     return made
+
+
+def parse_nat(text: str) -> tuple[str, int | None]:
+    """``10.0.0.1``, ``10.0.0.1:80``, ``[fd00::1]:80``, ``:80`` or nothing → network and port, as
+    conntrack(8) has them; also ``10.0.0.0/8``.  Raises `UsageError`."""
+    address, port = text, ""
+    if text.startswith("["):
+        address, bracket, rest = text[1:].partition("]")
+        colon, port = rest[:1], rest[1:]
+        if not bracket or colon not in ("", ":"):
+            raise UsageError(f"not an ADDRESS[:PORT]: {text!r}")
+    elif text.count(":") == 1:
+        address, _, port = text.partition(":")
+    if port and not (port.isdecimal() and int(port) < 65536):
+        raise UsageError(f"not a port: {port!r}")
+    return (_network(address) if address else ""), (int(port) if port else None)
 
 
 def _network(text: str) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -20,7 +23,7 @@ from gketrace_agent.server import AgentServer
 from gketrace_proto import codec
 from gketrace_proto.v1alpha1 import agent_pb2, agent_pb2_grpc
 from tests.agent.observe.bed import Bed, Netns, wait_until
-from tests.kernel.conntrack_made import flows, make
+from tests.kernel.conntrack_made import Made, flows, make
 
 HOST = agent_pb2.Target(host=True)
 
@@ -34,15 +37,18 @@ def node() -> Iterator[Netns]:
         bed.close()
 
 
-@pytest.fixture
-def address(node: Netns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Of an agent whose host is the namespace."""
-    path = tmp_path / "agent.sock"
+@contextmanager
+def serving(
+    node: Netns, folder: Path, monkeypatch: pytest.MonkeyPatch, **more: Any
+) -> Iterator[str]:
+    """An agent whose host is the namespace; its address."""
+    path = folder / "agent.sock"
     config = Config(
         node="node-a",
         listen=(Listen(path=path),),
         runtime_sockets=(),
         limits=Limits(conntrack_entries=5000, stall_seconds=1.0),
+        **more,
     )
 
     class Here:
@@ -65,6 +71,12 @@ def address(node: Netns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield f"unix:{path}"
     finally:
         server.stop(0)
+
+
+@pytest.fixture
+def address(node: Netns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    with serving(node, tmp_path, monkeypatch) as served:
+        yield served
 
 
 @pytest.fixture
@@ -133,6 +145,79 @@ def test_filters_any_of_which_may_take_an_entry(
     with pytest.raises(grpc.RpcError) as caught:
         listed(stub, filter=agent_pb2.ConntrackFilter(tcp_state="OPENISH"))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_deletion_is_of_that_very_entry(
+    node: Netns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = [
+        Made(src="10.1.0.1", dst="10.1.0.2", sport=1, dport=80),
+        Made(src="10.1.0.1", dst="10.1.0.2", sport=1, dport=80, zone=7),
+        Made(src="10.1.0.1", dst="10.1.0.2", sport=2, dport=80),
+        Made(src="10.1.0.1", dst="10.1.0.2", sport=3, dport=80),
+        Made(src="fd00::1", dst="fd00::2", sport=3, dport=80, protocol=17),
+        Made(src="10.1.0.1", dst="10.1.0.2", sport=9, dport=8, protocol=1),
+        Made(src="fd00::1", dst="fd00::2", sport=9, dport=128, protocol=58),
+        Made(src="10.1.0.1", dst="10.1.0.2", sport=4, dport=80, protocol=132),
+        Made(src="10.1.0.1", dst="10.1.0.2", protocol=47),
+        Made(src="10.1.0.1", dst="10.1.0.2", protocol=99),
+    ]
+    node.inside(lambda: make(kinds))
+    with (
+        serving(node, tmp_path, monkeypatch, allow_system_changes=True) as served,
+        grpc.insecure_channel(served) as channel,
+    ):
+        stub = agent_pb2_grpc.AgentStub(channel)
+        replies, _ = listed(stub)
+        entries = {
+            (one.orig.src, one.orig.protocol, one.orig.sport, one.zone): one
+            for reply in replies
+            for one in reply.entries
+        }
+        assert len(entries) == len(kinds)
+        # One goes, one is made anew with another reply, before the request comes.
+        gone, other = kinds[2], kinds[3]
+        node.inside(lambda: make([gone, other], delete=True))
+        node.inside(lambda: make([replace(other, reply_src="10.1.0.9")]))
+        asked = [
+            one
+            for key, one in entries.items()
+            if key[3] == 0  # not that of zone 7
+        ]
+        reply = stub.DeleteConntrack(
+            agent_pb2.DeleteConntrackRequest(target=HOST, entries=asked), timeout=10
+        )
+        keys = [(one.orig.protocol, one.orig.sport) for one in asked]
+        outcomes = dict(zip(keys, reply.outcomes, strict=True))
+        named = {k: agent_pb2.ConntrackDeletion.Name(v)[19:] for k, v in outcomes.items()}
+        assert (named.pop((6, 2)), named.pop((6, 3))) == ("GONE", "REPLACED")
+        assert set(named.values()) == {"DELETED"}
+        assert not reply.errors
+        left, _ = listed(stub)
+        rest = {(e.orig.sport, e.zone, e.reply.src) for r in left for e in r.entries}
+        assert rest == {(1, 7, "10.1.0.2"), (3, 0, "10.1.0.9")}
+        nameless = type(asked[0])()
+        nameless.CopyFrom(asked[0])
+        nameless.ClearField("id")
+        for wrong in ([], [nameless]):
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.DeleteConntrack(
+                    agent_pb2.DeleteConntrackRequest(target=HOST, entries=wrong), timeout=10
+                )
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_an_agent_that_may_not_change_anything_says_so(
+    stub: agent_pb2_grpc.AgentStub, node: Netns
+) -> None:
+    node.inside(lambda: make(flows(1)))
+    replies, _ = listed(stub)
+    request = agent_pb2.DeleteConntrackRequest(target=HOST, entries=replies[0].entries)
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.DeleteConntrack(request, timeout=10)
+    assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert "--allow-system-changes" in caught.value.details()
+    assert listed(stub)[1].sent == 1
 
 
 def test_a_namespace_that_tracks_nothing(stub: agent_pb2_grpc.AgentStub, node: Netns) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ import pytest
 import yaml
 
 from gketrace.conntrack import ConntrackEntry, CtStatus
-from gketrace.conntrack_records import RECORD, record_of
+from gketrace.conntrack_records import RECORD, entry_from_record, record_of, records_from_bytes
 from gketrace.conntrack_text import render_entry
 from gketrace.errors import ExitCode
 from gketrace.packet import Protocol, Tuple5
@@ -37,6 +38,7 @@ NODES = ("2jdh", "33fg", "m69d")
 ADDRESSES = {"2jdh": "10.142.0.8", "33fg": "10.142.0.7", "m69d": "10.142.0.6"}
 ESTABLISHED = CtStatus.SEEN_REPLY | CtStatus.ASSURED | CtStatus.CONFIRMED
 NOW = 1_700_000_000.0
+DNS_ADDRESS = "10.43.240.17"
 
 
 def entry(
@@ -85,9 +87,25 @@ class TableAgent(AgentServicer):
     summary: dict[str, Any] = field(default_factory=dict)
     requests: list[pb.ListConntrackRequest] = field(default_factory=list)
     breaks: grpc.StatusCode | None = None
+    changes: bool = True
+    """--allow-system-changes"""
+    outcome: pb.ConntrackDeletion.ValueType = pb.CONNTRACK_DELETION_DELETED
+    deleted: list[pb.DeleteConntrackRequest] = field(default_factory=list)
 
     def GetInfo(self, request: pb.GetInfoRequest, context: grpc.ServicerContext) -> pb.GetInfoReply:
-        return pb.GetInfoReply(node=self.node, version="0", api_version="gketrace.dev/v1alpha1")
+        return pb.GetInfoReply(
+            node=self.node,
+            version="0",
+            api_version="gketrace.dev/v1alpha1",
+            allow_system_changes=self.changes,
+        )
+
+    def DeleteConntrack(
+        self, request: pb.DeleteConntrackRequest, context: grpc.ServicerContext
+    ) -> pb.DeleteConntrackReply:
+        self.deleted.append(request)
+        count = len(request.records) // RECORD.size + len(request.entries)
+        return pb.DeleteConntrackReply(outcomes=[self.outcome] * count)
 
     def ListConntrack(
         self, request: pb.ListConntrackRequest, context: grpc.ServicerContext
@@ -144,6 +162,8 @@ def agents(servers: dict[str, TableAgent]) -> dict[str, TableAgent]:
     for agent in servers.values():
         agent.tables, agent.summary, agent.breaks = {"": []}, {}, None
         agent.requests.clear()
+        agent.deleted.clear()
+        agent.changes, agent.outcome = True, pb.CONNTRACK_DELETION_DELETED
     servers["2jdh"].tables = {"": [NODE_PORT], "web-0": []}
     servers["m69d"].tables = {"": [SENT]}
     servers["33fg"].tables = {"": [DNS, SIX]}
@@ -320,9 +340,100 @@ def test_statistics(ask: Ask) -> None:
     assert ask("-C")[1].startswith("4 entries on 3 nodes.\n")
 
 
+def deleted(agents: dict[str, TableAgent]) -> list[ConntrackEntry]:
+    return [
+        entry_from_record(record)
+        for agent in agents.values()
+        for request in agent.deleted
+        for record in records_from_bytes(request.records)
+    ]
+
+
+def test_deletion_shows_then_deletes_what_it_showed(
+    ask: Ask, agents: dict[str, TableAgent]
+) -> None:
+    code, out, err = ask("-D", "-p", "tcp", "--yes")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        "2 entries to be deleted on 2 nodes.",
+        "",
+        "NODE  PROTO  STATE        FROM -> TO",
+        "2jdh  tcp    ESTABLISHED  10.142.0.6:49132 -> 10.142.0.8:31830",
+        "             translated to 10.40.0.6:8080 from 10.40.0.1:23374",
+        "m69d  tcp    ESTABLISHED  10.142.0.6:49132 -> 10.142.0.8:31830",
+        "",
+        "2 entries were deleted.",
+    ]
+    assert deleted(agents) == [NODE_PORT, SENT]
+
+
+def test_deletion_of_what_has_gone_is_told(ask: Ask, agents: dict[str, TableAgent]) -> None:
+    agents["33fg"].outcome = pb.CONNTRACK_DELETION_GONE
+    code, out, err = ask("-D", "-p", "udp", "-d", DNS_ADDRESS, "-y", "-o", "conntrack")
+    assert (code, out) == (0, render_entry(DNS, now=NOW) + "\n")
+    assert err.splitlines() == [
+        f"gketrace: node 33fg: {DNS} had gone already",
+        "gketrace: 0 flow entries have been deleted.",
+    ]
+    agents["33fg"].outcome = pb.CONNTRACK_DELETION_FAILED
+    code, out, _ = ask("-D", "--zone", "9", "--yes")
+    assert code == 3
+    assert "0 entries were deleted, 1 was not." in out
+
+
+@pytest.mark.parametrize("form", ["text", "json", "jsonl", "yaml"])
+def test_a_dry_run_deletes_nothing(ask: Ask, agents: dict[str, TableAgent], form: str) -> None:
+    agents["33fg"].changes = False  # no obstacle
+    code, out, _ = ask("-D", "--service", "dns", "--dry-run", "-o", form)
+    assert code == 0
+    assert not deleted(agents)
+    if form == "text":
+        assert out.startswith("1 entry would be deleted on node 33fg.")
+        return
+    document = yaml.safe_load(out)
+    jsonschema.validate(document, json.loads((SCHEMAS / "conntrack.json").read_text()))
+    assert (document["kind"], document["dryRun"]) == ("ConntrackDeletion", True)
+    assert [one["outcome"] for one in document["entries"]] == ["would be deleted"]
+
+
+def test_deletion_asks_on_a_terminal(
+    ask: Ask, agents: dict[str, TableAgent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for answer, count in (("n", 0), ("", 0), ("y", 1)):
+        master, slave = os.openpty()
+        os.write(master, f"{answer}\n".encode())
+        with os.fdopen(slave, "r") as terminal, monkeypatch.context() as patch:
+            patch.setattr("sys.stdin", terminal)
+            code, out, err = ask("-D", "--zone", "9")
+        os.close(master)
+        assert code == 0
+        assert "1 entry to be deleted on node 33fg." in out
+        assert "Delete this entry? [y/N]" in err
+        assert ("Nothing was deleted" in err) is (count == 0)
+        assert len(deleted(agents)) == count
+
+
+def test_an_agent_that_changes_nothing_is_told_before_anything(
+    ask: Ask, agents: dict[str, TableAgent]
+) -> None:
+    agents["m69d"].changes = False
+    code, out, err = ask("-D", "-p", "tcp", "--yes")
+    assert (code, out) == (4, "")
+    assert "the agent of node m69d changes nothing on its node" in err
+    assert "--allow-system-changes" in err
+    assert not deleted(agents)
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
+        (["-D", "--yes"], 2, "-D without a filter would delete whole tables"),
+        (["-D", "--yes", "-s", "0.0.0.0/0", "-f", "ipv4"], 2, "without a filter"),
+        (["-D", "-p", "udp"], 2, "standard input is no terminal"),
+        (["-D", "-p", "udp", "--limit", "1", "--yes"], 2, "-D deletes all that fit"),
+        (["-D", "-L", "-p", "udp"], 2, "exclude each other"),
+        (["--yes"], 2, "belong to -D"),
+        (["--src-nat", "1.2.3.4:x"], 2, "no node '1.2.3.4:x'"),
         (["-s", "1.2.3"], 2, "not an address or network: '1.2.3'"),
         (["-p", "tpc"], 2, "no such protocol: 'tpc'"),
         (["--mark", "x"], 2, "'x' is no mark"),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from gketrace.conntrack import ConntrackEntry
+from gketrace.conntrack import ConntrackEntry, CtStatus
 from gketrace.errors import UsageError
 from gketrace.packet import PORT_PROTOCOLS, IPAddress
 from gketrace.snapshot import IPNetwork
@@ -46,6 +46,13 @@ class ConntrackFilter:
     status: int = 0
     """Wanted are entries with ``(status & status_mask) == status``."""
     status_mask: int = 0
+    src_nat: IPNetwork | None = None
+    """The source's address is translated, to one in it: as conntrack(8)'s ``--src-nat ADDRESS``
+    (NFCT_GOPT_IS_SNAT), a translation of the port alone does not count."""
+    dst_nat: IPNetwork | None = None
+    src_nat_port: int | None = None
+    """The source's port is translated, to this one (NFCT_GOPT_IS_SPAT)."""
+    dst_nat_port: int | None = None
 
     def __post_init__(self) -> None:
         if self.tcp_state and self.tcp_state not in _STATES:
@@ -59,7 +66,8 @@ class ConntrackFilter:
         One dump, but four for `address`: the kernel compares each of an entry's addresses by
         itself.  To walk the table four times costs it less than to send it once.
         """
-        given = [n for n in (*self._networks(), self.address) if n is not None]
+        nats = (self.src_nat, self.dst_nat)
+        given = [n for n in (*self._networks(), *nats, self.address) if n is not None]
         family = self.family or (given[0].version if given else 0)
         halves = (
             TupleFilter(
@@ -69,10 +77,10 @@ class ConntrackFilter:
                 dport=self.orig_dport,
             ),
             TupleFilter(
-                src=_host(self.reply_src),
-                dst=_host(self.reply_dst),
-                sport=self.reply_sport,
-                dport=self.reply_dport,
+                src=_host(self.reply_src) or _host(self.dst_nat),
+                dst=_host(self.reply_dst) or _host(self.src_nat),
+                sport=self.reply_sport if self.reply_sport is not None else self.dst_nat_port,
+                dport=self.reply_dport if self.reply_dport is not None else self.src_nat_port,
             ),
         )
         ways = [halves]
@@ -87,8 +95,8 @@ class ConntrackFilter:
                 reply=reply,
                 mark=self.mark,
                 mark_mask=self.mark_mask,
-                status=self.status,
-                status_mask=self.status_mask,
+                status=self.status | self._nat_bits(),
+                status_mask=self.status_mask | self._nat_bits(),
             )
             for orig, reply in ways
         )
@@ -118,6 +126,24 @@ class ConntrackFilter:
             return False
         if entry.status & self.status_mask != self.status:
             return False
+        if entry.status & self._nat_bits() != self._nat_bits():
+            return False
+        if not all(
+            wanted is None or (new != old and new in wanted)
+            for wanted, new, old in (
+                (self.src_nat, reply.dst, orig.src),
+                (self.dst_nat, reply.src, orig.dst),
+            )
+        ):
+            return False
+        if not all(
+            wanted is None or (new != old and new == wanted)
+            for wanted, new, old in (
+                (self.src_nat_port, reply.dport, orig.sport),
+                (self.dst_nat_port, reply.sport, orig.dport),
+            )
+        ):
+            return False
         return self.address is None or any(end in self.address for end in ends)
 
     def mask(self, group: Group) -> Array | None:
@@ -146,10 +172,38 @@ class ConntrackFilter:
         for network, name in zip(self._networks(), _ADDRESSES, strict=True):
             if network is not None:
                 parts.append(_inside(group, name, network))
+        if bits := self._nat_bits():
+            parts.append(_number(group, "status") & np.uint32(bits) == bits)
+            parts += self._nat_parts(group)
         if self.address is not None:
             ends = [_inside(group, name, self.address) for name in _ADDRESSES]
             parts.append(np.logical_or.reduce(ends))
         return np.logical_and.reduce(parts) if parts else None
+
+    def _nat_bits(self) -> int:
+        """Of the status, that the wanted translations have."""
+        source = self.src_nat is not None or self.src_nat_port is not None
+        destination = self.dst_nat is not None or self.dst_nat_port is not None
+        bits = CtStatus.SRC_NAT if source else CtStatus.NONE
+        return int(bits | CtStatus.DST_NAT if destination else bits)
+
+    def _nat_parts(self, group: Group) -> list[Array]:
+        parts: list[Array] = []
+        for network, new, old in (
+            (self.src_nat, "reply_dst", "orig_src"),
+            (self.dst_nat, "reply_src", "orig_dst"),
+        ):
+            if network is not None:
+                parts.append(_inside(group, new, network))
+                parts.append((group.octets(new) != group.octets(old)).any(axis=1))
+        for port, new, old in (
+            (self.src_nat_port, "reply_dport", "orig_sport"),
+            (self.dst_nat_port, "reply_sport", "orig_dport"),
+        ):
+            if port is not None:
+                now = _port(group, new)
+                parts += [now == port, now != _port(group, old)]
+        return parts
 
     def _networks(self) -> tuple[IPNetwork | None, ...]:
         return self.orig_src, self.orig_dst, self.reply_src, self.reply_dst

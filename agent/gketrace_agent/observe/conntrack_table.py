@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from gketrace.conntrack import ConntrackEntry
+from gketrace_agent.kernel.conntrack_delete import Deletion, delete_entries
 from gketrace_agent.kernel.conntrack_dump import BulkSocket, TableReading
 from gketrace_agent.kernel.conntrack_events import EventKind, EventSocket
 from gketrace_agent.kernel.conntrack_stats import (
@@ -82,6 +85,10 @@ class ConntrackTable:
             take=wanted.mask,
             buckets=self.buckets,
         )
+
+    def delete(self, entries: Iterable[ConntrackEntry]) -> Iterator[Deletion]:
+        """Deletes those of the entries that are still there; what became of each."""
+        return delete_entries(self._netfilter, entries)
 
     def follow(
         self,

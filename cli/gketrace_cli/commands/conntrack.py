@@ -3,10 +3,13 @@ them."""
 
 from __future__ import annotations
 
+import re
+from collections import deque
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
+from typer.core import TyperCommand
 
 from gketrace.errors import NotFoundError, UsageError
 from gketrace_cli.options import Options
@@ -18,7 +21,44 @@ if TYPE_CHECKING:
     from gketrace_cli.session import Session
     from gketrace_proto.v1alpha1 import agent_pb2 as pb
 
-__all__ = ["ConntrackOutput", "conntrack", "find_places", "find_pod_named", "find_service_named"]
+__all__ = [
+    "ConntrackCommand",
+    "ConntrackOutput",
+    "conntrack",
+    "find_places",
+    "find_pod_named",
+    "find_service_named",
+]
+
+_NAT_FLAGS: Final = frozenset({"--src-nat", "--dst-nat", "-g"})
+
+
+class ConntrackCommand(TyperCommand):
+    """Takes ``--src-nat`` and ``--dst-nat`` with and without an address, as conntrack(8) does.
+
+    The word behind the flag belongs to it when it is an address; typer has no such options.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        made: list[str] = []
+        waiting = deque(args)
+        while waiting:
+            word = waiting.popleft()
+            if word == "--":
+                made += [word, *waiting]
+                break
+            if word in _NAT_FLAGS:
+                takes = bool(waiting) and _ADDRESS.fullmatch(waiting[0])
+                name = "--dst-nat" if word == "-g" else word
+                word = f"{name}={waiting.popleft() if takes else ''}"
+            made.append(word)
+        return super().parse_args(ctx, made)
+
+
+_ADDRESS: Final = re.compile(
+    r"\d+\.\d+\.\d+\.\d+(/\d+)?(:\d+)?|:\d+|[0-9a-fA-F]*:[0-9a-fA-F:.]*(/\d+)?"
+    r"|\[[0-9a-fA-F:.]+(/\d+)?\](:\d+)?"
+)
 
 
 class ConntrackOutput(str, Enum):
@@ -48,6 +88,10 @@ def conntrack(
     ] = False,
     events: Annotated[
         bool, typer.Option("--event", "-E", help="Follow events, until interrupted.")
+    ] = False,
+    delete: Annotated[
+        bool,
+        typer.Option("--delete", "-D", help="Delete entries that fit the filters; asks first."),
     ] = False,
     src: Annotated[
         str | None,
@@ -92,11 +136,22 @@ def conntrack(
         int | None, typer.Option("--zone", "-w", metavar="ZONE", min=0, max=65535)
     ] = None,
     src_nat: Annotated[
-        bool, typer.Option("--src-nat", help="Only those whose source is translated.")
-    ] = False,
+        str | None,
+        typer.Option(
+            "--src-nat",
+            metavar="[ADDRESS[:PORT]]",
+            help="Only those whose source is translated; to this.",
+        ),
+    ] = None,
     dst_nat: Annotated[
-        bool, typer.Option("--dst-nat", help="Only those whose destination is translated.")
-    ] = False,
+        str | None,
+        typer.Option(
+            "--dst-nat",
+            "-g",
+            metavar="[ADDRESS[:PORT]]",
+            help="Only those whose destination is translated; to this.",
+        ),
+    ] = None,
     family: Annotated[
         str | None,
         typer.Option("--family", "-f", metavar="ipv4|ipv6", help="Default: both."),
@@ -118,20 +173,27 @@ def conntrack(
         int | None,
         typer.Option("--limit", metavar="N", min=1, help="At most N entries of each table."),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="With -D: only show what would be deleted.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="With -D: do not ask.")] = False,
     output: Annotated[
         ConntrackOutput | None,
         typer.Option("--output", "-o", help="Output format (default: text)."),
     ] = None,
 ) -> None:
-    """List, count, sum up or follow connection tracking, of any node or pod, or of all nodes.
+    """List, count, sum up, follow or delete connection tracking entries, of any node or pod, or of
+    all nodes.
 
     For example:  gketrace conntrack -p tcp --dport 31830 -o conntrack
     """
     from gketrace_cli.conntrack_filter import typed_filter
     from gketrace_cli.session import Session
 
-    if sum((list_, count, stats, events)) > 1:
-        raise UsageError("-L, -C, -S and -E exclude each other")
+    if sum((list_, count, stats, events, delete)) > 1:
+        raise UsageError("-L, -C, -S, -E and -D exclude each other")
+    if (yes or dry_run) and not delete:
+        raise UsageError("--yes and --dry-run belong to -D")
     typed = typed_filter(
         family=family,
         protocol=proto,
@@ -157,6 +219,13 @@ def conntrack(
     if stats and fitting:
         raise UsageError("-S is about the whole table", hint="leave the filters out")
     form = _form(output, options)
+    if delete:
+        from gketrace_cli.conntrack_delete import require_confirmation, require_filter
+
+        if limit:
+            raise UsageError("-D deletes all that fit", hint="leave --limit out")
+        require_filter(typed, named=bool(pod or service))
+        require_confirmation(yes=yes, dry_run=dry_run)
     from gketrace_cli import conntrack_show as show
 
     with Session(options) as session:
@@ -177,6 +246,19 @@ def conntrack(
             "filter": show.filter_document(typed),
             "limit": limit,
         }
+        if delete:
+            from gketrace_cli.conntrack_delete import Removal
+
+            Removal(
+                session=session,
+                places=places,
+                gaps=gaps,
+                filters=filters,
+                form=form,
+                yes=yes,
+                dry_run=dry_run,
+                query=asked,
+            ).run()
         listing = show.Listing(
             session=session,
             options=options,
