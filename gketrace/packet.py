@@ -120,7 +120,16 @@ class Tuple5:
                 dst=self.src,
                 icmp_type=None if kind is None else _ICMP_REPLY.get((self.protocol, kind), kind),
             )
-        return replace(self, src=self.dst, dst=self.src, sport=self.dport, dport=self.sport)
+        # Not `replace`, which takes three times as long: a walk inverts dozens.
+        return Tuple5(
+            src=self.dst,
+            dst=self.src,
+            protocol=self.protocol,
+            sport=self.dport,
+            dport=self.sport,
+            icmp_type=self.icmp_type,
+            icmp_code=self.icmp_code,
+        )
 
     def __str__(self) -> str:
         return _flow_text(self.src, self.sport, self.dst, self.dport, self.protocol)

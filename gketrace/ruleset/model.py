@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, ClassVar, Final
 
@@ -152,18 +152,25 @@ class Rule:
     packets: int | None = None
     bytes: int | None = None
 
+    _citation: Citation | None = field(default=None, init=False, repr=False, compare=False)
+
     @property
     def citation(self) -> Citation:
-        return Citation(
-            source=Source.RULE,
-            text=self.text,
-            backend=self.backend,
-            table=self.table,
-            chain=self.chain,
-            position=self.position,
-            packets=self.packets,
-            bytes=self.bytes,
-        )
+        """Made once: ten branches of a walk cite the same rules."""
+        made = self._citation
+        if made is None:
+            made = Citation(
+                source=Source.RULE,
+                text=self.text,
+                backend=self.backend,
+                table=self.table,
+                chain=self.chain,
+                position=self.position,
+                packets=self.packets,
+                bytes=self.bytes,
+            )
+            object.__setattr__(self, "_citation", made)
+        return made
 
 
 _FILTER, _NAT, _ROUTE = ChainType.FILTER, ChainType.NAT, ChainType.ROUTE

@@ -79,15 +79,12 @@ class Namespace:
         self.by_index: Final = {link.ifindex: link for link in links}
         self._stations: dict[tuple[Hook, int], tuple[Station, ...]] = {}
         self._tracks: dict[int, bool] = {}
+        self.unread: Final = tuple(r for r in snapshot.rulesets if isinstance(r, Unavailable))
+        """The rule sets that could not be read."""
 
     @property
     def netns(self) -> NetnsRef:
         return self.snapshot.netns
-
-    @property
-    def unread(self) -> tuple[Unavailable, ...]:
-        """The rule sets that could not be read."""
-        return tuple(r for r in self.snapshot.rulesets if isinstance(r, Unavailable))
 
     def rulesets(self, family: int) -> tuple[Ruleset, ...]:
         return tuple(

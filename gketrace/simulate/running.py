@@ -92,7 +92,11 @@ class Run(ABC):
     def weigh(
         thread: Thread, chance: Fraction | None, fork: Fork | None, rule: Rule, how: str
     ) -> None:
-        thread.chance = None if chance is None or thread.chance is None else thread.chance * chance
+        if chance is None or thread.chance is None:
+            thread.chance = None
+        else:
+            # A product of fractions looks for common factors, also where one of them is 1.
+            thread.chance = chance if thread.chance == 1 else thread.chance * chance
         if fork is not None:
             text = f"if it {how} (not known: {fork.reason}): {rule.text}"
             thread.assumed = Link(thread.assumed, text)

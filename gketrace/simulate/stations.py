@@ -38,6 +38,8 @@ from gketrace.trace import (
 
 __all__ = ["run_station"]
 
+_CONFIRMED: Final = int(CtStatus.CONFIRMED)
+
 
 def run_station(context: Context, cursor: Cursor) -> tuple[Way, ...]:
     """The ways on from the next station of the cursor's hook."""
@@ -49,7 +51,7 @@ def run_station(context: Context, cursor: Cursor) -> tuple[Way, ...]:
         if not _idle(station.kind, ct, manip):
             rest = evolve(cursor, stations=cursor.stations[position:])
             return _RUN[station.kind](context, rest, station)
-    return on(evolve(cursor, stations=()))
+    return on(evolve(cursor, stage=cursor.then, stations=()))
 
 
 def _idle(kind: StationKind, ct: CtInfo | None, manip: nat.Manip | None) -> bool:
@@ -96,7 +98,7 @@ def _chain(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...
     ways: list[Way] = []
     alternatives = traverse(station.ruleset, station.chain, cursor.state, cursor.space)
     for alternative in alternatives:
-        after = evolve(cursor, state=alternative.state)
+        after = _with_state(cursor, alternative.state)
         if alternative.verdict.kind is not VerdictKind.ACCEPT:
             ways += _stopped(after, alternative)
             continue
@@ -117,6 +119,11 @@ def _chain(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...
     return tuple(ways)
 
 
+def _with_state(cursor: Cursor, state: PacketState) -> Cursor:
+    """Most chains leave the packet as it is."""
+    return cursor if state is cursor.state else evolve(cursor, state=state)
+
+
 def _routes_differently(before: PacketState, after: PacketState) -> bool:
     """ipt_mangle_out() and nf_route_table_hook4(): what makes them call ip_route_me_harder()."""
     old, new = before.packet, after.packet
@@ -127,7 +134,7 @@ def _after(first: Way, then: Way) -> Way:
     """`then` as it follows on `first`."""
     chance: Fraction | None = None
     if first.chance is not None and then.chance is not None:
-        chance = first.chance * then.chance
+        chance = first.chance if then.chance == 1 else first.chance * then.chance
     return evolve(
         then,
         steps=first.steps + then.steps,
@@ -276,7 +283,7 @@ def _nat_chain(context: Context, cursor: Cursor, station: Station) -> tuple[Way,
     assert station.chain is not None
     ways: list[Way] = []
     for alternative in traverse(station.ruleset, station.chain, cursor.state, cursor.space):
-        after = evolve(cursor, state=alternative.state)
+        after = _with_state(cursor, alternative.state)
         if alternative.verdict.kind is not VerdictKind.ACCEPT:
             ways += _stopped(after, alternative)
             continue
@@ -387,7 +394,7 @@ def _confirm(context: Context, cursor: Cursor, station: Station) -> tuple[Way, .
     ct = cursor.state.ct
     assert ct is not None
     flow = tracking.new_flow(ct, cursor.space.netns)
-    settled = evolve(ct, status=ct.status | CtStatus.CONFIRMED, existing=True)
+    settled = evolve(ct, status=ct.status | _CONFIRMED, existing=True)
     after = evolve(
         cursor,
         state=evolve(cursor.state, ct=settled),

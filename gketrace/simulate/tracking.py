@@ -54,6 +54,10 @@ _VALID_FLAGS: Final = frozenset(
 )
 """tcp_valid_flags of nf_conntrack_proto_tcp.c; PSH, ECE and CWR are not looked at."""
 _IGNORED_FLAGS: Final = TcpFlags.PSH | TcpFlags.ECE | TcpFlags.CWR
+# Plain numbers: an operation on a member of an enum costs ten times as much.
+_CONFIRMED: Final = int(CtStatus.CONFIRMED)
+_UNTRACKED: Final = int(CtStatus.UNTRACKED)
+_SEEN_REPLY: Final = int(CtStatus.SEEN_REPLY)
 _CLOSED: Final = frozenset({"TIME_WAIT", "CLOSE"})
 _ANSWERABLE: Final = frozenset({"SYN_RECV", "SYN_SENT2"})
 _REOPENABLE: Final = frozenset({"SYN_SENT", "SYN_SENT2", "TIME_WAIT"})
@@ -115,7 +119,7 @@ def find_flow(tuple5: Tuple5, netns: NetnsRef, flows: Sequence[Flow], zone: int 
     """The latest assumed entry of `netns` and `zone` that has `tuple5` in one of its directions."""
     for flow in reversed(flows):
         entry = flow.entry
-        if (flow.netns, entry.zone) != (netns, zone) or entry.status & CtStatus.UNTRACKED:
+        if (flow.netns, entry.zone) != (netns, zone) or entry.status & _UNTRACKED:
             continue
         if _same(entry.orig, tuple5) or _same(entry.reply, tuple5):
             return flow
@@ -146,7 +150,7 @@ def new_flow(ct: CtInfo, netns: NetnsRef) -> Flow:
     entry = ConntrackEntry(
         orig=ct.orig,
         reply=ct.reply,
-        status=ct.status | CtStatus.CONFIRMED,
+        status=ct.status | _CONFIRMED,
         mark=ct.mark,
         zone=ct.zone,
         tcp_state="SYN_SENT" if ct.orig.protocol == Protocol.TCP else "",
@@ -207,7 +211,7 @@ def complete_tuple(tuple5: Tuple5) -> bool:
 def _existing(tuple5: Tuple5, flow: Flow) -> Tracking:
     entry = flow.entry
     original = _same(entry.orig, tuple5) or not _same(entry.reply, tuple5)
-    answered = bool(entry.status & CtStatus.SEEN_REPLY) or not original
+    answered = bool(entry.status & _SEEN_REPLY) or not original
     ct = CtInfo(
         state=CtState.ESTABLISHED if answered else CtState.NEW,
         direction=Direction.ORIGINAL if original else Direction.REPLY,
