@@ -11,10 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NoReturn
 
+from gketrace.access import CallClass
 from gketrace.errors import UsageError
 from gketrace_agent.kernel.hostpaths import HostPaths
 
-__all__ = ["Config", "Limits", "Listen", "parse_arguments"]
+__all__ = ["Authentication", "Config", "Limits", "Listen", "parse_arguments"]
+
+_SERVICE_ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+"""Where a pod finds its token and the API server's certificate authority."""
 
 _SUN_PATH: Final = 107
 """Bytes of a unix socket's path that the kernel takes (struct sockaddr_un)."""
@@ -49,6 +53,16 @@ class Limits:
 
     concurrent_calls: int = 32
     """Calls in progress; one more is refused with RESOURCE_EXHAUSTED."""
+    user_calls: int = 24
+    """Of one user."""
+    follow_calls: int = 24
+    """Streams without an end of their own."""
+    capture_calls: int = 8
+    change_calls: int = 2
+    memory_bytes: int = 0
+    """Above 90 % of it only quick calls are taken; 0: the cgroup's limit."""
+    connections: int = 512
+    """TCP connections at once."""
     request_bytes: int = 4 << 20
     reply_bytes: int = 64 << 20
     """Of one message; streams have many."""
@@ -58,6 +72,25 @@ class Limits:
     """A stream ends when its client takes nothing for so long."""
     call_seconds: float = 60.0
     """The longest that a call may take, whatever deadline its client set."""
+
+    @property
+    def classes(self) -> dict[CallClass, int]:
+        """Calls at once of each class that has a bound of its own."""
+        return {
+            CallClass.FOLLOW: self.follow_calls,
+            CallClass.CAPTURE: self.capture_calls,
+            CallClass.CHANGE: self.change_calls,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Authentication:
+    """How callers on TCP show who they are: ServiceAccount tokens, judged by this API server."""
+
+    api_url: str
+    ca: Path
+    token: Path
+    """The agent's own, renewed by the kubelet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +103,10 @@ class Config:
     """Where /metrics is served; None: nowhere."""
     insecure: bool = False
     """TCP without TLS and without access control was asked for."""
+    tls: tuple[Path, Path] | None = None
+    """Certificate and key of all TCP listeners."""
+    authentication: Authentication | None = None
+    """None: whoever reaches a listener may do everything."""
     allow_system_changes: bool = False
     """Calls that change the node are served, to those who may."""
     log_file: Path | None = None
@@ -123,6 +160,39 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
         help="allow TCP without TLS: whoever reaches the port reads this node's network state",
     )
     add(
+        "--tls-cert",
+        type=Path,
+        metavar="FILE",
+        help="certificate chain (PEM) of all TCP listeners; read again when it changes",
+    )
+    add("--tls-key", type=Path, metavar="FILE", help="its key (PEM)")
+    add(
+        "--authentication",
+        choices=("token", "none"),
+        help="who may call over TCP: whoever has a ServiceAccount token for this node and the "
+        "roles (token), or everybody (none) (default: token, with --insecure none)",
+    )
+    add(
+        "--kube-api",
+        metavar="URL",
+        default=_in_cluster_url(),
+        help="the API server that judges tokens and permissions (default: the cluster's)",
+    )
+    add(
+        "--kube-ca",
+        type=Path,
+        default=_SERVICE_ACCOUNT / "ca.crt",
+        metavar="FILE",
+        help="its certificate authority (default: %(default)s)",
+    )
+    add(
+        "--kube-token",
+        type=Path,
+        default=_SERVICE_ACCOUNT / "token",
+        metavar="FILE",
+        help="the agent's own token (default: %(default)s)",
+    )
+    add(
         "--allow-system-changes",
         action="store_true",
         help="serve the calls that change this node: delete conntrack entries (default: refuse "
@@ -156,6 +226,26 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
         default=defaults.concurrent_calls,
         metavar="N",
         help="calls in progress (default: %(default)s)",
+    )
+    for option, value, what in (
+        ("user-calls", defaults.user_calls, "calls in progress of one user"),
+        ("follow-calls", defaults.follow_calls, "calls that follow something"),
+        ("capture-calls", defaults.capture_calls, "captures at once"),
+        ("connections", defaults.connections, "TCP connections at once"),
+    ):
+        add(
+            f"--max-{option}",
+            type=_positive,
+            default=value,
+            metavar="N",
+            help=f"{what} (default: %(default)s)",
+        )
+    add(
+        "--max-memory-bytes",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="refuse work when the agent uses 90%% of it (default: the cgroup's limit)",
     )
     add(
         "--max-request-bytes",
@@ -197,12 +287,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
     listen = tuple(_listen(text) for text in given.listen) or (
         Listen(path=Path("/run/gketrace/agent.sock")),
     )
+    tls = _tls(given)
     for address in listen:
-        if address.path is None and not given.insecure:
+        if address.path is None and tls is None and not given.insecure:
             raise UsageError(
                 f"{address} would be served without TLS and without access control",
-                hint="use a unix socket, or say --insecure",
+                hint="give --tls-cert and --tls-key, use a unix socket, or say --insecure",
             )
+    authentication = _authentication(given, tls, listen)
     metrics = None if given.metrics_listen is None else _listen(given.metrics_listen)
     if metrics is not None and metrics.path is not None:
         raise UsageError("metrics are served over TCP", hint="use tcp://HOST:PORT")
@@ -211,6 +303,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
         listen=listen,
         metrics=metrics,
         insecure=given.insecure,
+        tls=tls,
+        authentication=authentication,
         allow_system_changes=given.allow_system_changes,
         log_file=given.log_file,
         log_debug=given.log_level == "debug",
@@ -218,6 +312,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
         runtime_sockets=_runtime_sockets(given.runtime_endpoint),
         limits=Limits(
             concurrent_calls=given.max_concurrent_calls,
+            user_calls=given.max_user_calls,
+            follow_calls=given.max_follow_calls,
+            capture_calls=given.max_capture_calls,
+            memory_bytes=given.max_memory_bytes,
+            connections=given.max_connections,
             request_bytes=given.max_request_bytes,
             reply_bytes=given.max_reply_bytes,
             conntrack_entries=given.max_conntrack_entries,
@@ -225,6 +324,43 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
             call_seconds=float(given.max_call_seconds),
         ),
     )
+
+
+def _tls(given: argparse.Namespace) -> tuple[Path, Path] | None:
+    if (given.tls_cert is None) != (given.tls_key is None):
+        raise UsageError("--tls-cert and --tls-key belong together")
+    if given.tls_cert is None:
+        return None
+    if given.insecure:
+        raise UsageError("--insecure and --tls-cert exclude each other")
+    return given.tls_cert, given.tls_key
+
+
+def _authentication(
+    given: argparse.Namespace, tls: object, listen: tuple[Listen, ...]
+) -> Authentication | None:
+    """A token never comes over a connection that others can read."""
+    if given.authentication == "token" and given.insecure:
+        raise UsageError("--authentication=token needs TLS: --tls-cert and --tls-key")
+    if given.authentication == "none" or tls is None or all(one.path for one in listen):
+        return None
+    if not given.kube_api:
+        raise UsageError(
+            "--authentication=token needs an API server, and this is no pod",
+            hint="give --kube-api URL, --kube-ca and --kube-token",
+        )
+    if not given.kube_api.startswith("https://"):
+        raise UsageError(f"--kube-api {given.kube_api}: not an https:// URL")
+    return Authentication(api_url=given.kube_api, ca=given.kube_ca, token=given.kube_token)
+
+
+def _in_cluster_url() -> str:
+    """The API server as a pod's environment names it; empty: it does not."""
+    host = os.environ.get("KUBERNETES_SERVICE_HOST", "")
+    port = os.environ.get("KUBERNETES_SERVICE_PORT", "443")
+    if not host:
+        return ""
+    return f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
 
 
 def _positive(text: str) -> int:

@@ -8,13 +8,14 @@ Services and source-translated destinations have their own, all others one toget
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
 from prometheus_client.core import (
@@ -36,10 +37,14 @@ from gketrace_agent.observe.conntrack_table import ConntrackTable, open_conntrac
 if TYPE_CHECKING:
     from collections import Counter
 
+    from gketrace_agent.tls import Certificate
+
 __all__ = ["MetricsServer", "Sampler"]
 
 _TOP: Final = 20
 """Services, and destinations of source NAT, with a series of their own."""
+_SCRAPE_SECONDS: Final = 10.0
+"""For a scrape's handshake and its request."""
 _EVERY: Final = 15.0
 """Seconds between samples of a table that costs little."""
 _SHARE: Final = 0.02
@@ -295,8 +300,13 @@ class MetricsServer:
         paths: HostPaths,
         names: Callable[[], ServiceNames],
         every: float = _EVERY,
+        certificate: Certificate | None = None,
     ) -> None:
-        """`netns`, the host's, becomes this server's, which closes it."""
+        """`netns`, the host's, becomes this server's, which closes it.
+
+        `certificate`: served over TLS with it; None: in the clear.
+        """
+        self._certificate = certificate
         self._host = host
         self._port = port
         self._stack = ExitStack()
@@ -318,6 +328,20 @@ class MetricsServer:
             raise UnavailableError(
                 f"cannot serve metrics on {_with_port(self._host, self._port)}: {error.strerror}"
             ) from None
+
+        if (certificate := self._certificate) is not None:
+            accept = server.get_request
+
+            def get_request() -> tuple[socket.socket, Any]:
+                # The handshake is made in the connection's own thread, by its first read.
+                connection, peer = accept()
+                connection.settimeout(_SCRAPE_SECONDS)
+                wrapped = certificate.context().wrap_socket(
+                    connection, server_side=True, do_handshake_on_connect=False
+                )
+                return wrapped, peer
+
+            server.get_request = get_request  # type: ignore[method-assign]
 
         def stop() -> None:
             server.shutdown()

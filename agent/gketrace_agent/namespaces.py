@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 from gketrace.trace import NetnsKind, NetnsRef
+from gketrace_agent.access.guard import IN_NODE
 from gketrace_agent.kernel.hostpaths import HostPaths
 from gketrace_agent.observe.snapshot import Namespace
 from gketrace_agent.resolve.directory import OpenNamespace, PodDirectory
@@ -82,6 +83,8 @@ class NodeNamespaces:
                 )
             if here.ref.kind is NetnsKind.HOST:
                 here = host
+                if target is not None and (check := IN_NODE.get(None)) is not None:
+                    check()
             if owners:
                 here = Namespace(
                     ref=here.ref,

@@ -22,6 +22,8 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from gketrace.errors import ExitCode, ForbiddenError, UnavailableError
+from gketrace_agent.access.bounds import Bounds
+from gketrace_agent.access.guard import Guard
 from gketrace_agent.config import Config, Listen
 from gketrace_agent.interceptor import CallInterceptor
 from gketrace_agent.log import logger, start_logging
@@ -29,7 +31,9 @@ from gketrace_agent.service import AgentService
 from gketrace_proto.v1alpha1 import agent_pb2, agent_pb2_grpc
 
 if TYPE_CHECKING:
+    from gketrace_agent.access.apiserver import KubeApi
     from gketrace_agent.metrics import MetricsServer
+    from gketrace_agent.tls import Certificate
 
 __all__ = ["AgentServer", "serve"]
 
@@ -37,6 +41,23 @@ _GRACE: Final = 3.0
 """Seconds that calls in progress get to end."""
 _LAST: Final = 1.0
 """Seconds that the threads of cancelled calls get after that."""
+_DOORMEN: Final = 8
+"""Threads more than calls: they refuse what is too much, and check who calls."""
+_TCP_OPTIONS: Final = (
+    # A connection that does not finish its handshake, or says nothing, is not kept for long.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 300_000),
+    ("grpc.max_connection_age_ms", 3_600_000),
+    ("grpc.max_connection_age_grace_ms", 3_600_000),
+    # A peer that is gone is noticed; one that pings without need is cut off.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 30_000),
+    ("grpc.http2.max_ping_strikes", 3),
+    ("grpc.max_concurrent_streams", 64),
+    ("grpc.max_metadata_size", 16 << 10),
+    ("grpc.absolute_max_metadata_size", 32 << 10),
+)
 _SERVICE: Final = agent_pb2.DESCRIPTOR.services_by_name["Agent"].full_name
 
 
@@ -50,21 +71,67 @@ class AgentServer:
         self._sockets: list[tuple[Path, int]] = []
         self._metrics: MetricsServer | None = None
         limits = config.limits
-        self._pool = ThreadPoolExecutor(limits.concurrent_calls, thread_name_prefix="call")
-        self._server = grpc.server(
-            self._pool,
-            interceptors=[CallInterceptor()],
-            maximum_concurrent_rpcs=limits.concurrent_calls,
+        authentication = config.authentication
+        self._api: KubeApi | None = None
+        self._certificate: Certificate | None = None
+        if authentication is not None:
+            from gketrace_agent.access.apiserver import KubeApi  # HTTP and TLS: only if asked for
+
+            self._api = KubeApi(
+                authentication.api_url, ca=authentication.ca, token=authentication.token
+            )
+        if config.tls is not None:
+            from gketrace_agent.tls import Certificate
+
+            self._certificate = Certificate(*config.tls)
+        self._guard = Guard(
+            self._api,
+            config.node,
+            Bounds(
+                calls=limits.concurrent_calls,
+                of_a_user=limits.user_calls,
+                classes=limits.classes,
+                memory_bytes=limits.memory_bytes,
+                proc=config.paths.proc,
+            ),
+            node_addresses=self._service.node_addresses,
+        )
+        # Two servers, as gRPC does not tell an interceptor by which listener a call comes; and
+        # what crowds the one leaves the other free.
+        self._pools: list[ThreadPoolExecutor] = []
+        self._local = self._make_server(local=True)
+        self._remote = self._make_server(local=False)
+
+    def _make_server(self, *, local: bool) -> grpc.Server | None:
+        """For the unix sockets, or for TCP; None: nobody listens there."""
+        if all((address.path is not None) is not local for address in self._config.listen):
+            return None
+        limits = self._config.limits
+        pool = ThreadPoolExecutor(limits.concurrent_calls + _DOORMEN, thread_name_prefix="call")
+        self._pools.append(pool)
+        server = grpc.server(
+            pool,
+            interceptors=[
+                CallInterceptor(self._guard, local=local, reply_bytes=limits.reply_bytes)
+            ],
+            maximum_concurrent_rpcs=limits.concurrent_calls + _DOORMEN,
             options=(
                 ("grpc.max_receive_message_length", limits.request_bytes),
-                ("grpc.max_send_message_length", limits.reply_bytes),
+                ("grpc.max_send_message_length", limits.reply_bytes + 1024),
                 ("grpc.so_reuseport", 0),
+                *(() if local else _TCP_OPTIONS),
+                *(
+                    ()
+                    if local
+                    else (("grpc.max_allowed_incoming_connections", limits.connections),)
+                ),
             ),
         )
-        agent_pb2_grpc.add_AgentServicer_to_server(self._service, self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        agent_pb2_grpc.add_AgentServicer_to_server(self._service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         names = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
+        reflection.enable_server_reflection(names, server)
+        return server
 
     def start(self) -> tuple[Listen, ...]:
         """Binds and serves.  Returns the addresses, ports filled in.
@@ -74,7 +141,8 @@ class AgentServer:
         """
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         bound = tuple(self._bind(address) for address in self._config.listen)
-        self._server.start()
+        for server in self._servers:
+            server.start()
         self._set_health(health_pb2.HealthCheckResponse.SERVING)
         return bound
 
@@ -84,18 +152,28 @@ class AgentServer:
         False: some call is still running in its thread, its client already told CANCELLED.
         """
         self._health.enter_graceful_shutdown()
-        self._server.stop(grace).wait()
+        for ended in [server.stop(grace) for server in self._servers]:
+            ended.wait()
         if self._metrics is not None:
             self._metrics.stop()
         for path, inode in self._sockets:
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_ino == inode:
                     path.unlink()
-        ending = threading.Thread(target=self._pool.shutdown, daemon=True)
-        ending.start()
-        ending.join(_LAST)
+        endings = [threading.Thread(target=pool.shutdown, daemon=True) for pool in self._pools]
+        for ending in endings:
+            ending.start()
+        last = time.monotonic() + _LAST
+        for ending in endings:
+            ending.join(max(0.0, last - time.monotonic()))
         self._service.close()
-        return not ending.is_alive()
+        if self._api is not None:
+            self._api.close()
+        return not any(ending.is_alive() for ending in endings)
+
+    @property
+    def _servers(self) -> tuple[grpc.Server, ...]:
+        return tuple(server for server in (self._local, self._remote) if server is not None)
 
     def start_metrics(self, address: Listen) -> tuple[str, int]:
         """Serves metrics there, until `stop`; returns the host and the port."""
@@ -108,6 +186,7 @@ class AgentServer:
             netns=self._service.host_netns(),
             paths=self._config.paths,
             names=self._service.service_names,
+            certificate=self._certificate,
         )
         return address.host, self._metrics.start()
 
@@ -138,8 +217,12 @@ class AgentServer:
         self._sockets.append((path, path.stat().st_ino))
 
     def _add_port(self, address: Listen) -> int:
+        server = self._remote if address.path is None else self._local
+        assert server is not None
         try:
-            return self._server.add_insecure_port(address.grpc)
+            if address.path is None and self._certificate is not None:
+                return server.add_secure_port(address.grpc, self._certificate.credentials())
+            return server.add_insecure_port(address.grpc)
         except RuntimeError:
             raise UnavailableError(
                 f"cannot listen on {address}", hint="is the address taken, or not this machine's?"
@@ -182,8 +265,9 @@ def serve(config: Config) -> None:
         signal.signal(number, on_signal)
     server = AgentServer(config)
     for address in server.start():
-        if address.path is None:
-            warning = f"INSECURE: {address} is served without TLS and without access control"
+        if address.path is None and config.authentication is None:
+            without = "access control" if config.tls else "TLS and without access control"
+            warning = f"INSECURE: {address} is served without {without}"
             print(f"gketrace-agent: WARNING: {warning}", file=sys.stderr, flush=True)  # noqa: T201
             logger.warning(warning)
         logger.info("listening", extra={"fields": {"address": str(address)}})

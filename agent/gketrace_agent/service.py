@@ -15,6 +15,7 @@ import grpc
 
 from gketrace.errors import GketraceError, ReadOnlyError, UnavailableError, UsageError
 from gketrace.packet import Packet
+from gketrace.snapshot import Unavailable
 from gketrace.trace import Flow
 from gketrace_agent.config import Config
 from gketrace_agent.info import NOUNS as INFO_NOUNS
@@ -80,6 +81,22 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     def host_netns(self) -> NetnsHandle:
         """The node's own network namespace; the caller closes it."""
         return self._resolver.host_netns()
+
+    def node_addresses(self) -> list[str]:
+        """What the node itself has, and its gateways: nobody's secret."""
+        with (
+            self._namespaces.open(None, timeout=self._config.limits.call_seconds) as target,
+            self._observer.observe(
+                target.here, only=frozenset({"links", "addresses", "routes"})
+            ) as host,
+        ):
+            found: list[str] = []
+            if not isinstance(host.snapshot.addresses, Unavailable):
+                found += [str(one.address) for one in host.snapshot.addresses]
+            if not isinstance(host.snapshot.routes, Unavailable):
+                for route in host.snapshot.routes:
+                    found += [str(hop.gateway) for hop in route.next_hops if hop.gateway]
+            return found
 
     def service_names(self) -> ServiceNames:
         """What the node's rules call the destinations that they translate."""

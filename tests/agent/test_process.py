@@ -86,7 +86,7 @@ def test_tcp_needs_insecure() -> None:
     assert refused.stdout == ""
     assert refused.stderr == (
         "gketrace-agent: tcp://127.0.0.1:0 would be served without TLS and without access "
-        "control; use a unix socket, or say --insecure\n"
+        "control; give --tls-cert and --tls-key, use a unix socket, or say --insecure\n"
     )
 
 
