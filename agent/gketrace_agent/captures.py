@@ -1,0 +1,523 @@
+"""The Capture call: rings opened, read in turn, and their blocks sent on until something ends it.
+
+There is no queue between a ring and its client: while the client does not read, the ring fills,
+and what it has no room for the kernel drops and counts.
+"""
+
+from __future__ import annotations
+
+import select
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+from gketrace.errors import ExhaustedError, GketraceError, UsageError
+from gketrace.trace import NetnsKind
+from gketrace_agent.capture_limits import CaptureLimits
+from gketrace_agent.kernel.hostpaths import HostPaths
+from gketrace_agent.kernel.libpcap import ANY, FilterCompiler
+from gketrace_agent.kernel.netns import run_in_netns
+from gketrace_agent.kernel.packet_ring import BLOCK_SIZE, Blocks, PacketRing, find_interface
+from gketrace_agent.observe.netns_use import netns_is_used
+from gketrace_agent.observe.snapshot import Namespace
+from gketrace_proto import codec
+from gketrace_proto.v1alpha1 import capture_pb2 as pb
+
+__all__ = ["CAPTURES", "CaptureCounts", "CapturePlace", "Captures", "capture_packets", "exclusions"]
+
+Reply: TypeAlias = pb.CaptureReply | bytes
+"""A message, or one that is encoded already."""
+Exclusion: TypeAlias = tuple[str, str]
+"""(filter of what is left out, why)."""
+
+_MOST_TAPS: Final = 32
+_HEADERS: Final = 128
+"""Bytes: Ethernet with a tag, IPv6, and TCP with all its options are 114."""
+_LONGEST_SNAP: Final = 262_144
+_RING: Final = 16 << 20
+_LEAST_RING: Final = 8 * BLOCK_SIZE
+_LATENCY: Final = 0.1
+_LATENCIES: Final = (0.01, 2.0)
+_RETIRE_SHARE: Final = 0.4
+"""Of the latency.  The kernel hands a block over after one to two retire times."""
+_STATISTICS_EVERY: Final = 0.5
+_LOOK_EVERY: Final = 1.0
+"""Seconds between looks at whether a pod's namespace is still used."""
+_GATHER: Final = 0.008
+"""Seconds that blocks are waited for when there are few, so that messages are few, too."""
+_FEW: Final = 4
+_MOST_BLOCKS: Final = 16
+"""Of one message."""
+_HELD_UP: Final = 0.05
+"""Seconds for a message, from which on the client is what holds up the capture."""
+_METADATA: Final = "host 169.254.169.254 or host fd20:ce::254"
+_KUBELET: Final = 10250
+_KONNECTIVITY: Final = 8132
+
+
+@dataclass(slots=True)
+class CaptureCounts:
+    """Since the agent's start."""
+
+    open: int = 0
+    ring_bytes: int = 0
+    """Of open captures."""
+    captures: int = 0
+    refused: int = 0
+    packets: int = 0
+    bytes: int = 0
+    dropped: int = 0
+    dropped_waiting: int = 0
+
+
+class Captures:
+    """What all captures of an agent use together.  Any thread may call."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts = CaptureCounts()
+
+    def enter(self, most: int) -> None:
+        """Raises `ExhaustedError` when there are `most` captures already."""
+        with self._lock:
+            if self._counts.open >= most:
+                self._counts.refused += 1
+                raise ExhaustedError(
+                    f"{most} captures are running on this node, and it allows no more",
+                    hint="end one, or start the agent with a larger --max-captures",
+                )
+            self._counts.open += 1
+            self._counts.captures += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._counts.open -= 1
+
+    def take_memory(self, wanted: int, most: int) -> int:
+        """Grants at most a quarter of what is left of `most`.  Raises `ExhaustedError`."""
+        with self._lock:
+            left = most - self._counts.ring_bytes
+            granted = max(min(wanted, left // 4), _LEAST_RING) // BLOCK_SIZE * BLOCK_SIZE
+            if granted > left:
+                self._counts.refused += 1
+                raise ExhaustedError(
+                    f"the rings of this node's captures take {self._counts.ring_bytes >> 20} of "
+                    f"the {most >> 20} MiB that they may",
+                    hint="end a capture, or start the agent with a larger --max-capture-ring-bytes",
+                )
+            self._counts.ring_bytes += granted
+            return granted
+
+    def give_memory(self, size: int) -> None:
+        with self._lock:
+            self._counts.ring_bytes -= size
+
+    def add(self, *, packets: int = 0, size: int = 0, dropped: int = 0, waiting: int = 0) -> None:
+        with self._lock:
+            self._counts.packets += packets
+            self._counts.bytes += size
+            self._counts.dropped += dropped
+            self._counts.dropped_waiting += waiting
+
+    def read(self) -> CaptureCounts:
+        """A copy."""
+        with self._lock:
+            one = self._counts
+            return CaptureCounts(**{name: getattr(one, name) for name in one.__slots__})
+
+
+CAPTURES: Final = Captures()
+"""Of this process."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CapturePlace:
+    """Where one tap is."""
+
+    request: pb.CaptureTap
+    namespace: Namespace
+    excluded: tuple[Exclusion, ...]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Tap:
+    """An open tap."""
+
+    index: int
+    place: CapturePlace
+    ring: PacketRing
+    granted: int
+    """Bytes of the ring, of the agent's share."""
+    started: pb.CaptureTapStarted
+    packets: int = 0
+    bytes: int = 0
+    waiting: int = 0
+    """Dropped while the client held up."""
+    reason: pb.CaptureEndReason.ValueType = pb.CAPTURE_END_REASON_UNSPECIFIED
+    """Why it ends."""
+    text: str = ""
+    until: float = 0.0
+    """It ends when what is in the ring has been handed over, at this time."""
+    over: bool = False
+
+    def count(self) -> int:
+        """Brings the kernel's numbers up to date; returns what was dropped since the last time."""
+        before = self.ring.dropped
+        self.ring.count()
+        dropped = self.ring.dropped - before
+        CAPTURES.add(dropped=dropped)
+        return dropped
+
+    def statistics(self) -> pb.CaptureTapStatistics:
+        if not self.over:
+            self.count()
+        return pb.CaptureTapStatistics(
+            received=self.ring.received,
+            dropped=self.ring.dropped,
+            dropped_waiting=self.waiting,
+            freezes=self.ring.freezes,
+            packets=self.packets,
+            bytes=self.bytes,
+        )
+
+
+def exclusions(*, host: bool, ports: Sequence[int], forwarded: bool) -> tuple[Exclusion, ...]:
+    """What a tap leaves out unless it is asked not to.
+
+    `host`: it is in the node's own namespace; `ports`: the agent's; `forwarded`: the client comes
+    through the API server, so that what is captured passes the kubelet's port again.
+    """
+    found: list[Exclusion] = []
+    if host:
+        found += [(f"tcp port {port}", "the agents' own traffic") for port in ports]
+        if forwarded:
+            why = "by it the API server forwards this capture"
+            found.append((f"tcp port {_KUBELET}", f"the kubelet: {why}"))
+            found.append((f"tcp port {_KONNECTIVITY}", f"konnectivity: {why}"))
+    found.append((_METADATA, "the metadata server"))
+    return tuple(found)
+
+
+def capture_packets(
+    request: pb.CaptureRequest,
+    places: Sequence[CapturePlace],
+    *,
+    node: str,
+    limits: CaptureLimits,
+    paths: HostPaths,
+    active: Callable[[], bool],
+) -> Iterator[Reply]:
+    """The replies to `request`, until a limit is reached or `active` says no.
+
+    Raises `UsageError` for filters that libpcap does not take, `NotFoundError`, `ExhaustedError`,
+    `ForbiddenError`, `UnavailableError`.
+    """
+    if not places:
+        raise UsageError("the request names no tap")
+    if len(places) > _MOST_TAPS:
+        raise UsageError(f"a capture has {_MOST_TAPS} taps at most")
+    with ExitStack() as stack:
+        CAPTURES.enter(limits.captures)
+        stack.callback(CAPTURES.leave)
+        capture = _Capture(request, node, limits, paths, active)
+        stack.callback(capture.close)
+        for place in places:
+            capture.open(place)
+        yield from capture.replies()
+
+
+class _Capture:
+    def __init__(
+        self,
+        request: pb.CaptureRequest,
+        node: str,
+        limits: CaptureLimits,
+        paths: HostPaths,
+        active: Callable[[], bool],
+    ) -> None:
+        self._request = request
+        self._node = node
+        self._paths = paths
+        self._active = active
+        self._taps: list[_Tap] = []
+        self._most_ring = limits.ring_bytes
+        self._lowered: list[str] = []
+        asked = request.limits
+        self._seconds = self._granted("seconds", asked.seconds, limits.seconds)
+        self._packets = int(self._granted("packets", asked.packets, limits.packets))
+        self._bytes = int(self._granted("bytes", asked.bytes, limits.bytes))
+        wanted = request.latency_seconds or _LATENCY
+        self._latency = min(max(wanted, _LATENCIES[0]), _LATENCIES[1])
+        self._retire_ms = max(int(self._latency * _RETIRE_SHARE * 1000), 1)
+        self._drain = 2.5 * self._retire_ms / 1000 + 0.02
+        """Seconds after which all that a ring had is handed over."""
+        self._poll = select.poll()
+
+    def _granted(self, what: str, asked: float, most: float) -> float:
+        if asked < 0:
+            raise UsageError(f"a capture of {asked:g} {what} makes no sense")
+        if asked > most:
+            self._lowered.append(f"{what}: {most:g}, not {asked:g}, is this agent's limit")
+        return min(asked or most, most)
+
+    # opening
+
+    def open(self, place: CapturePlace) -> None:
+        """Raises as `capture_packets` does."""
+        index = len(self._taps)
+        snap = place.request.snap_length or _HEADERS
+        if snap > _LONGEST_SNAP:
+            self._lowered.append(f"snap length: {_LONGEST_SNAP} is the most, not {snap}")
+            snap = _LONGEST_SNAP
+        wanted = self._request.ring_bytes or _RING
+        granted = CAPTURES.take_memory(wanted, self._most_ring)
+        if granted < wanted // BLOCK_SIZE * BLOCK_SIZE:
+            mebibytes = wanted / (1 << 20)
+            self._lowered.append(
+                f"tap {index}: a ring of {granted / (1 << 20):g} MiB, not {mebibytes:g}, as the "
+                f"agent's captures may have {self._most_ring >> 20} MiB together"
+            )
+        try:
+            tap = run_in_netns(
+                place.namespace.handle, lambda: self._open(index, place, snap, granted)
+            )
+        except GketraceError as error:
+            CAPTURES.give_memory(granted)
+            where = f"{place.namespace.ref} {place.request.interface}"
+            raise type(error)(f"{where}: {error.message}", hint=error.hint) from None
+        self._taps.append(tap)
+        self._poll.register(tap.ring, select.POLLIN)
+
+    def _open(self, index: int, place: CapturePlace, snap: int, granted: int) -> _Tap:
+        """Runs inside the namespace."""
+        asked = place.request
+        interface = find_interface(asked.interface)
+        with FilterCompiler(interface.name, snap, hatype=interface.hatype) as compiler:
+            text = _filter_text(place, compiler, loopback=interface.loopback)
+            program = compiler.compile(text)
+            cooked, link_type = compiler.cooked, compiler.link_type
+        ring = PacketRing(
+            interface,
+            program,
+            cooked=cooked,
+            ring_bytes=granted,
+            retire_ms=self._retire_ms,
+            ignore_outgoing=asked.direction == pb.CAPTURE_DIRECTION_IN,
+            hardware_timestamps=self._request.hardware_timestamps,
+        )
+        return _Tap(
+            index=index,
+            place=place,
+            ring=ring,
+            granted=granted,
+            started=pb.CaptureTapStarted(
+                interface=interface.name,
+                ifindex=interface.ifindex,
+                link_type=link_type,
+                netns=codec.encode(place.namespace.ref),
+                mtu=interface.mtu,
+                hardware=interface.hardware,
+                snap_length=snap,
+                ring_bytes=ring.size,
+                instructions=program.instructions,
+                filter=text,
+                excluded=[
+                    pb.CaptureExclusion(filter=what, reason=why) for what, why in place.excluded
+                ],
+                hardware_timestamps=self._request.hardware_timestamps,
+            ),
+        )
+
+    def close(self) -> None:
+        for tap in self._taps:
+            if not tap.over:
+                tap.count()
+            tap.ring.close()
+            CAPTURES.give_memory(tap.granted)
+        self._taps.clear()
+
+    # reading
+
+    def replies(self) -> Iterator[Reply]:
+        now = time.monotonic()
+        deadline = now + self._seconds
+        yield self._started()
+        statistics_at = now + _STATISTICS_EVERY
+        look_at = now + _LOOK_EVERY
+        while any(not tap.over for tap in self._taps):
+            waits = [statistics_at, deadline, *(tap.until for tap in self._taps if tap.until)]
+            ready = self._poll.poll(max(min(waits) - time.monotonic(), 0) * 1000)
+            if not self._active():
+                return
+            yield from self._read(ready)
+            now = time.monotonic()
+            if now >= deadline:
+                text = f"it has captured for {self._seconds:g} s"
+                self._end(self._taps, pb.CAPTURE_END_REASON_SECONDS, text)
+                deadline = float("inf")
+            if now >= look_at:
+                look_at = now + _LOOK_EVERY
+                self._look()
+            if now >= statistics_at:
+                statistics_at = now + _STATISTICS_EVERY
+                yield self._statistics()
+            yield from self._ended(now)
+
+    def _read(self, ready: list[tuple[int, int]]) -> Iterator[Reply]:
+        """What the rings have, in turn; a message of each at a time."""
+        events = dict(ready)
+        for tap in self._taps:
+            if events.get(tap.ring.fileno(), 0) & ~select.POLLIN and tap.ring.is_gone():
+                name = tap.ring.interface.name
+                text = f"interface {name} was deleted, or moved to another namespace"
+                self._end([tap], pb.CAPTURE_END_REASON_INTERFACE_GONE, text)
+        counts = [tap.ring.ready() for tap in self._taps if not tap.over]
+        if not any(counts):
+            return
+        if sum(counts) < _FEW:
+            time.sleep(_GATHER)
+        again = True
+        while again:
+            again = False
+            for tap in self._taps:
+                if tap.over:
+                    continue
+                yield from self._send(tap)
+                again = again or tap.ring.ready() >= _FEW
+            if not self._active():
+                return
+
+    def _send(self, tap: _Tap) -> Iterator[Reply]:
+        blocks = tap.ring.take(blocks=_MOST_BLOCKS, packets=self._packets, size=self._bytes)
+        message = encode_packets(tap.index, blocks) if blocks.parts else b""
+        packets, size = sum(blocks.counts), blocks.size
+        tap.ring.give_back()
+        if message:
+            tap.packets += packets
+            tap.bytes += size
+            self._packets -= packets
+            self._bytes -= size
+            CAPTURES.add(packets=packets, size=size)
+            tap.count()
+            begun = time.monotonic()
+            yield message
+            if time.monotonic() - begun > _HELD_UP:
+                waiting = tap.count()
+                tap.waiting += waiting
+                CAPTURES.add(waiting=waiting)
+        if self._packets <= 0:
+            text = "it has captured as many packets as it may"
+            self._end(self._taps, pb.CAPTURE_END_REASON_PACKETS, text, now=True)
+        elif tap.ring.cut or self._bytes <= 0:
+            text = "it has captured as many bytes as it may"
+            self._end(self._taps, pb.CAPTURE_END_REASON_BYTES, text, now=True)
+
+    def _look(self) -> None:
+        """Whether the pods' namespaces are used by anybody but this capture, which keeps them."""
+        for tap in self._taps:
+            namespace = tap.place.namespace
+            if tap.over or tap.reason or namespace.ref.kind is NetnsKind.HOST:
+                continue
+            if not netns_is_used(self._paths, namespace.handle):
+                text = f"nothing uses the namespace of {namespace.ref} any more: the pod has ended"
+                self._end([tap], pb.CAPTURE_END_REASON_NAMESPACE_GONE, text)
+
+    def _end(
+        self,
+        taps: Sequence[_Tap],
+        reason: pb.CaptureEndReason.ValueType,
+        text: str,
+        *,
+        now: bool = False,
+    ) -> None:
+        """Lets taps end when their rings are drained, or at once."""
+        until = time.monotonic() + (0 if now else self._drain)
+        for tap in taps:
+            if not tap.reason:
+                tap.reason, tap.text, tap.until = reason, text, until
+                tap.ring.shut()
+
+    def _ended(self, now: float) -> Iterator[Reply]:
+        """Statistics and the ends of the taps whose time has come."""
+        ending = [tap for tap in self._taps if tap.until and now >= tap.until]
+        if not ending:
+            return
+        yield self._statistics()
+        for tap in ending:
+            tap.until, tap.over = 0.0, True
+            self._poll.unregister(tap.ring)
+            yield pb.CaptureReply(
+                end=pb.CaptureEnd(taps=[tap.index], reason=tap.reason, text=tap.text)
+            )
+
+    # messages
+
+    def _started(self) -> Reply:
+        return pb.CaptureReply(
+            started=pb.CaptureStarted(
+                node=self._node,
+                taps=[tap.started for tap in self._taps],
+                limits=pb.CaptureLimits(
+                    seconds=self._seconds, packets=self._packets, bytes=self._bytes
+                ),
+                wall_ns=time.time_ns(),
+                monotonic_ns=time.monotonic_ns(),
+                latency_seconds=self._latency,
+                lowered=self._lowered,
+            )
+        )
+
+    def _statistics(self) -> Reply:
+        return pb.CaptureReply(
+            statistics=pb.CaptureStatistics(
+                taps=[tap.statistics() for tap in self._taps],
+                wall_ns=time.time_ns(),
+                monotonic_ns=time.monotonic_ns(),
+            )
+        )
+
+
+def _filter_text(place: CapturePlace, compiler: FilterCompiler, *, loopback: bool) -> str:
+    """The whole filter.  The asked one is compiled by itself first, so that it cannot end the
+    parentheses around it."""
+    asked = place.request
+    text = asked.filter.strip()
+    if text:
+        compiler.compile(text)
+    parts: list[str] = []
+    if place.excluded:
+        parts.append(f"not ({' or '.join(what for what, _ in place.excluded)})")
+    if asked.direction == pb.CAPTURE_DIRECTION_OUT:
+        parts.append("outbound")
+    elif loopback:
+        # Packets pass it twice, out and in again.
+        parts.append("inbound")
+    elif asked.interface == ANY:
+        parts.append("not (outbound and ifindex 1)")
+    if text:
+        parts.append(f"({text})" if parts else text)
+    return " and ".join(parts)
+
+
+def encode_packets(tap: int, blocks: Blocks) -> bytes:
+    """A CaptureReply with CapturePackets, as protobuf would write it.
+
+    By hand, because that copies the packets once where protobuf copies them three times.
+    """
+    lengths = [len(part) for part in blocks.parts]
+    head = pb.CapturePackets(tap=tap, counts=blocks.counts, lengths=lengths).SerializeToString()
+    data = b"\x22" + _varint(sum(lengths))  # field 4, with a length
+    whole = len(head) + len(data) + sum(lengths)
+    return b"".join((b"\x12", _varint(whole), head, data, *blocks.parts))  # field 2 of the reply
+
+
+def _varint(value: int) -> bytes:
+    made = bytearray()
+    while value > 0x7F:
+        made.append(value & 0x7F | 0x80)
+        value >>= 7
+    made.append(value)
+    return bytes(made)
