@@ -6,30 +6,20 @@ import time
 from dataclasses import dataclass, fields, replace
 from typing import Final
 
-from gketrace.errors import UnavailableError, UnsupportedError
+from gketrace.errors import UnavailableError
 from gketrace.packet import Packet
-from gketrace.simulate.routing import Fib, RouteKind
+from gketrace.simulate.arrival import Arrival, find_arrival
 from gketrace.simulate.walk import WalkQuery, walk
-from gketrace.snapshot import Link, NetnsSnapshot, Route, RouteType, Unavailable
-from gketrace.trace import Disposition, Flow, Ingress, Missing, NetnsKind, Walk
+from gketrace.snapshot import NetnsSnapshot, Unavailable
+from gketrace.trace import Disposition, Flow, Ingress, Missing, Walk
 from gketrace_agent.namespaces import OpenTarget
 from gketrace_agent.observe.snapshot import Observation, Observer
 from gketrace_agent.observe.view import LiveNodeView
 
 __all__ = ["Arrival", "Walked", "find_arrival", "walk_here"]
 
-_MAIN: Final = 254
 _ABSENT: Final = 10
 """Pods that were not found and are named in one reply."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arrival:
-    """The interface that a packet from the network comes in by."""
-
-    interface: str
-    because: str
-    """One sentence with the route that says so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,71 +104,3 @@ def _absent(target: OpenTarget, walked: Walk, node: str) -> tuple[Missing, ...]:
         more = f"{len(whys) - _ABSENT} more pods were not found"
         missing.append(Missing(what="pod", why=more, node=node))
     return tuple(missing)
-
-
-def find_arrival(host: NetnsSnapshot, packet: Packet) -> Arrival:
-    """The interface by which `packet` comes in from the network.
-
-    That of the route back to its source, unless this leads to this node's own pods or addresses:
-    then that of the default route, as only the network can have brought it.  Raises
-    `UnsupportedError` when there is none or more than one, `UnavailableError` when the links could
-    not be read.
-    """
-    if isinstance(host.links, Unavailable):
-        raise UnavailableError(f"links: {host.links.reason}")
-    links = {link.name: link for link in host.links}
-    fib = Fib(host)
-    tried: list[str] = []
-    back = f"route to {packet.src}"
-    ways = fib.output(packet.src)
-    names = {w.interface if w.kind is RouteKind.FORWARD else w.kind.value for w in ways}
-    if len(names) == 1 and ways[0].kind is RouteKind.FORWARD:
-        name = ways[0].interface
-        if not _leads_to_pods(links.get(name)):
-            return _arrival(name, back, ways[0].route)
-        tried.append(f"{back}: {name}, which leads to pods of this node")
-    else:
-        tried.append(f"{back}: {' or '.join(sorted(names))}")
-    default = _default_route(host, packet.family)
-    if default is not None:
-        devices = {hop.oif for hop in default.next_hops}
-        uplinks = [link.name for link in host.links if link.ifindex in devices]
-        if len(uplinks) == 1:
-            return _arrival(uplinks[0], "default route", default)
-        tried.append(f"default route: {' or '.join(uplinks)}")
-    raise UnsupportedError(
-        f"cannot tell by which interface {packet} comes in: {'; '.join(tried)}",
-        hint="name the interface",
-    )
-
-
-def _arrival(interface: str, what: str, route: Route | None) -> Arrival:
-    cited = f" ({route.text})" if route is not None and route.text else ""
-    return Arrival(interface=interface, because=f"{interface}: the {what} goes out of it{cited}")
-
-
-def _default_route(host: NetnsSnapshot, family: int) -> Route | None:
-    """The main table's, of the lowest metric."""
-    if isinstance(host.routes, Unavailable):
-        return None
-    defaults = (
-        route
-        for route in host.routes
-        if route.family == family
-        and route.table == _MAIN
-        and route.dst.prefixlen == 0
-        and route.type is RouteType.UNICAST
-    )
-    return min(defaults, key=lambda route: route.priority, default=None)
-
-
-def _leads_to_pods(link: Link | None) -> bool:
-    if link is None:
-        return False
-    if link.kind == "bridge":
-        return True
-    return (
-        link.peer is not None
-        and link.peer.netns is not None
-        and link.peer.netns.kind is NetnsKind.POD
-    )
