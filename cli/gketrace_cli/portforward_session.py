@@ -258,6 +258,8 @@ class Session:
         try:
             if self._local is not None and self._local.fileno() in ready:
                 self._read_local(self._local)
+                if self.ended:
+                    return  # what the other side says to that is no error
             if len(self._to_local) < _HIGH and not self._remote_done:
                 self._read_remote()
             self._write_remote()

@@ -40,10 +40,16 @@ def test_without_a_rule_there_are_no_lists(bed: Bed) -> None:
 
 
 def test_jiffies_are_those_of_the_kernel() -> None:
-    lines = Path("/proc/timer_list").read_text().splitlines()
-    (shown,) = {int(line.split()[1]) for line in lines if line.startswith("jiffies:")}
+    """Read on both sides of ours; an idle CPU lets its own run behind a little."""
+    before = jiffies_shown()
     now, per_second = jiffies_now()
-    assert (now - shown) / per_second == pytest.approx(0, abs=0.5)
+    after = jiffies_shown()
+    assert before - per_second / 2 <= now <= after + per_second / 2
+
+
+def jiffies_shown() -> int:
+    lines = Path("/proc/timer_list").read_text().splitlines()
+    return max(int(line.split()[1]) for line in lines if line.startswith("jiffies:"))
 
 
 def test_a_list_of_several_packets() -> None:
