@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from ipaddress import IPv6Address
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from gketrace.packet import PORT_PROTOCOLS, Packet
 from gketrace.ruleset.model import (
@@ -176,13 +176,13 @@ class Chain:
         What is left out is certain not to match and has no side effect: its destination address
         or port, which the kernel compares first, is another.
         """
-        positions: Sequence[int]
-        if len(self._lines) <= _LONG:
-            positions = range(1, len(self._lines) + 1)
-        else:
-            positions = self._select(packet)
-        for position in positions:
+        positions = self.selection(packet)
+        for position in range(1, len(self._lines) + 1) if positions is None else positions:
             yield self.rule(position)
+
+    def selection(self, packet: Packet) -> Sequence[int] | None:
+        """The positions of `candidates`; None: all rules of the chain, which is short."""
+        return None if len(self._lines) <= _LONG else self._select(packet)
 
     def _read(self, position: int) -> Rule:
         text = self._store.text
@@ -236,7 +236,7 @@ class Chain:
 class IptablesRuleset(Ruleset):
     """What one run of iptables-save printed.  Made by `parse_iptables_save`."""
 
-    __slots__ = ("_chains", "_needs_conntrack", "_store", "_tables", "notes", "text")
+    __slots__ = ("_chains", "_needs_conntrack", "_store", "_tables", "notes", "paths", "text")
 
     def __init__(
         self,
@@ -258,6 +258,8 @@ class IptablesRuleset(Ruleset):
         self._store = _Store(text, backend, family, tables)
         self._chains: dict[tuple[str, str], Chain | None] = {}
         self._needs_conntrack: bool | None = None
+        self.paths: Final[dict[tuple[str, str], tuple[Any, ...]]] = {}
+        """What an evaluator remembers of packets' ways: base chain → the last used first."""
 
     def needs_conntrack(self, family: int) -> bool:
         if self._needs_conntrack is None:

@@ -159,18 +159,21 @@ class Rule:
         """Made once: ten branches of a walk cite the same rules."""
         made = self._citation
         if made is None:
-            made = Citation(
-                source=Source.RULE,
-                text=self.text,
-                backend=self.backend,
-                table=self.table,
-                chain=self.chain,
-                position=self.position,
-                packets=self.packets,
-                bytes=self.bytes,
-            )
+            made = self._cite()
             object.__setattr__(self, "_citation", made)
         return made
+
+    def _cite(self) -> Citation:
+        return Citation(
+            source=Source.RULE,
+            text=self.text,
+            backend=self.backend,
+            table=self.table,
+            chain=self.chain,
+            position=self.position,
+            packets=self.packets,
+            bytes=self.bytes,
+        )
 
 
 _FILTER, _NAT, _ROUTE = ChainType.FILTER, ChainType.NAT, ChainType.ROUTE

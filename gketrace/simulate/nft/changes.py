@@ -5,11 +5,11 @@ Source: nft_meta_set_eval(), nft_ct_set_eval(), nft_payload_set_eval(), nft_dyns
 
 from __future__ import annotations
 
-from dataclasses import replace
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any, TypeAlias
 
 from gketrace.packet import Packet, Protocol
+from gketrace.simulate.evolve import evolve
 from gketrace.simulate.matches.base import is_tracked
 from gketrace.simulate.nft.expressions import types_of
 from gketrace.simulate.nft.lookup import as_key, change_name, element_key
@@ -67,7 +67,7 @@ def _set_meta(key: str, value: Value, scene: Scene) -> PacketState:
     if key != "mark":
         raise Unclear(f"setting meta {key} is not modelled")
     mark = _number(value, "the mark")
-    return replace(scene.state, packet=replace(scene.packet, mark=mark))
+    return evolve(scene.state, packet=evolve(scene.packet, mark=mark))
 
 
 def _set_ct(key: str, value: Value, scene: Scene) -> PacketState:
@@ -77,15 +77,15 @@ def _set_ct(key: str, value: Value, scene: Scene) -> PacketState:
             return state
         # nft_ct_set_zone_eval(): over an earlier notrack, too, which is then forgotten.
         zone = _number(value, "the conntrack zone")
-        return replace(state, zone=zone, notrack=False, ct=template(state.packet.family, zone))
+        return evolve(state, zone=zone, notrack=False, ct=template(state.packet.family, zone))
     if key in _HARMLESS_CT or state.ct is None or state.ct.template or not is_tracked(state):
         # nft_ct_set_eval() returns quietly where there is no entry, or a template.
         return state
     if key == "mark":
-        return replace(state, ct=replace(state.ct, mark=_number(value, "the ct mark")))
+        return evolve(state, ct=evolve(state.ct, mark=_number(value, "the ct mark")))
     if key == "label":
         labels = state.ct.labels | _number(value, "the ct label")
-        return replace(state, ct=replace(state.ct, labels=labels))
+        return evolve(state, ct=evolve(state.ct, labels=labels))
     raise Unclear(f"setting ct {key} is not modelled")
 
 
@@ -99,27 +99,27 @@ def _set_payload(body: Json, value: Value, scene: Scene) -> PacketState | None:
     changed = _with(scene.packet, str(header), str(field), _number(value, what))
     if changed is None:
         raise Unclear(f"writing {what} into the packet is not modelled")
-    return replace(scene.state, packet=changed)
+    return evolve(scene.state, packet=changed)
 
 
 def _with(packet: Packet, header: str, field: str, value: int) -> Packet | None:
     if field == "dscp":
-        return replace(packet, dscp=value & 0x3F)
+        return evolve(packet, dscp=value & 0x3F)
     if field == "ecn":
-        return replace(packet, ecn=value & 3)
+        return evolve(packet, ecn=value & 3)
     if field in ("ttl", "hoplimit"):
-        return replace(packet, ttl=value & 0xFF)
+        return evolve(packet, ttl=value & 0xFF)
     if header in ("ip", "ip6") and field in ("saddr", "daddr"):
         address = IPv4Address(value) if header == "ip" else IPv6Address(value)
         if field == "saddr":
-            return replace(packet, src=address)
-        return replace(packet, dst=address)
+            return evolve(packet, src=address)
+        return evolve(packet, dst=address)
     if field == "sport" and packet.has_ports:
-        return replace(packet, sport=value & 0xFFFF)
+        return evolve(packet, sport=value & 0xFFFF)
     if field == "dport" and packet.has_ports:
-        return replace(packet, dport=value & 0xFFFF)
+        return evolve(packet, dport=value & 0xFFFF)
     if header == "tcp" and field == "flags":
-        return replace(packet, tcp_flags=value & 0xFF)
+        return evolve(packet, tcp_flags=value & 0xFF)
     return None
 
 
@@ -137,4 +137,4 @@ def change_set(body: Json, key: Value, scene: Scene) -> PacketState:
     )
     state = scene.state
     kept = tuple(c for c in state.sets if (c.name, c.element) != (change.name, change.element))
-    return replace(state, sets=(*kept, change))
+    return evolve(state, sets=(*kept, change))

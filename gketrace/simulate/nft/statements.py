@@ -7,7 +7,7 @@ before stays changed), or let the next one run.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Final, TypeAlias
 
@@ -15,6 +15,7 @@ from gketrace.conntrack import CtState
 from gketrace.packet import Protocol
 from gketrace.ruleset.nft import NftRule, NftRuleset, NftSet
 from gketrace.ruleset.nft_text import statement_text
+from gketrace.simulate.evolve import evolve
 from gketrace.simulate.nft.changes import Unclear, change_set, mangle
 from gketrace.simulate.nft.expressions import evaluate, types_of
 from gketrace.simulate.nft.lookup import find_data
@@ -71,6 +72,8 @@ def _without_doubles(ways: list[Way]) -> list[Way]:
 
     Where that is all of them, nothing was drawn and nothing is unknown.
     """
+    if len(ways) == 1:
+        return ways
     groups: dict[PacketState, list[Way]] = {}
     for way in ways:
         if way.broken:
@@ -84,7 +87,7 @@ def _without_doubles(ways: list[Way]) -> list[Way]:
         chances = [way.chance for way in group if way.chance is not None]
         chance = sum(chances, Fraction(0)) if len(chances) == len(group) else None
         unknown = tuple(dict.fromkeys(why for way in group for why in way.unknown))
-        found.append(replace(group[0], chance=chance, unknown=unknown))
+        found.append(evolve(group[0], chance=chance, unknown=unknown))
     return found
 
 
@@ -118,7 +121,7 @@ def _branch(way: Way, branch: Branch, **changes: Any) -> Way:
     unknown, drawn = way.unknown, branch.drawn or way.drawn
     if branch.chance is None:
         unknown, drawn = (*unknown, branch.drawn or "a value that is not known"), way.drawn
-    return replace(
+    return evolve(
         way,
         chance=times(way.chance, branch.chance),
         drawn=drawn,
@@ -130,8 +133,8 @@ def _branch(way: Way, branch: Branch, **changes: Any) -> Way:
 
 def _either(way: Way, reason: str) -> list[Way]:
     """It matches or does not; nobody knows."""
-    unsure = replace(way, chance=None, unknown=(*way.unknown, reason))
-    return [unsure, replace(unsure, broken=True)]
+    unsure = evolve(way, chance=None, unknown=(*way.unknown, reason))
+    return [unsure, evolve(unsure, broken=True)]
 
 
 def _stop(way: Way, why: str) -> Way:
@@ -139,21 +142,21 @@ def _stop(way: Way, why: str) -> Way:
     effect = Effect(
         action=StepAction.UNKNOWN, state=way.state, verdict=VerdictKind.UNKNOWN, note=why
     )
-    return replace(way, effect=effect)
+    return evolve(way, effect=effect)
 
 
 def _not_modelled(statement: Json, way: Way, why: str) -> list[Way]:
     """A statement that may match, decide, or do nothing."""
     reason = f"{statement_text(statement)}: {why}"
-    unsure = replace(way, chance=None, unknown=(*way.unknown, reason))
+    unsure = evolve(way, chance=None, unknown=(*way.unknown, reason))
     if _single(statement)[0] in ("match", "limit", "quota", "vmap"):
-        return [unsure, replace(unsure, broken=True)]
-    return [unsure, replace(unsure, broken=True), _stop(unsure, f"{reason} is not understood")]
+        return [unsure, evolve(unsure, broken=True)]
+    return [unsure, evolve(unsure, broken=True), _stop(unsure, f"{reason} is not understood")]
 
 
 def _verdict(way: Way, kind: VerdictKind, action: StepAction, **more: Any) -> Way:
     effect = Effect(action=action, state=way.state, verdict=kind, **more)
-    return replace(way, effect=effect)
+    return evolve(way, effect=effect)
 
 
 def _decide(kind: str, body: Json, way: Way) -> Way:
@@ -164,13 +167,13 @@ def _decide(kind: str, body: Json, way: Way) -> Way:
         return _verdict(way, VerdictKind.DROP, StepAction.DROP)
     if kind == "return":
         effect = Effect(action=StepAction.RETURN, state=way.state, returns=True)
-        return replace(way, effect=effect)
+        return evolve(way, effect=effect)
     if kind in ("jump", "goto"):
         action = StepAction.JUMP if kind == "jump" else StepAction.GOTO
         effect = Effect(
             action=action, state=way.state, jump=str(body["target"]), goto=kind == "goto"
         )
-        return replace(way, effect=effect)
+        return evolve(way, effect=effect)
     if kind == "queue":
         return _queue(kind, body, way)
     if kind != "continue":
@@ -218,10 +221,10 @@ def _run_vmap(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
             kind, target = _single(chosen[branch.value])
             ways.append(_decide(kind, target, _branch(way, branch)))
         elif isinstance(branch.value, NotKnown):
-            unsure = replace(_branch(way, branch), chance=None)
+            unsure = evolve(_branch(way, branch), chance=None)
             reason = branch.value.reason
             ways += _either(unsure, reason)[1:]
-            ways.append(_stop(replace(unsure, unknown=(*unsure.unknown, reason)), reason))
+            ways.append(_stop(evolve(unsure, unknown=(*unsure.unknown, reason)), reason))
     return ways
 
 
@@ -231,7 +234,7 @@ def _run_mangle(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
     for branch in evaluate(body["value"], scene, types_of(key, scene)):
         onward = _branch(way, branch)
         if branch.value is BREAK:
-            ways.append(replace(onward, broken=True))
+            ways.append(evolve(onward, broken=True))
             continue
         try:
             state = mangle(key, branch.value, scene)
@@ -239,9 +242,9 @@ def _run_mangle(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
             ways.append(_stop(onward, str(why)))
             continue
         if state is None:
-            ways.append(replace(onward, broken=True))
+            ways.append(evolve(onward, broken=True))
         else:
-            ways.append(replace(onward, state=state))
+            ways.append(evolve(onward, state=state))
     return ways
 
 
@@ -256,13 +259,13 @@ def _run_set(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
     for branch in evaluate(element, scene, declared.types if declared is not None else ()):
         onward = _branch(way, branch)
         if branch.value is BREAK:
-            ways.append(replace(onward, broken=True))
+            ways.append(evolve(onward, broken=True))
             continue
         try:
-            onward = replace(onward, state=change_set(body, branch.value, scene))
+            onward = evolve(onward, state=change_set(body, branch.value, scene))
         except Unclear as why:
             # The packet is what it was; only later look-ups would see the difference.
-            onward = replace(onward, notes=(*onward.notes, str(why)))
+            onward = evolve(onward, notes=(*onward.notes, str(why)))
         gate = next((k for s in body.get("stmt", ()) for k in s if k in _GATES), "")
         ways += _either(onward, f"the {gate} of the element") if gate else [onward]
     return ways
@@ -276,7 +279,7 @@ def _run_nat(kind: str, body: Json, way: Way, scene: Scene) -> list[Way]:
     for found in nat_ways(kind, body, scene):
         onward = _branch(way, found.branch)
         if found.branch.value is BREAK:
-            ways.append(replace(onward, broken=True))
+            ways.append(evolve(onward, broken=True))
         elif isinstance(found.branch.value, NotKnown):
             ways.append(_stop(onward, found.branch.value.reason))
         elif found.request is None:
@@ -318,13 +321,13 @@ def _run_reject(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
     if kind == "tcp reset":
         # nft adds the test for TCP by itself.
         if scene.packet.protocol != Protocol.TCP:
-            return [replace(way, broken=True)]
+            return [evolve(way, broken=True)]
         answer = "tcp-reset"
     else:
         if kind == "icmpx":
             kind, code = ("icmpv6" if six else "icmp"), _ICMPX[code][six]
         if (kind == "icmpv6") is not six:
-            return [replace(way, broken=True)]
+            return [evolve(way, broken=True)]
         answer = _REJECTS.get((kind, code), f"{kind} {code}")
     return [_verdict(way, VerdictKind.REJECT, StepAction.REJECT, reject_with=answer)]
 
@@ -333,7 +336,7 @@ def _run_notrack(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
     """nft_notrack_eval(): nothing when an entry or a template is attached."""
     if way.state.ct is not None and way.state.ct.state is not CtState.INVALID:
         return [way]
-    return [replace(way, state=replace(way.state, notrack=True))]
+    return [evolve(way, state=evolve(way.state, notrack=True))]
 
 
 def _run_passing(kind: str, body: Json, way: Way, scene: Scene) -> list[Way]:
@@ -363,16 +366,16 @@ def _run_gate(kind: str, body: Json, way: Way, scene: Scene) -> list[Way]:
 def _run_tproxy(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
     """nft_tproxy_eval(): breaks where no socket is found."""
     if scene.packet.protocol not in (Protocol.TCP, Protocol.UDP):
-        return [replace(way, broken=True)]
+        return [evolve(way, broken=True)]
     if {"ip": 4, "ip6": 6}.get(body.get("family", ""), scene.packet.family) != scene.packet.family:
-        return [replace(way, broken=True)]
+        return [evolve(way, broken=True)]
     return _either(way, "whether a transparent socket takes the packet")
 
 
 def _run_synproxy(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
     """nft_synproxy_do_eval(): takes SYN and the ACK after it, breaks for what is not TCP."""
     if scene.packet.protocol != Protocol.TCP:
-        return [replace(way, broken=True)]
+        return [evolve(way, broken=True)]
     note = "the kernel answers the handshake in the receiver's place"
     taken = _verdict(way, VerdictKind.STOLEN, StepAction.UNKNOWN, note=note)
     return [taken]

@@ -66,7 +66,10 @@ def not_known(reason: str) -> tuple[Branch, ...]:
 
 
 def times(one: Fraction | None, other: Fraction | None) -> Fraction | None:
-    return None if one is None or other is None else one * other
+    if one is None or other is None:
+        return None
+    # A product of fractions looks for common factors, also where one of them is 1.
+    return other if one == 1 else one if other == 1 else one * other
 
 
 def combine(

@@ -56,7 +56,10 @@ def run(
     (base,) = ruleset.base_chains(Hook.INPUT)
     ct = CtInfo(state=CtState.NEW, orig=packet.tuple5, reply=packet.tuple5.inverted())
     start = state or PacketState(packet=packet, hook=Hook.INPUT, ct=ct, in_iface="eth0")
-    return traverse(ruleset, base, start, env or FixedEnvironment())
+    found = traverse(ruleset, base, start, env or FixedEnvironment())
+    # The second packet finds the first one's path there.
+    assert traverse(ruleset, base, start, env or FixedEnvironment()) == found
+    return found
 
 
 def shown(alternative: Alternative) -> list[str]:
@@ -431,3 +434,39 @@ def test_a_draw_before_a_side_effect_splits_it() -> None:
         (Fraction(1, 4), VerdictKind.DROP),
         (Fraction(3, 4), VerdictKind.ACCEPT),
     ]
+
+
+# -- paths that an earlier packet took ----------------------------------------------------------
+
+PATHS = """
+-A INPUT -m comment --comment many -j LONG
+-A INPUT -s 10.142.0.0/24 -g MARKED
+-A INPUT -p tcp -m tcp --dport 80 -j DROP
+-A MARKED -j MARK --set-xmark 0x4000/0x4000
+-A MARKED -d 10.43.240.9/32 -j RETURN
+-A MARKED -m mark --mark 0x4000/0x4000 -j ACCEPT
+""" + "".join(f"-A LONG -d 10.43.241.{i}/32 -p tcp -j REJECT\n" for i in range(1, 60))
+
+
+def test_a_path_is_left_where_a_packet_goes_another_way() -> None:
+    """In every order: what an earlier packet did must not show in what a later one does."""
+    packets = [
+        replace(PACKET, src=parse_address(src), dst=parse_address(dst), dport=port)
+        for src in ("10.142.0.2", "10.142.0.3", "192.0.2.1")
+        for dst in ("10.43.240.7", "10.43.240.9", "10.43.241.5", "10.43.241.60")
+        for port in (80, 81)
+    ]
+
+    def ask(ruleset: IptablesRuleset, packet: Packet) -> tuple[Alternative, ...]:
+        (base,) = ruleset.base_chains(Hook.INPUT)
+        ct = CtInfo(state=CtState.NEW, orig=packet.tuple5, reply=packet.tuple5.inverted())
+        state = PacketState(packet=packet, hook=Hook.INPUT, ct=ct, in_iface="eth0")
+        return traverse(ruleset, base, state, FixedEnvironment())
+
+    alone = [ask(rules(PATHS, policy="DROP"), packet) for packet in packets]
+    assert len({tuple(s.citation for a in found for s in a.steps) for found in alone}) == 5
+    shared = rules(PATHS, policy="DROP")
+    for _ in range(2):
+        for order in (packets, packets[::-1]):
+            found = {packet: ask(shared, packet) for packet in order}
+            assert [found[packet] for packet in packets] == alone
