@@ -12,10 +12,11 @@ __all__ = ["CaptureLimits", "add_capture_arguments", "capture_limits"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureLimits:
-    """Of one capture, with all its taps, but for the first and the last."""
+    """Of one capture, with all its taps, but for the last one.
 
-    captures: int = 20
-    """At once; one more is refused with RESOURCE_EXHAUSTED."""
+    How many there may be at once is a bound of calls, `config.Limits.capture_calls`.
+    """
+
     seconds: int = 3600
     packets: int = 100_000_000
     bytes: int = 8 << 30
@@ -25,7 +26,6 @@ class CaptureLimits:
 
 
 _HELP = {
-    "captures": ("--max-captures", "captures at once"),
     "seconds": ("--max-capture-seconds", "the longest that a capture may take"),
     "packets": ("--max-capture-packets", "packets of one capture"),
     "bytes": ("--max-capture-bytes", "bytes of one capture"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import select
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final, TypeAlias
@@ -67,6 +67,7 @@ class CaptureCounts:
     """Of open captures."""
     captures: int = 0
     refused: int = 0
+    """For want of memory for rings."""
     packets: int = 0
     bytes: int = 0
     dropped: int = 0
@@ -80,15 +81,8 @@ class Captures:
         self._lock = threading.Lock()
         self._counts = CaptureCounts()
 
-    def enter(self, most: int) -> None:
-        """Raises `ExhaustedError` when there are `most` captures already."""
+    def enter(self) -> None:
         with self._lock:
-            if self._counts.open >= most:
-                self._counts.refused += 1
-                raise ExhaustedError(
-                    f"{most} captures are running on this node, and it allows no more",
-                    hint="end one, or start the agent with a larger --max-captures",
-                )
             self._counts.open += 1
             self._counts.captures += 1
 
@@ -209,7 +203,7 @@ def capture_packets(
     limits: CaptureLimits,
     paths: HostPaths,
     active: Callable[[], bool],
-) -> Iterator[Reply]:
+) -> Generator[Reply, None, None]:
     """The replies to `request`, until a limit is reached or `active` says no.
 
     Raises `UsageError` for filters that libpcap does not take, `NotFoundError`, `ExhaustedError`,
@@ -220,7 +214,7 @@ def capture_packets(
     if len(places) > _MOST_TAPS:
         raise UsageError(f"a capture has {_MOST_TAPS} taps at most")
     with ExitStack() as stack:
-        CAPTURES.enter(limits.captures)
+        CAPTURES.enter()
         stack.callback(CAPTURES.leave)
         capture = _Capture(request, node, limits, paths, active)
         stack.callback(capture.close)

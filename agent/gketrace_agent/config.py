@@ -13,6 +13,11 @@ from typing import Final, NoReturn
 
 from gketrace.access import CallClass
 from gketrace.errors import UsageError
+from gketrace_agent.capture_limits import (
+    CaptureLimits,
+    add_capture_arguments,
+    capture_limits,
+)
 from gketrace_agent.kernel.hostpaths import HostPaths
 
 __all__ = ["Authentication", "Config", "Limits", "Listen", "parse_arguments"]
@@ -57,7 +62,7 @@ class Limits:
     """Of one user."""
     follow_calls: int = 24
     """Streams without an end of their own."""
-    capture_calls: int = 8
+    capture_calls: int = 20
     change_calls: int = 2
     memory_bytes: int = 0
     """Above 90 % of it only quick calls are taken; 0: the cgroup's limit."""
@@ -116,6 +121,7 @@ class Config:
     runtime_sockets: tuple[Path, ...] | None = None
     """None: look at the usual places."""
     limits: Limits = field(default_factory=Limits)
+    captures: CaptureLimits = field(default_factory=CaptureLimits)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -282,6 +288,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
         metavar="N",
         help="the longest that a call may take (default: %(default)s)",
     )
+    add_capture_arguments(add, _positive)
     given = parser.parse_args(sys.argv[1:] if arguments is None else arguments)
     paths = HostPaths(proc=given.proc, sys=given.sys, run=given.run)
     listen = tuple(_listen(text) for text in given.listen) or (
@@ -323,6 +330,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
             stall_seconds=float(given.max_stall_seconds),
             call_seconds=float(given.max_call_seconds),
         ),
+        captures=capture_limits(given),
     )
 
 

@@ -137,7 +137,10 @@ class CallInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]  # not 
     ) -> _Entered:
         return _Entered(self._guard, self._local, audit, requests, context, handler)
 
-    def _reply(self, audit: _Audit, handler: Any, reply: Message) -> bytes:
+    def _reply(self, audit: _Audit, handler: Any, reply: Message | bytes) -> bytes:
+        if isinstance(reply, bytes):  # encoded where it was made: a capture's packets
+            audit.bytes += len(reply)
+            return reply
         if audit.granted is not None:
             audit.granted.filter(reply)
         audit.drops = max(audit.drops, _drops(reply))

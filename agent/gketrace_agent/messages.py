@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ipaddress import ip_network
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 from google.protobuf.message import Message
 
@@ -12,7 +12,7 @@ from gketrace.snapshot import IPNetwork
 from gketrace_agent.observe.conntrack_filter import ConntrackFilter, ConntrackFilters
 from gketrace_agent.resolve.model import PodRef, ResolvedPod
 from gketrace_proto import codec
-from gketrace_proto.v1alpha1 import agent_pb2
+from gketrace_proto.v1alpha1 import agent_pb2, capture_pb2
 
 __all__ = [
     "conntrack_filter",
@@ -26,6 +26,8 @@ __all__ = [
 
 
 T = TypeVar("T")
+_DESCRIBED: Final = 500
+"""Characters of what the log says about a request with many parts."""
 
 
 def request_part(cls: type[T], message: Message) -> T:
@@ -161,11 +163,18 @@ def describe_request(request: Any) -> str:
     """What a request is about, for the log: ``host``, ``pod default/web``, or nothing."""
     if isinstance(request, agent_pb2.ResolvePodRequest):
         return str(pod_ref(request.pod))
+    if isinstance(request, capture_pb2.CaptureRequest):
+        taps = (f"{_describe_target(tap.target)} {tap.interface}" for tap in request.taps)
+        return ", ".join(taps)[:_DESCRIBED]
     target = getattr(request, "target", None)
     if not isinstance(target, agent_pb2.Target):
         return ""
-    where = str(pod_ref(target.pod)) if target.WhichOneof("target") == "pod" else "host"
+    where = _describe_target(target)
     if isinstance(request, agent_pb2.WalkRequest):
         packet = request.packet
         return f"{where} {packet.src} → {packet.dst}:{packet.dport}/{packet.protocol}"
     return where
+
+
+def _describe_target(target: agent_pb2.Target) -> str:
+    return str(pod_ref(target.pod)) if target.WhichOneof("target") == "pod" else "host"

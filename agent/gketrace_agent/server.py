@@ -141,6 +141,7 @@ class AgentServer:
         """
         self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         bound = tuple(self._bind(address) for address in self._config.listen)
+        self._service.ports = tuple(address.port for address in bound if address.port)
         for server in self._servers:
             server.start()
         self._set_health(health_pb2.HealthCheckResponse.SERVING)

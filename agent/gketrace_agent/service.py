@@ -7,16 +7,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from importlib import metadata
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 import grpc
 
 from gketrace.errors import GketraceError, ReadOnlyError, UnavailableError, UsageError
 from gketrace.packet import Packet
 from gketrace.snapshot import Unavailable
-from gketrace.trace import Flow
+from gketrace.trace import Flow, NetnsKind
 from gketrace_agent.config import Config
 from gketrace_agent.info import NOUNS as INFO_NOUNS
 from gketrace_agent.info import detect_data_plane, own_addresses
@@ -32,13 +32,14 @@ from gketrace_agent.messages import (
 from gketrace_agent.namespaces import NodeNamespaces, OpenTarget
 from gketrace_agent.observe.conntrack import Conntrack
 from gketrace_agent.observe.iptables import IptablesDump, IptablesDumps
-from gketrace_agent.observe.snapshot import Observer
+from gketrace_agent.observe.snapshot import Namespace, Observer
+from gketrace_agent.resolve.model import PodRef
 from gketrace_agent.resolve.resolver import Resolver
 from gketrace_agent.rulesets import rule_chunks, summaries
 from gketrace_agent.snapshots import snapshot_replies
 from gketrace_agent.stall import until_stalled
 from gketrace_proto import codec
-from gketrace_proto.v1alpha1 import agent_pb2, agent_pb2_grpc
+from gketrace_proto.v1alpha1 import agent_pb2, agent_pb2_grpc, capture_pb2
 
 if TYPE_CHECKING:
     from gketrace_agent.observe.conntrack_sample import Destination, ServiceNames
@@ -74,6 +75,8 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         self._namespaces = NodeNamespaces(config.paths, config.node, self._resolver)
         self._observer = Observer(paths=config.paths)
         self._started_at = time.time()
+        self.ports: tuple[int, ...] = tuple(one.port for one in config.listen if one.port)
+        """TCP, that the agent listens on; the server adds what the kernel chose."""
 
     def close(self) -> None:
         self._resolver.close()
@@ -347,6 +350,49 @@ class AgentService(agent_pb2_grpc.AgentServicer):
                 ),
                 arrival=walked.arrival,
             )
+
+    def Capture(
+        self, request: capture_pb2.CaptureRequest, context: grpc.ServicerContext
+    ) -> Iterator[capture_pb2.CaptureReply]:
+        from gketrace_agent.captures import CapturePlace, capture_packets, exclusions
+
+        peer = context.peer()
+        forwarded = peer.startswith(("ipv4:127.", "ipv6:%5B::1%5D", "ipv6:[::1]"))
+        with ExitStack() as stack:
+            places: list[CapturePlace] = []
+            opened: dict[PodRef | None, Namespace] = {}
+            for tap in request.taps:
+                pod = target_pod(tap.target)
+                if pod not in opened:
+                    opened[pod] = stack.enter_context(
+                        self._namespaces.open(pod, timeout=self._remaining(context))
+                    ).here
+                here = opened[pod]
+                left_out = exclusions(
+                    host=here.ref.kind is NetnsKind.HOST, ports=self.ports, forwarded=forwarded
+                )
+                places.append(
+                    CapturePlace(
+                        request=tap,
+                        namespace=here,
+                        excluded=() if request.include_own else left_out,
+                    )
+                )
+            replies = stack.enter_context(
+                closing(
+                    capture_packets(
+                        request,
+                        places,
+                        node=self._config.node,
+                        limits=self._config.captures,
+                        paths=self._config.paths,
+                        active=context.is_active,
+                    )
+                )
+            )
+            sent = until_stalled(replies, context, self._config.limits.stall_seconds)
+            # Some are encoded already, which the interceptor knows and the generated types do not.
+            yield from cast("Iterator[capture_pb2.CaptureReply]", sent)
 
     def _runtime(self) -> str:
         """The first runtime that answers; empty: none."""
