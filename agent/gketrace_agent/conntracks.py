@@ -62,6 +62,8 @@ def list_entries(
             duplicates=reading.duplicates,
             readings=reading.readings,
             read=reading.read,
+            at=time.time(),
+            timestamps=table.settings.timestamps,
         )
     )
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Network, IPv6Network
 from typing import TYPE_CHECKING, Final
 
@@ -14,6 +14,7 @@ from gketrace.conntrack_records import Record, records_from_bytes
 from gketrace.packet import Protocol
 from gketrace.trace import Missing
 from gketrace_cli.addressbook import AddressBook
+from gketrace_cli.agreement import Agreement, Comparison, compare_entries
 from gketrace_cli.conntrack_filter import door_filters, endpoint_filters
 from gketrace_cli.conntrack_reading import RECORDS, Place, Reading
 from gketrace_cli.conntrack_show import read_book
@@ -25,13 +26,21 @@ if TYPE_CHECKING:
     from gketrace_cli.objects import Endpoint, Pod, Service
     from gketrace_cli.session import Session
 
-__all__ = ["Joined", "JoinedReading", "read_connections"]
+__all__ = ["Joined", "JoinedReading", "Modelled", "read_connections"]
 
 _DOUBTS: Final = {
     Doubt.STATE: "its nodes disagree: one has it open, another closed",
     Doubt.REPLIES: "its nodes disagree: one has seen answers, another none",
     Doubt.REVERSED: "an answer made one of its entries: an earlier entry was lost there",
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Modelled:
+    """How a connection stands to the rules: of its entries, the one that agrees least."""
+
+    node: str
+    comparison: Comparison
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +56,10 @@ class Joined:
     """Beside its Service's EndpointSlices; None: no Service was asked for."""
     remarks: tuple[str, ...]
     """What is doubtful, one sentence each."""
+    age: float | None = None
+    """Seconds since its oldest entry was made, by that node's clock; None: not known."""
+    model: Modelled | None = None
+    """Its entries beside the rules; None: no Service was asked for, or it is over."""
 
     @property
     def breaks(self) -> bool:
@@ -63,6 +76,8 @@ class JoinedReading:
     missing: tuple[Missing, ...]
     no_accounting: tuple[str, ...]
     """Nodes on which packets and bytes are not known."""
+    no_timestamps: tuple[str, ...] = ()
+    """Nodes on which ages are not known."""
 
 
 def read_connections(
@@ -127,20 +142,81 @@ def read_connections(
         made = _joined(one, book, service, endpoints, node_ips)
         if made is not None:
             joined.append(made)
+    clocks = {
+        JoinPlace(node=place.node, pod=place.pod.key if place.pod else ""): end.summary.at
+        for place, end in reading.ends.items()
+        if end.summary is not None
+    }
+    joined = [replace(one, age=_age(one.connection, clocks)) for one in joined]
+    if service is not None:
+        session.progress.say("asking what the rules would do now")
+        joined = _with_model(session, joined)
     joined.sort(key=lambda one: (one.connection.first.protocol, _key(one.connection)))
+    summaries = {
+        place.node: end.summary
+        for place in places
+        if place.pod is None
+        and (end := reading.ends.get(place)) is not None
+        and end.summary is not None
+    }
     return JoinedReading(
         connections=tuple(joined),
         nodes=tuple(place.node for place in places if place.pod is None),
         missing=(*gaps, *reading.missing, *unnamed),
-        no_accounting=tuple(
-            place.node
-            for place in places
-            if place.pod is None
-            and (end := reading.ends.get(place)) is not None
-            and end.summary is not None
-            and not end.summary.accounting
-        ),
+        no_accounting=tuple(node for node, said in summaries.items() if not said.accounting),
+        no_timestamps=tuple(node for node, said in summaries.items() if not said.timestamps),
     )
+
+
+def _age(connection: Connection, clocks: Mapping[JoinPlace, float]) -> float | None:
+    """By the clock of the node that made each entry."""
+    ages = [
+        clocks[half.place] - half.entry.started / 1e9
+        for half in connection.halves
+        if half.entry.started is not None and half.place in clocks
+    ]
+    return max(ages, default=None)
+
+
+def _with_model(session: Session, joined: Sequence[Joined]) -> list[Joined]:
+    """Each live connection's entries in nodes' own tables, held against those nodes' rules."""
+    asked = [
+        (number, half.place.node, half.entry)
+        for number, one in enumerate(joined)
+        if one.standing is not Standing.OVER
+        for half in one.connection.halves
+        if not half.place.pod and not half.reversed
+    ]
+    entries = [(node, entry) for _, node, entry in asked]
+    compared = compare_entries(session, entries, at_most=_WALKS)
+    found: dict[int, Modelled] = {}
+    for (number, node, _), comparison in zip(asked, compared, strict=True):
+        known = found.get(number)
+        if known is None or _SEVERITY[comparison.agreement] > _SEVERITY[known.comparison.agreement]:
+            found[number] = Modelled(node=node, comparison=comparison)
+    made = []
+    for number, one in enumerate(joined):
+        model = found.get(number)
+        remarks = one.remarks
+        if model is not None and model.comparison.why:
+            agreement = model.comparison.agreement.value
+            if model.comparison.differs:
+                agreement = f"differs from the rules of {model.node}"
+            remarks = (*remarks, f"{agreement}: {model.comparison.why}")
+        made.append(replace(one, model=model, remarks=remarks))
+    return made
+
+
+_WALKS: Final = 200
+"""Of each node, at most: some milliseconds each."""
+_SEVERITY: Final = {
+    Agreement.AGREES: 0,
+    Agreement.UNCOMPARED: 1,
+    Agreement.UNKNOWN: 2,
+    Agreement.SOURCE: 3,
+    Agreement.REFUSED: 4,
+    Agreement.DESTINATION: 5,
+}
 
 
 def _owners(session: Session) -> dict[str, str]:
@@ -183,7 +259,9 @@ def _joined(
         entry, port = next((d for d in doors if d[0].dst_nat), doors[-1])
         standing, why = judge_entry(entry, port, endpoints)
         if why:
-            remarks.insert(0, f"{standing.value}: {why}")
+            owner = book.host(entry.reply.src) if standing is Standing.STALE else ""
+            now = f"; the address is {owner}'s now" if owner else ""
+            remarks.insert(0, f"{standing.value}: {why}{now}")
     first, last = one.first, one.last
     return Joined(
         connection=one,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from gketrace.conntrack import ConntrackEntry
 from gketrace.errors import GketraceError
 from gketrace.packet import Protocol, protocol_number
+from gketrace_cli.agreement import Agreement, Comparison
 from gketrace_cli.conntrack_filter import door_filters
 from gketrace_cli.objects import Endpoint, Service, ServicePort
 
@@ -62,6 +63,10 @@ class Live:
     standing: Standing
     why: str
     """One sentence; empty for what is as it should be."""
+    comparison: Comparison | None = None
+    """Beside the rules of its node; None: not asked."""
+    absent_on: str = ""
+    """The endpoint's node, when that has no entry of these packets."""
 
     @property
     def stale(self) -> bool:
@@ -86,6 +91,19 @@ class LiveReading:
     @property
     def stale(self) -> tuple[Live, ...]:
         return tuple(one for one in self.found if one.stale)
+
+    @property
+    def differing(self) -> tuple[Live, ...]:
+        """Those that the rules of now would not make."""
+        return tuple(one for one in self.found if one.comparison and one.comparison.differs)
+
+    @property
+    def one_sided(self) -> tuple[Live, ...]:
+        return tuple(one for one in self.found if one.absent_on)
+
+    def in_agreement(self, *which: Agreement) -> int:
+        """How many compared as any of these."""
+        return sum(1 for one in self.found if one.comparison and one.comparison.agreement in which)
 
 
 def door_of(service: Service, entry: ConntrackEntry, node_ips: Iterable[str]) -> ServicePort | None:
@@ -158,6 +176,9 @@ def read_live(
                 found.append(Live(place=place, entry=entry, standing=standing, why=why))
     except GketraceError as error:
         return LiveReading(missing=(error.message,))
+    from gketrace_cli.liveness_model import hold_against_rules, look_at_the_other_end
+
+    found = hold_against_rules(session, look_at_the_other_end(session, found, endpoints))
     cut = [str(end.place) for end in reading.ends.values() if end.received >= _AT_MOST]
     return LiveReading(
         found=tuple(found),
@@ -174,10 +195,26 @@ def live_document(reading: LiveReading) -> dict[str, Any]:
     counts = dict.fromkeys((standing.value for standing in Standing), 0)
     for one in reading.found:
         counts[one.standing.value] += 1
+    agreements = {one.value: reading.in_agreement(one) for one in Agreement}
     return {
         "nodes": list(reading.nodes),
         "missing": list(reading.missing),
         "counts": counts,
+        "agreement": agreements,
+        "differing": [
+            {
+                "node": one.place.node,
+                "agreement": one.comparison.agreement.value,
+                "why": one.comparison.why,
+                "entry": str(one.entry),
+            }
+            for one in reading.differing
+            if one.comparison is not None
+        ],
+        "oneSided": [
+            {"node": one.place.node, "absentOn": one.absent_on, "entry": str(one.entry)}
+            for one in reading.one_sided
+        ],
         "stale": [
             {
                 "node": one.place.node,

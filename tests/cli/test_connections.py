@@ -37,7 +37,8 @@ def test_two_nodes_entries_are_one_connection(ask: Ask) -> None:
     assert (code, err) == (0, "")
     assert out.splitlines() == [
         "1 connection on 3 nodes.",
-        "Accounting is off on all nodes: packets and bytes are not known.",
+        "Accounting and timestamps are off on all nodes: packets, bytes and ages are not",
+        "  known.",
         "",
         "tcp 10.142.0.6:49132 -> 10.142.0.8:31830 -> 10.40.0.6:8080",
         "     node/m69d -> svc/default/hello-server ->",

@@ -525,3 +525,49 @@ def test_service_says_that_it_cannot_see_live_connections(
         agent.fails["ListConntrack"] = (grpc.StatusCode.PERMISSION_DENIED, "not yours")
     assert run(world.arguments("service", "hello-server")) == 0
     assert re.search("Not seen: node (2jdh|m69d): not yours", capsys.readouterr().out)
+
+
+MASQUERADED = entry(
+    Protocol.UDP,
+    ("10.40.2.10", 5556, "10.43.240.17", 53),
+    ("10.40.1.10", 5353, "10.142.0.7", 5556),
+    status=int(CtStatus.DST_NAT | CtStatus.SRC_NAT | CtStatus.CONFIRMED),
+)
+UNMASQUERADED = entry(
+    Protocol.TCP,
+    ("203.0.113.9", 4000, "10.142.0.8", 31830),
+    ("10.40.0.6", 8080, "203.0.113.9", 4000),
+    status=int(CtStatus.DST_NAT | CtStatus.SEEN_REPLY | CtStatus.CONFIRMED),
+    tcp_state="ESTABLISHED",
+)
+
+
+def test_service_holds_live_connections_against_the_rules(
+    world: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["service", "dns", "--via", "clusterip", "--from", "pod/web-2", "--port", "dns"]
+    world.agents["33fg"].entries = [DNS, MASQUERADED]
+    run(world.arguments(*words))
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Beside the rules: 1 as the rules would make them now, 1 otherwise" in out
+    assert (
+        "the rules would now no longer translate its source 10.40.2.10; the entry has 10.142.0.7; "
+        "it began under earlier rules, and keeps to them"
+    ) in out
+    run(world.arguments(*words, "-o", "json"))
+    live = json.loads(capsys.readouterr().out)["liveConnections"]
+    assert (live["agreement"]["agrees"], live["agreement"]["source"]) == (1, 1)
+    assert [one["agreement"] for one in live["differing"]] == ["source"]
+
+
+def test_an_entry_without_the_masquerade_that_rules_ask_for(
+    world: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.agents["2jdh"].entries = [UNMASQUERADED]
+    run(world.arguments("connections", "--service", "hello-server", "-o", "json"))
+    document = json.loads(capsys.readouterr().out)
+    jsonschema.validate(document, json.loads((SCHEMAS / "connections.json").read_text()))
+    found = next(c for c in document["connections"] if c["client"] == "203.0.113.9:4000")
+    assert found["model"]["agreement"] == "source"
+    assert found["model"]["olderThanRules"] is True
+    assert "translate its source 203.0.113.9 to" in found["model"]["why"]

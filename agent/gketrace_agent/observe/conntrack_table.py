@@ -39,6 +39,8 @@ class ConntrackSettings:
     events: int
     """0: none are sent; 1: of every entry; 2: of entries that were made while somebody
     listened."""
+    timestamps: bool
+    """False: entries that are made now have no start."""
 
 
 class ConntrackTable:
@@ -136,7 +138,9 @@ def open_conntrack(handle: NetnsHandle, paths: HostPaths) -> ConntrackTable:
         netfilter = NetlinkSocket(NETLINK_NETFILTER)
         try:
             settings = ConntrackSettings(
-                accounting=_setting(paths, "acct") == 1, events=_setting(paths, "events")
+                accounting=_setting(paths, "acct") == 1,
+                events=_setting(paths, "events"),
+                timestamps=_setting(paths, "timestamp") == 1,
             )
             return ConntrackTable(handle, paths, netfilter, settings)
         except BaseException:

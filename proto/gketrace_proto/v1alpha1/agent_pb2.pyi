@@ -1083,6 +1083,8 @@ class ConntrackSummary(_message.Message):
     DUPLICATES_FIELD_NUMBER: _builtins.int
     READINGS_FIELD_NUMBER: _builtins.int
     READ_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    TIMESTAMPS_FIELD_NUMBER: _builtins.int
     sent: _builtins.int
     """Entries sent."""
     consistent: _builtins.bool
@@ -1098,6 +1100,10 @@ class ConntrackSummary(_message.Message):
     """Times that the table was read, more than once when a reading was interrupted."""
     read: _builtins.int
     """Entries of the table that were read, wanted or not."""
+    at: _builtins.float
+    """The node's wall clock then, seconds since the epoch: by it an entry's start becomes its age."""
+    timestamps: _builtins.bool
+    """net.netfilter.nf_conntrack_timestamp: entries made since it was turned on have a start."""
     @_builtins.property
     def netns(self) -> _trace_pb2.NetnsRef: ...
     def __init__(
@@ -1113,10 +1119,12 @@ class ConntrackSummary(_message.Message):
         duplicates: _builtins.int = ...,
         readings: _builtins.int = ...,
         read: _builtins.int = ...,
+        at: _builtins.float = ...,
+        timestamps: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["netns", b"netns"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounting", b"accounting", "consistent", b"consistent", "duplicates", b"duplicates", "lost", b"lost", "netns", b"netns", "read", b"read", "readings", b"readings", "sent", b"sent", "tracked", b"tracked", "truncated", b"truncated"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accounting", b"accounting", "at", b"at", "consistent", b"consistent", "duplicates", b"duplicates", "lost", b"lost", "netns", b"netns", "read", b"read", "readings", b"readings", "sent", b"sent", "timestamps", b"timestamps", "tracked", b"tracked", "truncated", b"truncated"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
