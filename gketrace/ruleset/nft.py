@@ -19,7 +19,17 @@ from gketrace.ruleset.model import BaseChain, ChainType, Rule, Ruleset
 from gketrace.ruleset.nft_text import rule_text
 from gketrace.trace import Citation, Hook, Source
 
-__all__ = ["Json", "NftChain", "NftRule", "NftRuleset", "NftSet", "Span", "TableText"]
+__all__ = [
+    "NO_TESTS",
+    "Json",
+    "NftChain",
+    "NftRule",
+    "NftRuleset",
+    "NftSet",
+    "NftTest",
+    "Span",
+    "TableText",
+]
 
 Json: TypeAlias = Any
 """What `json.loads` gives: libnftables-json(5) is the schema."""
@@ -38,16 +48,30 @@ _NAT: Final = re.compile(rb'"(?:dnat|snat)": \{(?:"family": "(ip6?)")?')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NftTest:
+    """A comparison that the kernel makes, and that nft may take for part of what is behind it."""
+
+    statement: Json
+    """As nft would print it."""
+    after: int
+    """How many of the rule's statements that change something come before it."""
+
+
+NO_TESTS: Final[Mapping[int, tuple[NftTest, ...]]] = {}
+_CHANGES: Final = frozenset(("mangle", "set", "map", "notrack"))
+"""Statements that change the packet, its connection or a set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NftRule(Rule):
     """One rule; `Rule.matches` and `target` are empty, `statements` says it all."""
 
     statements: tuple[Json, ...]
-    """In the order in which the kernel runs them."""
+    """In the order in which the kernel runs them, with the tests that nft may leave out."""
     handle: int | None = None
     comment: str = ""
 
-    @property
-    def citation(self) -> Citation:
+    def _cite(self) -> Citation:
         return Citation(
             source=Source.RULE,
             text=self.text,
@@ -125,9 +149,27 @@ class NftChain:
 class NftRuleset(Ruleset):
     """One table of ``nft -j list ruleset``.  Made by `parse_nft_json`."""
 
-    __slots__ = ("_base", "_chains", "_index", "_needs", "_sets", "memo", "text", "unmodelled")
+    __slots__ = (
+        "_base",
+        "_chains",
+        "_index",
+        "_needs",
+        "_sets",
+        "_tests",
+        "memo",
+        "text",
+        "unmodelled",
+    )
 
-    def __init__(self, *, text: bytes, index: TableText, source: str, taken_at: float) -> None:
+    def __init__(
+        self,
+        *,
+        text: bytes,
+        index: TableText,
+        source: str,
+        taken_at: float,
+        tests: Mapping[int, tuple[NftTest, ...]] = NO_TESTS,
+    ) -> None:
         super().__init__(
             backend="nftables",
             family=_FAMILIES[index.family],
@@ -137,6 +179,7 @@ class NftRuleset(Ruleset):
         self.text: Final = text
         """The whole JSON text that the table is part of."""
         self._index = index
+        self._tests = tests
         self._chains: dict[str, NftChain] = {}
         self._sets: dict[str, NftSet | None] = {}
         self._needs: tuple[bool, bool] | None = None
@@ -233,6 +276,8 @@ class NftRuleset(Ruleset):
         if not isinstance(body, dict) or not isinstance(body.get("expr"), list):
             raise ParseError("not a rule", source=self.source, line=0, text=json.dumps(item)[:200])
         statements = tuple(body["expr"])
+        handle = body.get("handle")
+        tests = self._tests.get(handle, ()) if isinstance(handle, int) else ()
         comment = str(body.get("comment", ""))
         packets = size = None
         for statement in statements:
@@ -250,8 +295,8 @@ class NftRuleset(Ruleset):
             text=rule_text(statements, comment, self.nft_family),
             packets=packets,
             bytes=size,
-            statements=statements,
-            handle=body.get("handle"),
+            statements=_with_tests(statements, tests),
+            handle=handle if isinstance(handle, int) else None,
             comment=comment,
         )
 
@@ -306,6 +351,27 @@ class NftRuleset(Ruleset):
             chains.sort(key=lambda base: base.priority)
             ordered[hook] = tuple(chains)
         return ordered, tuple(strange)
+
+
+def _with_tests(statements: tuple[Json, ...], tests: tuple[NftTest, ...]) -> tuple[Json, ...]:
+    """The tests as early as nothing that stands before them has changed anything.
+
+    One that nft has printed, too, is then made twice, which does no harm.
+    """
+    if not tests:
+        return statements
+    waiting = list(tests)
+    whole: list[Json] = []
+    changes = 0
+    for statement in (*statements, None):
+        while waiting and waiting[0].after <= changes:
+            whole.append(waiting.pop(0).statement)
+        if statement is not None:
+            whole.append(statement)
+            changes += isinstance(statement, dict) and not _CHANGES.isdisjoint(statement)
+    # Fewer changes than the kernel makes: nft has not printed all.
+    whole = [{"unlisted": test.statement} for test in waiting] + whole
+    return tuple(whole)
 
 
 def _types(value: Json) -> tuple[str, ...]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 from gketrace.errors import ParseError
-from gketrace.ruleset.nft import Json, NftRuleset, Span, TableText
+from gketrace.ruleset.nft import NO_TESTS, Json, NftRuleset, NftTest, Span, TableText
 
 __all__ = ["NftTables", "parse_nft_json"]
 
@@ -50,8 +51,16 @@ class _Table:
     sets: dict[str, Span] = field(default_factory=dict)
 
 
-def parse_nft_json(text: bytes, *, source: str, taken_at: float) -> NftTables:
-    """Raises `ParseError` with `source` and the offending text, in any kind of wrong input.
+def parse_nft_json(
+    text: bytes,
+    *,
+    source: str,
+    taken_at: float,
+    tests: Mapping[int, tuple[NftTest, ...]] = NO_TESTS,
+) -> NftTables:
+    """`tests`: rule handle → what nft may have left out; then the text must be of one table.
+
+    Raises `ParseError` with `source` and the offending text, in any kind of wrong input.
 
     What stands inside rules and sets is parsed later, when it is asked for, and may raise then.
     """
@@ -83,7 +92,9 @@ def parse_nft_json(text: bytes, *, source: str, taken_at: float) -> NftTables:
                 rules={chain: _runs(spans) for chain, spans in found.rules.items()},
                 sets=found.sets,
             )
-            ruleset = NftRuleset(text=text, index=index, source=source, taken_at=taken_at)
+            ruleset = NftRuleset(
+                text=text, index=index, source=source, taken_at=taken_at, tests=tests
+            )
             made.append(ruleset)
             unmodelled += ruleset.unmodelled
         elif found.rules and family != "arp":

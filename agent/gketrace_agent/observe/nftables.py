@@ -6,13 +6,15 @@ Source: kernel net/netfilter/nf_tables_api.c; nftables src/json.c.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 from gketrace.errors import GketraceError
 from gketrace.snapshot import Maybe, Unavailable
+from gketrace_agent.kernel.netlink import NetlinkSocket
 from gketrace_agent.kernel.nfnetlink import NftTable
+from gketrace_agent.kernel.nft_tests import FAMILIES, NftTests, nft_tests
 from gketrace_agent.kernel.process import Child, collect, find_program, start
 from gketrace_agent.observe.iptables import IPTABLES_TABLES, Programs
 
@@ -33,13 +35,22 @@ class NftablesDump:
     """The command, without the table."""
     taken_at: float
     """Seconds since the epoch."""
+    tests: Mapping[NftTable, NftTests] = field(default_factory=dict)
+    """What nft may have left out, of the tables that are simulated."""
 
 
 class NftablesReading:
     """Dumps under way; `finish` or `abandon` them."""
 
-    def __init__(self, programs: Programs, tables: Sequence[NftTable], generation: int) -> None:
+    def __init__(
+        self,
+        programs: Programs,
+        netfilter: NetlinkSocket,
+        tables: Sequence[NftTable],
+        generation: int,
+    ) -> None:
         self._programs = programs
+        self._netfilter = netfilter
         self._tables = tuple(t for t in tables if not _is_iptables(t))
         self._generation = generation
         self._taken_at = time.time()
@@ -69,6 +80,12 @@ class NftablesReading:
         if not self._tables:
             return None
         texts: list[Maybe[bytes]]
+        # While nft is at work.
+        tests = {
+            table: nft_tests(self._netfilter, table)
+            for table in self._tables
+            if table.family in FAMILIES
+        }
         if self._why:
             texts = [Unavailable(reason=self._why) for _ in self._tables]
         else:
@@ -82,6 +99,7 @@ class NftablesReading:
                     texts.append(result.stdout)
         return NftablesDump(
             tables=tuple(zip(self._tables, texts, strict=True)),
+            tests=tests,
             generation=self._generation,
             source=" ".join(self._command),
             taken_at=self._taken_at,
@@ -93,7 +111,7 @@ def _is_iptables(table: NftTable) -> bool:
 
 
 def start_nftables(
-    programs: Programs, tables: Sequence[NftTable], generation: int
+    programs: Programs, netfilter: NetlinkSocket, tables: Sequence[NftTable], generation: int
 ) -> NftablesReading:
     """Starts nft for each of `tables` that iptables-nft does not own, inside the namespace."""
-    return NftablesReading(programs, tables, generation)
+    return NftablesReading(programs, netfilter, tables, generation)

@@ -27,7 +27,12 @@ def make_rulesets(
             continue
         source = f"{nftables.source} {table}"
         try:
-            tables = parse_nft_json(text, source=source, taken_at=nftables.taken_at)
+            tables = parse_nft_json(
+                text,
+                source=source,
+                taken_at=nftables.taken_at,
+                tests=nftables.tests.get(table, {}),
+            )
         except ParseError as error:
             made.append(Unavailable(reason=f"nftables table {table}: {error}"))
             continue

@@ -264,7 +264,9 @@ class _Run:
         reader, programs = self._reader, self._observer.programs
         iptables = start_iptables(reader, programs, cache=self._observer.dumps, fresh=self._fresh)
         try:
-            nftables = start_nftables(programs, iptables.tables, iptables.generation or 0)
+            nftables = start_nftables(
+                programs, reader.netfilter, iptables.tables, iptables.generation or 0
+            )
         except BaseException:
             iptables.abandon()
             raise
