@@ -88,7 +88,9 @@ def parse_iptables_save(
     if position != len(text):
         raise _error("not a line of iptables-save", text, position, source)
     if table is not None:
-        raise _error(f"table {table.name} has no COMMIT: cut short", text, len(text) - 1, source)
+        raise _error(
+            f"table {table.name} has no COMMIT: cut short", text, len(text.rstrip()) - 1, source
+        )
     if not tables and not notes and not empty_ok:
         if text.strip():
             raise _error("no table in it", text, len(text) - len(text.lstrip()), source)

@@ -166,7 +166,7 @@ class ConntrackMatch(Match):
             status_negated=status is not None and status.negated,
             expire=interval(expire.value, 0xFFFFFFFF) if expire else None,
             expire_negated=expire is not None and expire.negated,
-            direction=Direction[direction.value.upper()] if direction else None,
+            direction=_parse_direction(direction.value) if direction else None,
             direction_negated=direction is not None and direction.negated,
         )
 
@@ -233,6 +233,12 @@ class ConntrackMatch(Match):
         if self.direction is not None:
             text += f" {negation(self.direction_negated)}--ctdir {self.direction.value}"
         return text
+
+
+def _parse_direction(text: str) -> Direction:
+    if text.upper() not in Direction.__members__:
+        raise ValueError(f"no such direction: {text}")
+    return Direction[text.upper()]
 
 
 def _parse_status(text: str) -> int:

@@ -16,7 +16,7 @@ from gketrace.ruleset.options import Option, integer, quote
 from gketrace.simulate.evolve import evolve
 from gketrace.simulate.matches.base import by_name, negation, only_options
 from gketrace.simulate.matches.fields import DSCP_CLASSES, parse_tos
-from gketrace.simulate.state import Environment, PacketState
+from gketrace.simulate.state import Environment, PacketState, VerdictKind
 from gketrace.simulate.targets.base import Effect, pass_on
 from gketrace.simulate.tracking import template
 from gketrace.trace import StepAction
@@ -218,23 +218,31 @@ class CtTarget(Target):
     notrack: bool
     zone: int | None
     """None: the default zone; -1: the packet's mark."""
+    one_way: bool = False
+    """Its zone is that of one direction: the other has another one."""
 
     @classmethod
     def parse(cls, options: tuple[Option, ...], family: int) -> Self:
         found = by_name(options)
-        if {"--zone-orig", "--zone-reply"} & set(found):
-            raise ValueError("zones of one direction are not modelled")
         zone = found.get("--zone")
         number = None
         if zone is not None:
             number = -1 if zone.value == "mark" else integer(zone.value, 0, 65535)
-        return cls(options=options, notrack="--notrack" in found, zone=number)
+        one_way = bool({"--zone-orig", "--zone-reply"} & set(found))
+        return cls(options=options, notrack="--notrack" in found, zone=number, one_way=one_way)
 
     def apply(self, state: PacketState, env: Environment) -> Effect:
         if self.notrack:
             return _untrack(state)
         if _attached(state):
             return pass_on(state, "tracking is settled already: nothing changes")
+        if self.one_way:
+            return Effect(
+                action=StepAction.UNKNOWN,
+                state=state,
+                verdict=VerdictKind.UNKNOWN,
+                note="conntrack zones of one direction are not simulated",
+            )
         zone = self.zone or 0
         ct = template(state.packet.family, max(zone, 0))
         note = "conntrack zone " + ("of the packet's mark" if zone < 0 else str(zone))

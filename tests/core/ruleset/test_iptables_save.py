@@ -153,6 +153,7 @@ def test_iptables_nft_hangs_security_behind_nat(backend: str, priority: int) -> 
     [
         (b"", 0, "nothing in it"),
         (b"*filter\n:INPUT ACCEPT [0:0]\n", 2, "no COMMIT"),
+        (b"\n*filter\n\n \n", 2, "no COMMIT"),
         (b"*filter\n:INPUT ACCEPT [0:0]\n-A INP", 3, "no COMMIT"),
         (b"*filter\n*nat\nCOMMIT\n", 2, "begins before COMMIT"),
         (b"-A INPUT -j DROP\n", 1, "outside of a table"),
