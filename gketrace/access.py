@@ -83,6 +83,8 @@ METHODS: Final[Mapping[str, Need]] = {
     "GetInfo": Need(verb="get", sub="info", call_class=CallClass.QUICK),
     "ResolvePod": Need(verb="get", sub="routes", call_class=CallClass.QUICK),
     "GetNetns": Need(verb="get", sub="routes", call_class=CallClass.READ),
+    # All of the node and its pods at once, so there is no part of it for less.
+    "Snapshot": Need(verb="get", sub="snapshot", call_class=CallClass.READ),
     "GetRules": Need(verb="get", sub="iptables", call_class=CallClass.READ),
     "ListConntrack": Need(verb="get", sub="conntrack", call_class=CallClass.READ, scoped=True),
     "FollowConntrack": Need(verb="get", sub="conntrack", call_class=CallClass.FOLLOW, scoped=True),
