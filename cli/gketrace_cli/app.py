@@ -11,7 +11,7 @@ from typing import Annotated, Final
 import typer
 
 from gketrace_cli import __version__
-from gketrace_cli.commands import connections, conntrack, pod, rules, service, trace
+from gketrace_cli.commands import check, connections, conntrack, pod, rules, service, trace
 from gketrace_cli.options import Options, with_options
 
 __all__ = ["app"]
@@ -56,10 +56,12 @@ app: Final = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
 )
 app.callback()(_root)
+app.command("check", epilog=EPILOG)(with_options(check.check))
 app.command("connections", epilog=EPILOG)(with_options(connections.connections))
 app.command("conntrack", cls=conntrack.ConntrackCommand, epilog=EPILOG)(
     with_options(conntrack.conntrack)
 )
+app.command("explain", epilog=EPILOG)(with_options(check.explain))
 app.command("pod", epilog=EPILOG)(with_options(pod.pod))
 app.command("rules", epilog=EPILOG)(with_options(rules.rules))
 app.command("service", epilog=EPILOG)(with_options(service.service))
