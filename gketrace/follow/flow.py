@@ -1,0 +1,59 @@
+"""The entries of one connection, as far as they have come."""
+
+from __future__ import annotations
+
+from gketrace.follow.entries import Seen
+
+__all__ = ["Flow"]
+
+
+class Flow:
+    """Entries that tuples put together, of one generation.  Mutable; the joiner's own."""
+
+    __slots__ = ("changed", "done", "merged", "number", "opened", "seen", "told_at", "waiting")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        """In the order in which they were first heard of."""
+        self.seen: list[Seen] = []
+        self.changed = 0.0
+        self.opened = False
+        """Told as open."""
+        self.waiting = False
+        """Told as unanswered."""
+        self.done = False
+        """Told as closed: what else comes of it is no news."""
+        self.told_at = 0.0
+        self.merged: Flow | None = None
+        """The one that it became part of."""
+
+    @property
+    def began(self) -> float | None:
+        return min((one.began for one in self.seen if one.began is not None), default=None)
+
+    @property
+    def first_heard(self) -> float:
+        return min(one.began if one.began is not None else one.changed for one in self.seen)
+
+    @property
+    def over_at(self) -> float | None:
+        """When the first place saw its end; None: none has."""
+        return min((one.over_at for one in self.seen if one.over_at is not None), default=None)
+
+    @property
+    def over(self) -> bool:
+        return all(one.over_at is not None for one in self.seen)
+
+    @property
+    def replied(self) -> bool:
+        return any(one.replied for one in self.seen)
+
+    def rival(self, other: Seen) -> Seen | None:
+        """An entry of the same place with one of the other's tuples, which are unique in a table:
+        so the two are of different times."""
+        for one in self.seen:
+            if one.place == other.place and (
+                one.taken == other.taken or one.let_out == other.let_out
+            ):
+                return one
+        return None

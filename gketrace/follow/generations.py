@@ -1,0 +1,135 @@
+"""Which connection an entry is of, among those that use or used its tuples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from gketrace.connections import TupleKey, inverted_key
+from gketrace.follow.entries import Seen
+from gketrace.follow.flow import Flow
+
+__all__ = ["Generations"]
+
+
+class Generations:
+    """Flows by the tuples of their entries."""
+
+    def __init__(self, skew: float) -> None:
+        """`skew`: seconds by which the times of two places may differ."""
+        self._skew = skew
+        self._by_key: dict[TupleKey, list[Flow]] = {}
+        self._of: dict[Seen, Flow] = {}
+
+    def flow(self, one: Seen) -> Flow | None:
+        """The one that it was put to; None: that one is dropped."""
+        return self._of.get(one)
+
+    def place(self, one: Seen, at: float, fresh: Flow) -> tuple[Flow, list[Flow]]:
+        """Puts an entry to its connection, or to `fresh`; also those that it showed to be the same
+        one, and that are no more."""
+        around = self._around(one)
+        found = [flow for flow in around if self._fits(flow, one)]
+        flow = self._choose(found, one, at) if found else fresh
+        self._add(flow, one)
+        gone = []
+        for other in found:
+            if other is not flow and self._same_time(flow, other):
+                flow, less = self._merge(flow, other)
+                gone.append(less)
+        if len(found) < len(around):
+            self._adopt(flow, one, around)
+        return flow, gone
+
+    def drop(self, flow: Flow) -> None:
+        """Forgets it."""
+        self._unindex(flow, flow.seen)
+        for one in flow.seen:
+            self._of.pop(one, None)
+
+    def _choose(self, found: list[Flow], one: Seen, at: float) -> Flow:
+        """The one that was there when this began; of several, the youngest."""
+        begun = [flow for flow in found if flow.first_heard <= at + self._skew]
+        if one.began is None:  # when it began is not known: those that are as far as it is
+            over = one.over_at is not None
+            begun = [flow for flow in begun if (flow.over_at is not None) == over] or begun
+        return max(begun, key=_age) if begun else min(found, key=_age)
+
+    def _around(self, one: Seen) -> list[Flow]:
+        keys = {_either_way(one.taken), _either_way(one.let_out)}
+        found = {flow.number: flow for key in keys for flow in self._by_key.get(key, ())}
+        return list(found.values())
+
+    def _fits(self, flow: Flow, one: Seen) -> bool:
+        if flow.rival(one) is not None:
+            return False
+        over = flow.over_at
+        return over is None or one.began is None or one.began <= over + self._skew
+
+    def _same_time(self, one: Flow, other: Flow) -> bool:
+        """Whether two connections that an entry has shown to be on one way are one."""
+        if any(other.rival(seen) is not None for seen in one.seen):
+            return False
+        first, second = sorted((one, other), key=_age)
+        over = first.over_at
+        return over is None or second.first_heard <= over + self._skew
+
+    def _adopt(self, flow: Flow, one: Seen, around: Iterable[Flow]) -> None:
+        """Takes entries over that came before this one and were put to the connection that used the
+        tuple before, for want of this."""
+        if one.began is None:
+            return
+        for earlier in around:
+            old = earlier.rival(one)
+            if earlier is flow or earlier.done or old is None or old.began is None:
+                continue
+            for seen in list(earlier.seen):
+                late = seen.began is not None and seen.began >= one.began - self._skew
+                early = seen.began is not None and seen.began > old.began + self._skew
+                if seen is not old and late and early and flow.rival(seen) is None:
+                    earlier.seen.remove(seen)
+                    self._add(flow, seen)
+
+    def _add(self, flow: Flow, one: Seen) -> None:
+        flow.seen.append(one)
+        self._of[one] = flow
+        for key in {_either_way(one.taken), _either_way(one.let_out)}:
+            flows = self._by_key.setdefault(key, [])
+            if flow not in flows:
+                flows.append(flow)
+
+    def _merge(self, one: Flow, other: Flow) -> tuple[Flow, Flow]:
+        """Two that turned out to be one; what was told of either was told of it."""
+        stay, go = (
+            (other, one)
+            if (other.done, -other.number) > (one.done, -one.number)
+            else (
+                one,
+                other,
+            )
+        )
+        for seen in go.seen:
+            self._add(stay, seen)
+        stay.opened |= go.opened
+        stay.waiting |= go.waiting
+        go.merged = stay
+        go.seen = []
+        self._unindex(go, stay.seen)
+        return stay, go
+
+    def _unindex(self, flow: Flow, seen: Sequence[Seen]) -> None:
+        for one in seen:
+            for key in (_either_way(one.taken), _either_way(one.let_out)):
+                flows = self._by_key.get(key)
+                if flows is not None and flow in flows:
+                    flows.remove(flow)
+                    if not flows:
+                        del self._by_key[key]
+
+
+def _age(flow: Flow) -> float:
+    return flow.first_heard
+
+
+def _either_way(key: TupleKey) -> TupleKey:
+    """The same for a tuple and for its answers': an answer may have made the entry."""
+    return min(key, inverted_key(key))

@@ -1,0 +1,475 @@
+"""Events of many places → a record of each connection as it opens, changes and closes.
+
+Within one place events come in order, perhaps some twice, perhaps some not at all; between places
+in any order.  What puts entries together is their tuples.  A tuple is used again, so an entry
+belongs to that connection of its tuple which was there when the entry began.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from itertools import count
+from typing import Final
+
+from gketrace.connections import (
+    Connection,
+    Place,
+    PlaceEntries,
+    TupleKey,
+    join_connections,
+    record_keys,
+)
+from gketrace.conntrack_records import HAS_COUNTERS, STATE_NAMES, Record
+from gketrace.follow.entries import POLLED, EventKind, Seen, Sight
+from gketrace.follow.flow import Flow
+from gketrace.follow.generations import Generations
+from gketrace.follow.outcome import UNANSWERED_AFTER, Judgement, judge
+from gketrace.packet import IPAddress
+
+__all__ = ["Followed", "Joiner", "Limits", "Phase", "Step"]
+
+
+class Phase(Enum):
+    """Why a connection is told."""
+
+    OPENED = "opened"
+    """It has been open for a while."""
+    UNANSWERED = "unanswered"
+    """Nobody has answered for a while; it may still be."""
+    CLOSED = "closed"
+    """It is over: the record of it."""
+    STILL_OPEN = "still open"
+    """The following ended before it did, or there were too many: the record of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds of memory, and how long to wait.  Seconds."""
+
+    flows: int = 100_000
+    """Connections that are not over; beyond that, the one that changed least recently is told."""
+    remembered: int = 1_000_000
+    """Entries of connections that were told, whose last events must not be taken for news."""
+    remember_for: float = 180.0
+    """TIME_WAIT is 120 s."""
+    settle: float = 0.3
+    """From the end of a connection to its record, at least: other places' events come later."""
+    settle_at_most: float = 3.0
+    """… and at most, when a place is silent or has missed the end."""
+    late: float = 5.0
+    """How long after its record a connection still takes in what comes of it."""
+    opened_after: float = 1.0
+    unanswered_after: float = UNANSWERED_AFTER + 0.5
+    skew: float = 0.25
+    """By which the clocks of two places differ, and the time until an event is read."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Followed:
+    """One connection at one moment."""
+
+    number: int
+    """In the order of their beginning; the same in each phase."""
+    phase: Phase
+    connection: Connection
+    sights: tuple[Sight, ...]
+    """Of the connection's halves, in their order."""
+    judgement: Judgement
+    began: float | None
+    """None: before it was followed."""
+    ended: float | None
+    """None: it is not over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One event, for those who want each."""
+
+    number: int
+    at: float
+    place: Place
+    kind: EventKind
+    polled: bool
+    state: str
+
+
+class _Here:
+    """One place."""
+
+    __slots__ = ("complete", "counts", "heard", "live", "met", "recovering")
+
+    def __init__(self) -> None:
+        self.counts = False
+        """Its kernel counts packets and bytes."""
+        self.recovering = False
+        """Events were lost, and the table has not been read since."""
+        self.heard = 0.0
+        """By its clock: everything before has come."""
+        self.complete = False
+        """All that is there is known."""
+        self.live: dict[tuple[Place, TupleKey, int], Seen] = {}
+        """Entries that were not destroyed, by their original tuple and zone."""
+        self.met: set[tuple[Place, TupleKey, int]] = set()
+        """Those of a reading of the whole table that is under way, or that came since."""
+
+
+class Joiner:
+    """Feed it; ask `told` for what is new.  For one thread."""
+
+    def __init__(
+        self,
+        *,
+        owner: Callable[[IPAddress], str] = lambda _: "",
+        limits: Limits | None = None,
+        steps: bool = False,
+    ) -> None:
+        """`owner` as for `join_connections`.  `steps`: keep each event for `steps`."""
+        self._owner = owner
+        self._limits: Final = limits or Limits()
+        self._places: dict[Place, _Here] = {}
+        self._flows: dict[int, Flow] = {}
+        self._generations = Generations(self._limits.skew)
+        self._over: dict[int, float] = {}
+        """Entries that were told, by a hash of them: until when they are remembered."""
+        self._over_order: list[tuple[float, int]] = []
+        self._due: list[tuple[float, int, Flow]] = []
+        self._next = 1
+        self._ties = count()
+        self._steps: list[Step] | None = [] if steps else None
+        self._told: list[Followed] = []
+        self.forgotten = 0
+        """Connections that were told before their end, for want of room."""
+
+    # what comes in
+
+    def feed(self, place: Place, at: float, kinds: bytes, records: Iterable[Record]) -> None:
+        """Events of one place, a byte of `kinds` for each of `records`: `EventKind`, plus `POLLED`.
+
+        Raises ValueError for a kind that is none.
+        """
+        here = self._here(place)
+        here.heard = max(here.heard, at)
+        for kind, record in zip(kinds, records, strict=True):
+            taken, let_out = record_keys(record)
+            key = (place, taken, record.zone)
+            one = self._event(here, key, let_out, kind & ~POLLED, record, at)
+            if self._steps is not None and one is not None:
+                self._keep_step(one, kind, at)
+
+    def heard(self, place: Place, at: float, *, counts: bool = False) -> None:
+        """The place is there, and all its events until `at` have been fed; `counts`: its kernel
+        counts packets and bytes, so whoever feeds it will `count` the entries of `uncounted`."""
+        here = self._here(place)
+        here.heard = max(here.heard, at)
+        here.counts = counts
+
+    def read_whole(self, place: Place, at: float) -> None:
+        """All entries of the place have been fed as EXISTING since `lose`, or since it is followed:
+        what was not among them has ended unseen."""
+        here = self._here(place)
+        for key, one in list(here.live.items()):
+            if key not in here.met:
+                del here.live[key]
+                one.vanish(at)
+                self._changed(one, at)
+        here.met = set()
+        here.complete = True
+        here.recovering = False
+
+    def lose(self, place: Place, at: float) -> None:
+        """Events of the place were lost: what is open there may have changed or ended."""
+        here = self._here(place)
+        here.complete = False
+        here.recovering = True
+        here.met = set()
+        here.heard = max(here.heard, at)
+        for one in here.live.values():
+            one.lossy = True
+
+    def leave(self, place: Place) -> None:
+        """The place is not followed any more."""
+        here = self._places.pop(place, None)
+        for one in here.live.values() if here is not None else ():
+            one.lossy = True
+
+    def count(self, place: Place, records: Iterable[Record]) -> None:
+        """Packets and bytes, as read from the table after the events that were fed."""
+        here = self._here(place)
+        for record in records:
+            if not record.has & HAS_COUNTERS:
+                continue
+            taken, _ = record_keys(record)
+            one = here.live.get((place, taken, record.zone))
+            if one is not None and one.record.id == record.id:
+                one.count(record)
+
+    # what comes out
+
+    def told(self, now: float) -> list[Followed]:
+        """What is news by `now`."""
+        self._forget(now)
+        while self._due and self._due[0][0] <= now:
+            _, _, flow = heapq.heappop(self._due)
+            if flow.merged is not None:
+                continue
+            if not flow.done:
+                self._consider(flow, now)
+            elif flow.told_at <= now - self._limits.late:
+                self._drop(flow, now)
+        while len(self._flows) > self._limits.flows:
+            oldest = min(self._flows.values(), key=lambda flow: flow.changed)
+            self.forgotten += 1
+            self._tell(oldest, Phase.STILL_OPEN, now)
+        news, self._told = self._told, []
+        return news
+
+    def finish(self, now: float) -> list[Followed]:
+        """The records of all that is not over, after those that are."""
+        for flow in list(self._flows.values()):
+            self._tell(flow, Phase.CLOSED if flow.over_at is not None else Phase.STILL_OPEN, now)
+        news, self._told = self._told, []
+        return news
+
+    def steps(self) -> list[Step]:
+        """The events since the last time; empty without ``steps=True``."""
+        found = self._steps or []
+        if self._steps is not None:
+            self._steps = []
+        return found
+
+    @property
+    def open(self) -> int:
+        """Connections that have not been told as closed."""
+        return len(self._flows)
+
+    def uncounted(self) -> frozenset[Place]:
+        """Places with entries of connections that are over and wait for their counters."""
+        return frozenset(
+            one.place
+            for flow in self._flows.values()
+            if flow.over_at is not None
+            for one in flow.seen
+            if self._counters_due(one)
+        )
+
+    def _counters_due(self, one: Seen) -> bool:
+        here = self._places.get(one.place)
+        return not one.counted and one.ended is None and here is not None and here.counts
+
+    # one event
+
+    def _event(
+        self,
+        here: _Here,
+        key: tuple[Place, TupleKey, int],
+        let_out: TupleKey,
+        kind: int,
+        record: Record,
+        at: float,
+    ) -> Seen | None:
+        """The entry that it is about; None: one that is not followed any more."""
+        known = here.live.get(key)
+        if known is not None and known.record.id != record.id:
+            if kind == EventKind.DESTROY:
+                return None  # of an earlier one, whose tuple is used again
+            known.vanish(at)
+            self._changed(known, at)
+            known = None
+        if kind == EventKind.DESTROY:
+            return self._ended(here, known, key, let_out, record, at)
+        if kind not in (EventKind.NEW, EventKind.UPDATE, EventKind.EXISTING):
+            raise ValueError(f"{kind} is no kind of event")
+        here.met.add(key)
+        if known is None:
+            token = _token(key, record)
+            if kind == EventKind.NEW:
+                self._over.pop(token, None)
+            elif token in self._over:
+                return None
+            known = Seen(key[0], key, let_out, record, at, at if kind == EventKind.NEW else None)
+            known.old = (
+                kind == EventKind.EXISTING and not here.recovering and known.over_at is not None
+            )
+            here.live[key] = known
+            self._place(known, at)
+        elif kind == EventKind.NEW:
+            # A second time, or after a reading of the table that had it already.
+            if known.began is None:
+                known.began = at
+        else:
+            known.update(record, at)
+            self._changed(known, at)
+        return known
+
+    def _ended(
+        self,
+        here: _Here,
+        known: Seen | None,
+        key: tuple[Place, TupleKey, int],
+        let_out: TupleKey,
+        record: Record,
+        at: float,
+    ) -> Seen | None:
+        here.met.discard(key)
+        token = _token(key, record)
+        told = token in self._over
+        self._remember(token, at + self._limits.late)  # it may come twice
+        if known is not None:
+            del here.live[key]
+            known.end(record, at)
+            self._changed(known, at)
+        elif not told:
+            known = Seen(key[0], key, let_out, record, at, None)
+            known.end(record, at)
+            self._place(known, at)
+        return known
+
+    def _place(self, one: Seen, at: float) -> None:
+        flow, gone = self._generations.place(one, at, Flow(self._next))
+        if flow.number == self._next:
+            self._flows[flow.number] = flow
+            self._next += 1
+        for other in gone:
+            self._flows.pop(other.number, None)
+        self._look(flow, at)
+
+    def _changed(self, one: Seen, at: float) -> None:
+        flow = self._generations.flow(one)
+        if flow is not None:
+            self._look(flow, at)
+
+    # when to tell
+
+    def _look(self, flow: Flow, at: float) -> None:
+        """Something about it changed."""
+        flow.changed = max(flow.changed, at)
+        if flow.done:
+            return
+        limits = self._limits
+        if flow.over_at is not None:
+            self._wait(flow, at + limits.settle)
+        elif not flow.replied and not flow.waiting:
+            self._wait(flow, at + limits.unanswered_after)
+        elif flow.replied and not flow.opened:
+            self._wait(flow, at + limits.opened_after)
+
+    def _wait(self, flow: Flow, until: float) -> None:
+        heapq.heappush(self._due, (until, next(self._ties), flow))
+
+    def _consider(self, flow: Flow, now: float) -> None:
+        limits = self._limits
+        over_at = flow.over_at
+        if over_at is not None:
+            since = now - max(one.over_at or 0.0 for one in flow.seen)
+            settled = flow.over and since >= limits.settle and self._all_told(flow, over_at)
+            if settled or now - over_at >= limits.settle_at_most:
+                self._tell(flow, Phase.CLOSED, now)
+            else:
+                self._wait(flow, now + limits.settle)
+        elif not flow.replied:
+            if not flow.waiting and now - flow.first_heard >= limits.unanswered_after:
+                flow.waiting = True
+                self._told += self._records(flow, Phase.UNANSWERED, now)
+        elif not flow.opened and now - flow.first_heard >= limits.opened_after:
+            flow.opened = True
+            self._told += self._records(flow, Phase.OPENED, now)
+
+    def _all_told(self, flow: Flow, until: float) -> bool:
+        """Whether no place can have more to say of what was before `until`, and every entry whose
+        counters can be had has them."""
+        return all(
+            here.heard >= until + self._limits.skew for here in self._places.values()
+        ) and not any(map(self._counters_due, flow.seen))
+
+    def _tell(self, flow: Flow, phase: Phase, now: float) -> None:
+        """Its record; from then on it is only remembered."""
+        flow.done, flow.told_at = True, now
+        del self._flows[flow.number]
+        if not all(one.old for one in flow.seen):
+            self._told += self._records(flow, phase, now)
+        self._wait(flow, now + self._limits.late)
+
+    def _drop(self, flow: Flow, now: float) -> None:
+        """Keeps of it only what its last events are known by."""
+        until = now + self._limits.remember_for
+        self._generations.drop(flow)
+        for one in flow.seen:
+            here = self._places.get(one.place)
+            if one.ended is None and here is not None and here.live.get(one.key) is one:
+                del here.live[one.key]
+                self._remember(_token(one.key, one.record), until)
+
+    def _remember(self, token: int, until: float) -> None:
+        self._over[token] = until
+        heapq.heappush(self._over_order, (until, token))
+
+    def _forget(self, now: float) -> None:
+        order = self._over_order
+        while order and (order[0][0] <= now or len(self._over) > self._limits.remembered):
+            until, token = heapq.heappop(order)
+            if self._over.get(token) == until:
+                del self._over[token]
+
+    def _records(self, flow: Flow, phase: Phase, now: float) -> list[Followed]:
+        """Usually one; several where the entries do not say what belongs together."""
+        by_place: dict[Place, list[Record]] = {place: [] for place in self._places}
+        by_record: dict[int, Seen] = {}
+        for one in flow.seen:
+            by_place.setdefault(one.place, []).append(one.record)
+            by_record[id(one.record)] = one
+        tables = [
+            PlaceEntries(
+                place=place,
+                entries=records,
+                complete=(here := self._places.get(place)) is not None and here.complete,
+            )
+            for place, records in by_place.items()
+        ]
+        found = []
+        for connection in join_connections(tables, self._owner):
+            seen = [by_record[id(half.seen)] for half in connection.halves]
+            sights = tuple(one.sight() for one in seen)
+            begun = [one.began for one in seen if one.began is not None]
+            over = [one.over_at for one in seen if one.over_at is not None]
+            found.append(
+                Followed(
+                    number=flow.number,
+                    phase=phase,
+                    connection=connection,
+                    sights=sights,
+                    judgement=judge(connection, sights, now=now, protocol=seen[0].record.protocol),
+                    began=min(begun, default=None),
+                    ended=max(over, default=None) if phase is Phase.CLOSED else None,
+                )
+            )
+        return found
+
+    def _keep_step(self, one: Seen, kind: int, at: float) -> None:
+        assert self._steps is not None
+        flow = self._generations.flow(one)
+        if flow is None or flow.done:
+            return
+        state = one.record.state
+        self._steps.append(
+            Step(
+                number=flow.number,
+                at=at,
+                place=one.place,
+                kind=EventKind(kind & ~POLLED),
+                polled=bool(kind & POLLED),
+                state=STATE_NAMES[state] if state < len(STATE_NAMES) else "",
+            )
+        )
+
+    def _here(self, place: Place) -> _Here:
+        here = self._places.get(place)
+        if here is None:
+            here = self._places[place] = _Here()
+        return here
+
+
+def _token(key: tuple[Place, TupleKey, int], record: Record) -> int:
+    return hash((key, record.id))

@@ -1,0 +1,378 @@
+"""Connections followed live, over synthetic clusters whose connections are known."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gketrace.connections import Place
+from gketrace.conntrack import ConntrackEntry, CtStatus
+from gketrace.conntrack_records import Record, record_of
+from gketrace.follow.entries import EventKind
+from gketrace.follow.joiner import Followed, Joiner, Limits, Phase
+from gketrace.follow.outcome import Outcome
+from gketrace.packet import Tuple5
+from tests.core.test_connections import tuple5
+
+NEW, UPDATE, DESTROY, EXISTING = EventKind
+ANSWERED = CtStatus.SEEN_REPLY | CtStatus.CONFIRMED
+A, B, C = (Place(node=name) for name in ("a", "b", "c"))
+IP = {A: "10.142.0.1", B: "10.142.0.2", C: "10.142.0.3"}
+POD = {A: "10.40.0.6", B: "10.40.1.6", C: "10.40.2.6"}
+RECORDS = (Phase.CLOSED, Phase.STILL_OPEN)
+
+
+def owner(address: object) -> str:
+    names = {**{ip: p.node for p, ip in IP.items()}, **{ip: p.node for p, ip in POD.items()}}
+    return names.get(str(address), "")
+
+
+def record(
+    taken: Tuple5, let_out: Tuple5, state: str, *, id: int, replied: bool = True, timeout: int = 120
+) -> Record:
+    made = record_of(
+        ConntrackEntry(
+            orig=taken,
+            reply=let_out.inverted(),
+            status=ANSWERED if replied else CtStatus.CONFIRMED,
+            tcp_state=state,
+            timeout=timeout or None,
+            id=id,
+        )
+    )
+    assert made is not None
+    return made
+
+
+@dataclass
+class Script:
+    """What the kernels do, in true time."""
+
+    events: dict[Place, list[tuple[float, EventKind, Record]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
+    truth: dict[tuple[Place, int], int] = field(default_factory=dict)
+    """Place and CTA_ID → connection."""
+    live: dict[tuple[Place, Tuple5], tuple[float, int, Record]] = field(default_factory=dict)
+    connections: int = 0
+    ids: int = 0
+
+    def connect(
+        self,
+        at: float,
+        ways: list[tuple[Place, Tuple5, Tuple5]],
+        fate: str = "closed",
+        length: float = 0.05,
+        died: int = 9,
+    ) -> None:
+        """`ways`: place, what it takes in, what it lets out; `died`: places that it reaches."""
+        number = self.connections
+        self.connections += 1
+        for step, (place, taken, let_out) in enumerate(ways[:died]):
+            self.ids += 1
+            self.truth[place, self.ids] = number
+            key = place, taken
+            begin = at + 0.0002 * step
+            if key in self.live:
+                since, _, old = self.live.pop(key)
+            else:
+                since, old = -1000.0, None
+            if old is not None and since + 120 > begin:
+                gone = self.events[place]
+                gone[:] = [e for e in gone if not (e[1] is DESTROY and e[2].id == old.id)]
+                assert since < begin
+                gone.append((begin - 0.00001, DESTROY, old))
+            states = {
+                "closed": "SYN_RECV ESTABLISHED FIN_WAIT LAST_ACK TIME_WAIT",
+                "reset": "SYN_RECV ESTABLISHED CLOSE",
+                "open": "SYN_RECV ESTABLISHED",
+            }.get(fate, "").split()
+            made = record(taken, let_out, "SYN_SENT", id=self.ids, replied=False)
+            mine = [(begin, NEW, made)]
+            for index, state in enumerate(states, 1):
+                now = begin + (length if index > 2 else 0.001) + 0.0003 * index
+                mine.append((now, UPDATE, record(taken, let_out, state, id=self.ids)))
+            last = mine[-1]
+            if fate == "refused":
+                mine.append((begin + 0.0004, DESTROY, replace_timeout(last[2], 119)))
+            elif fate != "open":
+                self.live[key] = last[0], self.ids, replace_timeout(last[2], 0)
+                mine.append((last[0] + 120, DESTROY, replace_timeout(last[2], 0)))
+            self.events[place] += mine
+
+    def ordered(self, place: Place) -> list[tuple[float, EventKind, Record]]:
+        return sorted(self.events[place], key=lambda event: event[0])
+
+
+def replace_timeout(one: Record, timeout: int) -> Record:
+    return one._replace(timeout=timeout, has=one.has if timeout else one.has & ~1)
+
+
+def node_port(
+    client: str, port: int, first: Place, last: Place
+) -> list[tuple[Place, Tuple5, Tuple5]]:
+    taken = tuple5(client, port, IP[first], 30080)
+    hidden = tuple5(IP[first], port, POD[last], 8080)
+    if first == last:
+        return [(first, taken, tuple5(POD[last].rsplit(".", 1)[0] + ".1", port, POD[last], 8080))]
+    return [(first, taken, hidden), (last, hidden, hidden)]
+
+
+def cluster_ip(source: Place, port: int, last: Place) -> list[tuple[Place, Tuple5, Tuple5]]:
+    client = POD[source].rsplit(".", 1)[0] + ".9"
+    taken = tuple5(client, port, "10.43.0.1", 80)
+    behind = tuple5(client, port, POD[last], 8080)
+    return [(source, taken, behind)] + ([] if source == last else [(last, behind, behind)])
+
+
+def play(
+    script: Script,
+    *,
+    rng: random.Random | None = None,
+    delay: float = 0.0,
+    doubled: float = 0.0,
+    lost: tuple[Place, float, float] | None = None,
+    until: float = 300.0,
+    limits: Limits | None = None,
+) -> list[Followed]:
+    """Feeds a joiner; `delay`: of each place at most, `lost`: nothing comes from it in between."""
+    rng = rng or random.Random(0)
+    joiner = Joiner(owner=owner, limits=limits)
+    arriving: list[tuple[float, int, Place, float, str, list[tuple[EventKind, Record]]]] = []
+    last = max((event[0] for events in script.events.values() for event in events), default=0.0)
+    end = min(until, last + 10)
+    for place in (A, B, C):
+        late = rng.uniform(0, delay)
+        table: dict[int, Record] = {}
+        arriving.append((0.0, -1, place, 0.0, "whole", []))
+        resync = None if lost is None or lost[0] != place else lost[2] + 0.5
+        number = 0
+        for at, kind, one in script.ordered(place):
+            if resync is not None and at > resync:
+                arriving.append(_table(place, resync, late, number, table))
+                resync = None
+            table.pop(one.id, None)
+            if kind is not DESTROY:
+                table[one.id] = one
+            if lost is not None and lost[0] == place and lost[1] <= at < lost[2]:
+                if not any(a[4] == "lose" for a in arriving):
+                    arriving.append((lost[1] + late, number, place, lost[1], "lose", []))
+                continue
+            number += 1
+            times = 2 if rng.random() < doubled else 1
+            arriving.append((at + late, number, place, at, "", [(kind, one)] * times))
+        if resync is not None:
+            arriving.append(_table(place, resync, late, number, table))
+        arriving += [(t + late, 1 << 30, place, float(t), "heard", []) for t in range(int(end))]
+    told: list[Followed] = []
+    for arrives, _, place, at, what, events in sorted(arriving, key=lambda one: one[:2]):
+        if arrives > until:
+            break
+        if what == "lose":
+            joiner.lose(place, at)
+        joiner.feed(place, at, bytes(kind for kind, _ in events), [one for _, one in events])
+        if what == "whole":
+            joiner.read_whole(place, at)
+        told += joiner.told(arrives)
+    return [*told, *joiner.finish(until)]
+
+
+def _table(
+    place: Place, at: float, late: float, number: int, table: dict[int, Record]
+) -> tuple[float, int, Place, float, str, list[tuple[EventKind, Record]]]:
+    return at + late, number, place, at, "whole", [(EXISTING, one) for one in table.values()]
+
+
+def connections_of(script: Script, one: Followed) -> list[int]:
+    return [script.truth[half.place, half.entry.id or 0] for half in one.connection.halves]
+
+
+def random_script(rng: random.Random, count: int) -> Script:
+    """Connections from few ports, so that tuples are used again, though not at once."""
+    script = Script()
+    used: dict[tuple[Place, Tuple5], float] = {}
+    at = 1.0
+    for _ in range(count):
+        at += rng.uniform(0, 0.5)
+        first, last = rng.choice((A, B, C)), rng.choice((A, B, C))
+        port = rng.randrange(40000, 40003)
+        client = f"203.0.113.{rng.randrange(1, 4)}"
+        ways = node_port(client, port, first, last)
+        if rng.random() < 0.4:
+            ways = cluster_ip(first, port, last)
+        keys = [(place, t) for place, *ends in ways for t in ends]
+        free = max((used.get(key, 0.0) for key in keys), default=0.0)
+        at = max(at, free)
+        fate = rng.choice(("closed", "closed", "closed", "reset", "refused", "unanswered"))
+        length = rng.choice((0.01, 0.2, 3.0))
+        # A client that gave up may use its port again while its entry waits for an answer: that
+        # would be the same entry.
+        rest = {"unanswered": 125.0, "refused": 1.0}.get(fate, length + 1.0)
+        used |= dict.fromkeys(keys, at + rest)
+        script.connect(
+            at, ways, fate, length, died=rng.choice((1, 9)) if fate == "unanswered" else 9
+        )
+    return script
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1 << 32))
+def test_each_connection_is_one_record(seed: int) -> None:
+    rng = random.Random(seed)
+    script = random_script(rng, 40)
+    found = [
+        one
+        for one in play(script, rng=rng, delay=1.5, doubled=0.2, until=3000.0)
+        if one.phase in RECORDS
+    ]
+    numbers = [connections_of(script, one) for one in found]
+    assert all(len(set(one)) == 1 for one in numbers)
+    assert sorted(one[0] for one in numbers) == list(range(script.connections))
+    halves = [(half.place, half.entry.id) for one in found for half in one.connection.halves]
+    assert sorted(map(str, halves)) == sorted(map(str, script.truth))
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1 << 32))
+def test_what_is_lost_makes_no_second_record(seed: int) -> None:
+    rng = random.Random(seed)
+    script = random_script(rng, 40)
+    begin = rng.uniform(1, 15)
+    lost = rng.choice((A, B, C)), begin, begin + rng.uniform(0.1, 4)
+    found = [
+        one
+        for one in play(script, rng=rng, delay=0.1, lost=lost, until=3000.0)
+        if one.phase in RECORDS
+    ]
+    told = [n for one in found for n in set(connections_of(script, one))]
+    assert len(told) == len(set(told)), "two records of one connection"
+    assert all(len(set(connections_of(script, one))) == 1 for one in found)
+    unseen = set(range(script.connections)) - set(told)
+    places = {n: {p for (p, _), m in script.truth.items() if m == n} for n in unseen}
+    assert all(where == {lost[0]} for where in places.values())
+
+
+def one_record(script: Script, **more: object) -> Followed:
+    found = [one for one in play(script, **more) if one.phase in RECORDS]  # type: ignore[arg-type]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_a_node_port_over_two_nodes() -> None:
+    script = Script()
+    script.connect(5.0, node_port("203.0.113.9", 40000, A, B), length=2.0)
+    told = play(script)
+    assert [one.phase for one in told] == [Phase.OPENED, Phase.CLOSED]
+    assert [half.place for half in told[1].connection.halves] == [A, B]
+    assert told[1].judgement.outcome is Outcome.CLOSED
+    assert told[1].began == 5.0
+    assert round((told[1].ended or 0) - 5.0, 1) == 2.0
+    assert told[1].sights[0].states == (
+        "SYN_SENT", "SYN_RECV", "ESTABLISHED", "FIN_WAIT", "LAST_ACK", "TIME_WAIT"
+    )  # fmt: skip
+
+
+def test_a_syn_that_died_behind_the_first_node() -> None:
+    script = Script()
+    script.connect(5.0, node_port("203.0.113.9", 40000, A, B), "unanswered", died=1)
+    told = play(script)
+    assert [one.phase for one in told] == [Phase.UNANSWERED, Phase.CLOSED]
+    for one in told:
+        assert one.judgement.outcome is Outcome.UNANSWERED
+        assert one.judgement.failed
+        assert (one.judgement.last, one.judgement.next_node) == (A, "b")
+
+
+def test_a_refused_connection_is_told_at_once() -> None:
+    script = Script()
+    script.connect(5.0, node_port("203.0.113.9", 40000, A, B), "refused")
+    one = one_record(script, until=8.0)
+    assert one.judgement.outcome is Outcome.REFUSED
+    assert "119 s before its time" in one.judgement.because
+
+
+def test_a_reset_connection() -> None:
+    script = Script()
+    script.connect(5.0, node_port("203.0.113.9", 40000, A, A), "reset")
+    assert one_record(script).judgement.outcome is Outcome.RESET
+
+
+def test_one_that_outlasts_the_following_is_told_at_its_end() -> None:
+    script = Script()
+    script.connect(5.0, cluster_ip(A, 40000, B), "open")
+    one = one_record(script)
+    assert (one.phase, one.judgement.outcome) == (Phase.STILL_OPEN, Outcome.OPEN)
+    assert one.ended is None
+
+
+def test_an_answer_that_one_node_has_not_seen() -> None:
+    script = Script()
+    taken = node_port("203.0.113.9", 40000, A, B)
+    script.connect(5.0, taken, "unanswered")
+    answered = record(*taken[1][1:], "SYN_RECV", id=2)
+    script.events[B].append((5.001, UPDATE, answered))
+    one = one_record(script, until=20.0)
+    assert one.judgement.outcome is Outcome.NO_RETURN
+    assert one.judgement.because == "b has seen an answer, a has not"
+
+
+def test_what_was_over_before_is_no_news() -> None:
+    joiner = Joiner(owner=owner)
+    _, taken, let_out = node_port("203.0.113.9", 40000, A, A)[0]
+    over = record(taken, let_out, "TIME_WAIT", id=1)
+    joiner.feed(A, 1.0, bytes([EXISTING]), [over])
+    joiner.read_whole(A, 1.0)
+    assert joiner.told(10.0) == []
+    joiner.feed(A, 60.0, bytes([DESTROY]), [replace_timeout(over, 0)])
+    assert joiner.told(80.0) == []
+    assert joiner.finish(90.0) == []
+
+
+def test_a_reading_after_a_loss_tells_what_ended_meanwhile() -> None:
+    joiner = Joiner(owner=owner)
+    _, taken, let_out = node_port("203.0.113.9", 40000, A, A)[0]
+    joiner.feed(A, 1.0, bytes([NEW]), [record(taken, let_out, "SYN_SENT", id=1, replied=False)])
+    joiner.feed(A, 1.1, bytes([UPDATE]), [record(taken, let_out, "ESTABLISHED", id=1)])
+    joiner.lose(A, 2.0)
+    joiner.read_whole(A, 4.0)
+    (one,) = (f for f in joiner.told(10.0) if f.phase is Phase.CLOSED)
+    assert one.judgement.outcome is Outcome.UNSEEN
+    assert not one.sights[0].complete
+
+
+def test_memory_is_bounded_and_says_so() -> None:
+    limits = Limits(flows=10, remembered=20)
+    script = Script()
+    for number in range(50):
+        way = node_port(f"203.0.113.{number}", 40000 + number, A, B)
+        script.connect(1.0 + number / 100, way, "open")
+    joiner_told = play(script, limits=limits, until=30.0)
+    numbers = [one.number for one in joiner_told if one.phase in RECORDS]
+    assert sorted(numbers) == list(range(1, 51))
+
+
+def test_counters_are_waited_for() -> None:
+    joiner = Joiner(owner=owner)
+    _, taken, let_out = node_port("203.0.113.9", 40000, A, A)[0]
+    joiner.heard(A, 0.9, counts=True)
+    joiner.feed(A, 1.0, bytes([NEW]), [record(taken, let_out, "SYN_SENT", id=1, replied=False)])
+    over = record(taken, let_out, "TIME_WAIT", id=1)
+    joiner.feed(A, 1.1, bytes([UPDATE]), [over])
+    joiner.heard(A, 2.4, counts=True)
+    assert joiner.told(2.5) == []
+    assert joiner.uncounted() == {A}
+    counted = record_of(
+        replace(
+            ConntrackEntry(orig=taken, reply=let_out.inverted(), id=1),
+            orig_packets=6, orig_bytes=400, reply_packets=5, reply_bytes=900,
+        )
+    )  # fmt: skip
+    assert counted is not None
+    joiner.count(A, [counted])
+    (one,) = joiner.told(3.2)
+    assert one.sights[0].counted
+    assert one.connection.halves[0].entry.reply_bytes == 900
