@@ -12,14 +12,16 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from gketrace.errors import ExitCode
 from gketrace.packet import protocol_name
 from gketrace.trace import FAILURE, SUCCESS, Disposition, Missing, Path
-from gketrace_cli.frontdoors import Question
-from gketrace_cli.liveness import LiveReading
-from gketrace_cli.podreport import PodReport
+
+if TYPE_CHECKING:
+    from gketrace_cli.frontdoors import Question
+    from gketrace_cli.liveness import LiveReading
+    from gketrace_cli.podreport import PodReport
 
 __all__ = [
     "Answer",

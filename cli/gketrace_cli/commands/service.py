@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -12,10 +12,16 @@ from gketrace_cli.options import Options
 
 if TYPE_CHECKING:
     from gketrace_cli.frontdoors import Question, Sender
+    from gketrace_cli.liveness import LiveReading
     from gketrace_cli.objects import Endpoint, Service
     from gketrace_cli.session import Session
 
 __all__ = ["Via", "find_service", "parse_service_name", "service"]
+
+
+_BESIDE: Final = 16
+"""Of a cluster with up to so many nodes the session has read all pods and greeted all agents before
+the first question, so that connections can be read while packets are followed."""
 
 
 class Via(str, Enum):
@@ -65,7 +71,7 @@ def service(
     from gketrace_cli.liveness import live_document, read_live
     from gketrace_cli.names import find_node, short_names
     from gketrace_cli.senders import resolve_sender
-    from gketrace_cli.session import Session
+    from gketrace_cli.session import Session, background
 
     doors = {
         Via.CLUSTERIP: Door.CLUSTER_IP,
@@ -87,10 +93,18 @@ def service(
         for sender in senders:
             if sender.pod is not None:
                 session.pods.add(sender.pod)
-        result = Asker(session, services=(found,)).ask(asked)
+        asker = Asker(session, services=(found,))
+
+        def look() -> LiveReading:
+            fleet = session.fleet
+            there = [name for name in fleet.nodes if fleet.agent(name).info]
+            return read_live(session, found, endpoints, there)
+
+        few = len(nodes) <= _BESIDE and session.fleet.nodes
+        reading = background(look, "live") if few else None
+        result = asker.ask(asked)
         session.progress.say("reading live connections")
-        there = [name for name in session.fleet.nodes if session.fleet.agent(name).info]
-        live = read_live(session, found, endpoints, there)
+        live = reading.result() if reading is not None else look()
         session.progress.clear()
     from gketrace_cli.render.connections import draw_live
     from gketrace_cli.render.documents import dump
