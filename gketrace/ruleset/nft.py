@@ -219,6 +219,10 @@ class NftRuleset(Ruleset):
             known = self._chains[name] = NftChain(self, name)
         return known
 
+    def has_rules(self, chain: str) -> bool:
+        """Without parsing them."""
+        return bool(self._index.rules.get(chain))
+
     def set(self, name: str) -> NftSet | None:
         """The named set or map; None: there is none.  Raises `ParseError`."""
         if name not in self._sets:

@@ -9,9 +9,10 @@ from typing import Final, TypeAlias
 
 from gketrace.packet import IPAddress, Packet
 from gketrace.simulate.evolve import evolve
-from gketrace.simulate.namespace import Namespace, Station
+from gketrace.simulate.namespace import Namespace
 from gketrace.simulate.routing import RouteDecision
 from gketrace.simulate.state import PacketState
+from gketrace.simulate.station import Station
 from gketrace.snapshot import ConntrackView, Link, Maybe, NodeView, Unavailable
 from gketrace.trace import (
     Citation,
@@ -35,6 +36,8 @@ __all__ = [
     "Way",
     "end",
     "enter_hook",
+    "followed_by",
+    "joined",
     "on",
     "step",
     "unknown",
@@ -153,6 +156,26 @@ class Way:
 def on(cursor: Cursor, *steps: Step) -> tuple[Way, ...]:
     """The only way on."""
     return (Way(cursor=cursor, steps=steps),)
+
+
+def followed_by(first: Way, then: Way) -> Way:
+    """`then` as it follows on `first`."""
+    chance: Fraction | None = None
+    if first.chance is not None and then.chance is not None:
+        chance = first.chance * then.chance
+    return evolve(
+        then,
+        steps=first.steps + then.steps,
+        flows=first.flows + then.flows,
+        missing=first.missing + then.missing,
+        chance=chance,
+        because=joined(first.because, then.because),
+    )
+
+
+def joined(*parts: str) -> str:
+    """What was drawn or assumed, one thing after the other."""
+    return ", ".join(part for part in parts if part)
 
 
 def enter_hook(cursor: Cursor, hook: Hook, then: Stage) -> Cursor:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import IntEnum
 from typing import Final
 
 from gketrace.packet import IPAddress, Packet
 from gketrace.ruleset import BaseChain, Ruleset
 from gketrace.ruleset.model import ChainType
+from gketrace.simulate.order import in_order
 from gketrace.simulate.routing import Fib
 from gketrace.simulate.state import Ternary
+from gketrace.simulate.station import Station, StationKind
 from gketrace.snapshot import (
     IpSet,
     Link,
@@ -22,35 +22,7 @@ from gketrace.snapshot import (
 )
 from gketrace.trace import Citation, Hook, NetnsRef, Source
 
-__all__ = ["Namespace", "Station", "StationKind", "cite_link"]
-
-
-class StationKind(IntEnum):
-    """What stands on a hook; the numbers order stations of one priority."""
-
-    CONNTRACK = 0
-    """nf_conntrack_in."""
-    CHAIN = 1
-    """A base chain that filters or mangles."""
-    NAT_CHAIN = 2
-    """A base chain of type nat: asked until one of them has settled this side's NAT."""
-    NAT = 3
-    """nf_nat_packet: what was settled is carried out."""
-    CONFIRM = 4
-    """nf_conntrack_confirm: the entry enters the table."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Station:
-    """One thing that a packet meets on a hook."""
-
-    kind: StationKind
-    priority: int
-    """enum nf_ip_hook_priorities; for chains of type nat that of the nat hook itself."""
-    order: int = 0
-    """For NAT_CHAIN: the chain's own priority, which orders it among them."""
-    ruleset: Ruleset | None = None
-    chain: BaseChain | None = None
+__all__ = ["Namespace", "cite_link"]
 
 
 _LAST: Final = 2**31 - 1
@@ -113,8 +85,7 @@ class Namespace:
                             chain=chain,
                         )
                     )
-            found.sort(key=lambda s: (s.priority, s.kind, s.order))
-            known = self._stations[hook, family] = tuple(found)
+            known = self._stations[hook, family] = in_order(found)
         return known
 
     def tracks(self, family: int) -> bool:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Final
 
 from gketrace.conntrack import CtState, CtStatus
 from gketrace.packet import IPAddress, Tuple5
 from gketrace.ruleset.model import ChainType
 from gketrace.simulate import nat, tracking
-from gketrace.simulate.cursor import Context, Cursor, Way, end, on, step, unknown
+from gketrace.simulate.cursor import (
+    Context,
+    Cursor,
+    Way,
+    end,
+    followed_by,
+    joined,
+    on,
+    step,
+    unknown,
+)
 from gketrace.simulate.evolve import evolve
-from gketrace.simulate.namespace import Station, StationKind
 from gketrace.simulate.routes import reroute
 from gketrace.simulate.state import (
     Alternative,
@@ -22,6 +30,8 @@ from gketrace.simulate.state import (
     PacketState,
     VerdictKind,
 )
+from gketrace.simulate.station import Station, StationKind
+from gketrace.simulate.ties import run_tie
 from gketrace.simulate.traversal import traverse
 from gketrace.snapshot import Unavailable
 from gketrace.trace import (
@@ -56,7 +66,7 @@ def run_station(context: Context, cursor: Cursor) -> tuple[Way, ...]:
 
 def _idle(kind: StationKind, ct: CtInfo | None, manip: nat.Manip | None) -> bool:
     """Whether a station has nothing to do with a packet that is tracked so."""
-    if kind is StationKind.CHAIN:
+    if kind is StationKind.CHAIN or kind is StationKind.TIE:
         return False
     if kind is StationKind.CONNTRACK:
         # nf_conntrack_in(): "Previously seen (loopback or untracked)? Ignore."
@@ -113,7 +123,7 @@ def _chain(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...
             and station.chain.hook is Hook.OUTPUT
             and _routes_differently(cursor.state, alternative.state)
         ):
-            ways += [_after(way, further) for further in reroute(after)]
+            ways += [followed_by(way, further) for further in reroute(after)]
         else:
             ways.append(way)
     return tuple(ways)
@@ -128,21 +138,6 @@ def _routes_differently(before: PacketState, after: PacketState) -> bool:
     """ipt_mangle_out() and nf_route_table_hook4(): what makes them call ip_route_me_harder()."""
     old, new = before.packet, after.packet
     return (old.src, old.dst, old.mark, old.dscp) != (new.src, new.dst, new.mark, new.dscp)
-
-
-def _after(first: Way, then: Way) -> Way:
-    """`then` as it follows on `first`."""
-    chance: Fraction | None = None
-    if first.chance is not None and then.chance is not None:
-        chance = first.chance if then.chance == 1 else first.chance * then.chance
-    return evolve(
-        then,
-        steps=first.steps + then.steps,
-        flows=first.flows + then.flows,
-        missing=first.missing + then.missing,
-        chance=chance,
-        because=_joined(first.because, then.because),
-    )
 
 
 _STOPS: Final = {
@@ -173,8 +168,8 @@ def _stopped(cursor: Cursor, alternative: Alternative) -> list[Way]:
         # nf_reinject(): accepted packets go on with the next thing on the hook.
         accepted = "if the program that it is queued to lets it pass unchanged"
         onward = Way(cursor=cursor, steps=alternative.steps, chance=chance, because=because)
-        ways.append(evolve(onward, chance=None, because=_joined(because, accepted)))
-        chance, because = None, _joined(because, "if that program does something else with it")
+        ways.append(evolve(onward, chance=None, because=joined(because, accepted)))
+        chance, because = None, joined(because, "if that program does something else with it")
     detail = verdict.detail or {
         VerdictKind.QUEUE: "handed to a program in user space; what that does is not known",
         VerdictKind.STOLEN: "taken by the rule's target; what becomes of it is not known",
@@ -190,10 +185,6 @@ def _stopped(cursor: Cursor, alternative: Alternative) -> list[Way]:
         )
     )
     return ways
-
-
-def _joined(*parts: str) -> str:
-    return ", ".join(part for part in parts if part)
 
 
 def _conntrack(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...]:
@@ -298,7 +289,9 @@ def _nat_chain(context: Context, cursor: Cursor, station: Station) -> tuple[Way,
             ways.append(way)
         else:
             citation = request.citation or alternative.verdict.citation
-            ways += [_after(way, further) for further in _settle(context, after, request, citation)]
+            ways += [
+                followed_by(way, further) for further in _settle(context, after, request, citation)
+            ]
     return tuple(ways)
 
 
@@ -386,7 +379,7 @@ def _nat(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...]:
     way = Way(cursor=after, steps=(done,))
     if state.hook is Hook.OUTPUT and packet.dst != state.packet.dst:
         # nf_nat_ipv4_local_fn(): a new destination is routed anew.
-        return tuple(_after(way, further) for further in reroute(after))
+        return tuple(followed_by(way, further) for further in reroute(after))
     return (way,)
 
 
@@ -404,10 +397,21 @@ def _confirm(context: Context, cursor: Cursor, station: Station) -> tuple[Way, .
     return (Way(cursor=after, flows=(flow,)),)
 
 
+def _tie(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...]:
+    return run_tie(cursor, station, lambda here, one: _one(context, here, one))
+
+
+def _one(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...]:
+    if _idle(station.kind, cursor.state.ct, nat.MANIP_AT.get(cursor.state.hook)):
+        return on(cursor)
+    return _RUN[station.kind](context, cursor, station)
+
+
 _RUN: Final[dict[StationKind, Callable[[Context, Cursor, Station], tuple[Way, ...]]]] = {
     StationKind.CONNTRACK: _conntrack,
     StationKind.CHAIN: _chain,
     StationKind.NAT_CHAIN: _nat_chain,
     StationKind.NAT: _nat,
     StationKind.CONFIRM: _confirm,
+    StationKind.TIE: _tie,
 }

@@ -50,6 +50,7 @@ def table(
     hook: str = "prerouting",
     kind: str = "filter",
     policy: str = "accept",
+    priority: int = 0,
 ) -> NftRuleset:
     """A table ``t`` with base chain ``base``; a rule is a list of statements."""
     named = {"family": family, "table": "t"}
@@ -58,7 +59,7 @@ def table(
     for item in objects:
         ((what, body),) = item.items()
         items.append({what: {"family": family, "name": body["name"], "table": "t", **body}})
-    base = {"type": kind, "hook": hook, "prio": 0, "policy": policy}
+    base = {"type": kind, "hook": hook, "prio": priority, "policy": policy}
     items.append({"chain": {**named, "name": "base", "handle": 2, **base}})
     bodies = {"base": list(rules), **(chains or {})}
     items += [{"chain": {**named, "name": name, "handle": 3}} for name in chains or ()]
