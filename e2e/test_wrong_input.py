@@ -211,9 +211,17 @@ def test_forbidden(lab: Lab, fail: Callable[..., None]) -> None:
 
 def test_forbidden_to_list_pods(lab: Lab, fail: Callable[..., None]) -> None:
     """No right to look for agents: said, with the way round it."""
-    fail(path="/api/v1/pods", status=403, message="pods is forbidden")
+    pods = "/api/v1/namespaces/gketrace-system/pods"
+    fail(path=pods, status=403, message="pods is forbidden")
     ran = run_cli(lab, "service", "web")
     refused(ran, ExitCode.FORBIDDEN, "cannot look for agents", "--agent NODE=ADDR")
+
+
+def test_forbidden_to_ask_as_the_default_account(lab: Lab, fail: Callable[..., None]) -> None:
+    path = "/api/v1/namespaces/gketrace-system/serviceaccounts/gketrace-user/token"
+    fail(path=path, status=403, message="serviceaccounts/token is forbidden")
+    ran = run_cli(lab, "pod", "web-0")
+    refused(ran, ExitCode.FORBIDDEN, "no token for ServiceAccount", "auth can-i")
 
 
 # -- what changes or is not understood -------------------------------------------------------------

@@ -21,6 +21,7 @@ from typing import Any, Final, TypeVar
 import grpc
 from google.protobuf.message import Message
 
+from gketrace.access import HIDDEN_HEADER
 from gketrace.errors import (
     GketraceError,
     TimeoutExceeded,
@@ -30,6 +31,7 @@ from gketrace.errors import (
 )
 from gketrace.topology import SeenAddress
 from gketrace.trace import Missing
+from gketrace_cli.agent_access import AgentAccess
 from gketrace_cli.objects import Pod
 from gketrace_cli.portforward import PortForwards, Target, Way
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
@@ -60,6 +62,8 @@ class Agent:
     stub: AgentStub
     way: Way | None = None
     """The port-forward it goes through."""
+    access: AgentAccess | None = None
+    """How it is told who asks; None: it is not."""
     info: pb.GetInfoReply | None = None
     """Set once it has answered."""
 
@@ -81,6 +85,8 @@ class Fleet:
         self._agents: dict[str, Agent] = {}
         self._missing: dict[str, GketraceError] = {}
         self._forwards: PortForwards | None = None
+        self.hidden: dict[str, str] = {}
+        """Node → what its agent said that this caller may not see."""
 
     def __enter__(self) -> Fleet:
         return self
@@ -101,11 +107,27 @@ class Fleet:
 
     # reaching them
 
-    def add_address(self, node: str, address: str, how: str = "--agent") -> None:
-        """An agent at HOST:PORT or unix:///PATH.  Nothing is sent yet."""
-        self._add(node, address, how, None)
+    def add_address(
+        self,
+        node: str,
+        address: str,
+        how: str = "--agent",
+        *,
+        access: AgentAccess | None = None,
+    ) -> None:
+        """An agent at HOST:PORT or unix:///PATH.  Nothing is sent to it yet.
 
-    def add_pods(self, pods: Sequence[Pod], *, forwards: PortForwards | None) -> None:
+        `access` None: in the clear, as to a unix socket, where no one is asked for a token.
+        """
+        self._add(node, address, how, None, access)
+
+    def add_pods(
+        self,
+        pods: Sequence[Pod],
+        *,
+        forwards: PortForwards | None,
+        access: AgentAccess | None = None,
+    ) -> None:
         """Agents' pods: through `forwards`, or directly at the pod's address when it is None.
 
         A node that has an address already keeps it.  The fleet closes `forwards`.
@@ -130,17 +152,28 @@ class Fleet:
             for node, target in targets.items():
                 ip = next(iter(chosen[node].pod_ips), "")
                 address = f"[{ip}]:{target.port}" if ":" in ip else f"{ip}:{target.port}"
-                self._add(node, address, f"direct, pod {chosen[node].key}", None)
+                self._add(node, address, f"direct, pod {chosen[node].key}", None, access)
             return
         for node, way in zip(targets, forwards.open(list(targets.values())), strict=True):
-            self._add(node, way.address, f"port-forward, pod {chosen[node].key}", way)
+            self._add(node, way.address, f"port-forward, pod {chosen[node].key}", way, access)
 
-    def _add(self, node: str, address: str, how: str, way: Way | None) -> None:
+    def _add(
+        self, node: str, address: str, how: str, way: Way | None, access: AgentAccess | None
+    ) -> None:
         target = address.replace("unix:///", "unix:/") if address.startswith("unix:") else address
-        channel = grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
+        if access is None:
+            channel = grpc.insecure_channel(target, options=_CHANNEL_OPTIONS)
+        else:
+            channel = access.channel(node, target, _CHANNEL_OPTIONS)
         self._missing.pop(node, None)
         self._agents[node] = Agent(
-            node=node, address=address, how=how, channel=channel, stub=AgentStub(channel), way=way
+            node=node,
+            address=address,
+            how=how,
+            channel=channel,
+            stub=AgentStub(channel),
+            way=way,
+            access=access,
         )
 
     def greet(self, nodes: Iterable[str] | None = None) -> None:
@@ -241,6 +274,8 @@ class Fleet:
                 answers[key] = error
             else:
                 queues.setdefault(node, deque()).append(key)
+        for node, failed in self._prepare(queues).items():
+            answers |= dict.fromkeys(queues.pop(node), failed)
         ended: SimpleQueue[tuple[K, Any, float]] = SimpleQueue()
 
         def start(key: K) -> None:
@@ -262,11 +297,30 @@ class Fleet:
                 # A stream's call has a result() too, which waits for an end that never comes.
                 streamed = not hasattr(getattr(self._agents[node].stub, method), "future")
                 answers[key] = list(running) if streamed else running.result()
+                self._note(node, running)
             except grpc.RpcError as error:
                 answers[key] = self.explain(node, error, time.monotonic() - begun)
             if queues[node]:
                 start(queues[node].popleft())
         return {key: answers[key] for key in calls}
+
+    def _prepare(self, nodes: Iterable[str]) -> dict[str, GketraceError]:
+        """Gets tokens for these agents beforehand; those that there are none for, and why."""
+        accesses: dict[AgentAccess, list[str]] = {}
+        for node in nodes:
+            agent = self._agents.get(node)
+            if agent is not None and agent.access is not None:
+                accesses.setdefault(agent.access, []).append(node)
+        failed: dict[str, GketraceError] = {}
+        for access, names in accesses.items():
+            failed |= access.prepare(names)
+        return failed
+
+    def _note(self, node: str, call: Any) -> None:
+        """Keeps what the agent says that it hides from this caller."""
+        for key, value in call.initial_metadata() or ():
+            if key == HIDDEN_HEADER and isinstance(value, bytes):
+                self.hidden[node] = value.decode(errors="replace")
 
     def stream(self, calls: Mapping[K, tuple[str, str, Message]]) -> Iterator[tuple[K, Any]]:
         """Streaming calls (node, method, request) at the same time: each reply as it comes.
@@ -280,8 +334,12 @@ class Fleet:
 
         def read(key: K, replies: Any, begun: float) -> None:
             end: GketraceError | None = None
+            noted = False
             try:
                 for reply in replies:
+                    if not noted:
+                        self._note(calls[key][0], replies)
+                        noted = True
                     arrived.put((key, reply))
             except grpc.RpcError as error:
                 end = self.explain(calls[key][0], error, time.monotonic() - begun)
@@ -299,6 +357,10 @@ class Fleet:
             running[key] = thread, replies
             thread.start()
 
+        failed = self._prepare(dict.fromkeys(node for node, _, _ in calls.values()))
+        for key in [key for key in waiting if calls[key][0] in failed]:
+            waiting.remove(key)
+            yield key, failed[calls[key][0]]
         try:
             while waiting or running:
                 while waiting and len(running) < _STREAMS:

@@ -15,11 +15,14 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 
+from gketrace.access import AGENT_NAMESPACE, DEFAULT_ACCOUNT
 from gketrace.errors import UsageError
+from gketrace_cli.account import Account, parse_account
 
 __all__ = ["Color", "Connect", "Output", "Options", "parse_agents", "with_options"]
 
@@ -100,6 +103,38 @@ class Options:
         Connect | None,
         typer.Option("--connect", help="How to reach agents (default: port-forward)."),
     ] = None
+    as_serviceaccount: Annotated[
+        str | None,
+        typer.Option(
+            "--as-serviceaccount",
+            metavar="NS/NAME",
+            envvar="GKETRACE_AS_SERVICEACCOUNT",
+            show_envvar=False,
+            help="Ask agents as this ServiceAccount (default: gketrace-user of theirs).",
+        ),
+    ] = None
+    agent_namespace: Annotated[
+        str | None,
+        typer.Option(
+            "--agent-namespace",
+            metavar="NAME",
+            envvar="GKETRACE_AGENT_NAMESPACE",
+            show_envvar=False,
+            help=f"Where the agents are (default: {AGENT_NAMESPACE}).",
+        ),
+    ] = None
+    agent_ca: Annotated[
+        Path | None,
+        typer.Option(
+            "--agent-ca", metavar="FILE", help="Agents' CA (default: from their ConfigMap)."
+        ),
+    ] = None
+    plaintext: Annotated[
+        bool | None,
+        typer.Option(
+            "--plaintext", help="No TLS and no token, for agents started with --insecure."
+        ),
+    ] = None
     local: Annotated[
         bool | None,
         typer.Option("--local", help="Start an agent on this node for this one command."),
@@ -125,6 +160,18 @@ class Options:
         """These, and where one is not given, the outer one (given before the command)."""
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(outer, **{name: value for name, value in given.items() if value is not None})
+
+    @property
+    def agents_in(self) -> str:
+        """The agents' namespace."""
+        return self.agent_namespace or AGENT_NAMESPACE
+
+    @property
+    def account(self) -> Account:
+        """The ServiceAccount that agents are asked as.  Raises `UsageError`."""
+        if self.as_serviceaccount:
+            return parse_account(self.as_serviceaccount)
+        return Account(namespace=self.agents_in, name=DEFAULT_ACCOUNT)
 
     @property
     def format(self) -> Output:

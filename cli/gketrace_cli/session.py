@@ -26,6 +26,7 @@ from gketrace_cli.objects import Node, Pod
 from gketrace_cli.options import Connect, Options
 
 if TYPE_CHECKING:
+    from gketrace_cli.agent_access import AgentAccess
     from gketrace_cli.agents import Fleet
 
 __all__ = ["LABEL", "Pods", "Progress", "Session", "background"]
@@ -158,6 +159,8 @@ class Session:
     def close(self) -> None:
         self.progress.clear()
         if self._fleet is not None:
+            for note in self.hidden:
+                print(f"note: {note}", file=sys.stderr)  # noqa: T201
             self._fleet.close()
         for closer in reversed(self._closers):
             closer()
@@ -206,6 +209,16 @@ class Session:
     # the agents
 
     @property
+    def hidden(self) -> tuple[str, ...]:
+        """What agents said that this caller may not see."""
+        if self._fleet is None:
+            return ()
+        said: dict[str, list[str]] = {}
+        for node, text in self._fleet.hidden.items():
+            said.setdefault(text, []).append(node)
+        return tuple(f"{', '.join(sorted(nodes))}: {text}" for text, nodes in said.items())
+
+    @property
     def fleet(self) -> Fleet:
         """Raises: `GketraceError`."""
         if self._fleet is None:
@@ -217,7 +230,8 @@ class Session:
         """Runs in a thread of its own; imports grpc while the cluster answers."""
         found = None
         if not self.options.local:
-            found = background(lambda: self.cluster.pods(label_selector=LABEL), "agent-pods")
+            where = self.options.agents_in
+            found = background(lambda: self.cluster.pods(where, label_selector=LABEL), "agent-pods")
         from gketrace_cli.agents import Fleet
 
         fleet = Fleet(timeout=self.options.seconds)
@@ -242,10 +256,13 @@ class Session:
 
     def _add_found(self, fleet: Fleet, found: Future[tuple[Pod, ...]]) -> None:
         """The agents named by ``--agent``, then those found as pods."""
+        access = self._access()
         if self._given:
             nodes = self._nodes.result()
             for name, address in self._given.items():
-                fleet.add_address(find_node(name, nodes).name, address)
+                node = find_node(name, nodes).name
+                unix = address.startswith("unix:")
+                fleet.add_address(node, address, access=None if unix else access)
         pods: tuple[Pod, ...] = ()
         try:
             pods = found.result()
@@ -256,7 +273,8 @@ class Session:
                 ) from error
         if not pods and not fleet.nodes:
             raise UnavailableError(
-                f"no agent in the cluster (no pod labelled {LABEL})",
+                f"no agent in the cluster (no pod labelled {LABEL} in namespace "
+                f"{self.options.agents_in})",
                 hint="install the DaemonSet, give --agent NODE=ADDR, or use --local on a node",
             )
         forwards = None
@@ -264,7 +282,28 @@ class Session:
             from gketrace_cli.portforward import PortForwards
 
             forwards = PortForwards(self.cluster.api)
-        fleet.add_pods(pods, forwards=forwards)
+        if pods and access is not None:
+            try:
+                access.ca()
+            except GketraceError:
+                if forwards is not None:
+                    forwards.close()
+                raise
+        fleet.add_pods(pods, forwards=forwards, access=access)
+
+    def _access(self) -> AgentAccess | None:
+        """None: in the clear, and without a token."""
+        if self.options.plaintext:
+            return None
+        from gketrace_cli.agent_access import AgentAccess
+
+        return AgentAccess(
+            self.cluster.api,
+            namespace=self.options.agents_in,
+            account=self.options.account,
+            ca_file=self.options.agent_ca,
+            about=(self.namespace,),
+        )
 
     def reach(self, nodes: list[str]) -> None:
         """Connects the agents of these nodes, where that has not been done."""

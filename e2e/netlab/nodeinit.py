@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from e2e.netlab import linux
+from e2e.netlab.agentaccess import AgentFiles
 from e2e.netlab.errors import LabError
 from e2e.netlab.kubeproxy import serve_kube_proxy
 from e2e.netlab.machine import forget_mounts, quiet_ipv6, sysctl
@@ -374,7 +375,8 @@ class NodeInit:
         os.closerange(3, 256)
         argv = [str(self.agent), "serve", "--node-name", self.node.name]
         argv += ["--listen", f"unix://{AGENT_SOCKET}", "--listen", f"tcp://0.0.0.0:{AGENT_PORT}"]
-        argv += ["--insecure", "--log-file", "/run/gketrace/agent.log"]
+        argv += AgentFiles(self.folder / "agents").arguments()
+        argv += ["--log-file", "/run/gketrace/agent.log"]
         os.execv(argv[0], argv)
 
     def wait_for_agent(self) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from e2e.netlab import linux
+from e2e.netlab.agentaccess import API_INSIDE, AgentFiles, access_objects
 from e2e.netlab.apiserver import api_address, api_request
 from e2e.netlab.errors import LabError
 from e2e.netlab.machine import holder
@@ -96,6 +97,7 @@ class Supervisor:
 
     def build(self) -> None:
         self.save(complete=False)
+        self.agent_files().issue()
         self.start_machines()
         self.progress("machines: switch, router, clients, three nodes and their pods' sandboxes")
         self.start_api()
@@ -103,6 +105,9 @@ class Supervisor:
         self.progress(f"network: {self.config['topology']}; rules: {self.world.path.name}")
         self.wait_for_api()
         self.save(complete=True)
+
+    def agent_files(self) -> AgentFiles:
+        return AgentFiles(self.folder / "agents")
 
     def start_machines(self) -> None:
         (self.folder / "peers").mkdir(exist_ok=True)
@@ -181,6 +186,7 @@ class Supervisor:
             "name": self.config["name"],
             "state_dir": str(self.folder),
             "objects_dir": str(self.world.path),
+            "objects": access_objects(self.agent_files()),
             "extra_pods": [*self.world.extra_pod_objects, *agents],
             "netns": {
                 "nodes": {name: {"pid": handle.pid} for name, handle in self.nodes.items()},
@@ -220,6 +226,10 @@ class Supervisor:
         for name, pid in self.machines.items():
             if name != "switch":
                 api_request(kubeconfig, "POST", "/lab/listen", {"pid": pid, "address": address})
+        for node in self.nodes.values():
+            where = {"pid": node.pid, "address": API_INSIDE}
+            api_request(kubeconfig, "POST", "/lab/listen", where)
+        self.agent_files().connect(kubeconfig)
 
     def tell_api(self) -> None:
         """Where the pods' namespaces are now."""
