@@ -10,6 +10,7 @@ from gketrace.conntrack import ConntrackEntry
 from gketrace.conntrack_records import entry_from_record, records_from_bytes
 from gketrace.conntrack_text import render_entry
 from gketrace.errors import UsageError
+from gketrace_agent.calls import LOSSES
 from gketrace_agent.kernel.conntrack_columns import Batch
 from gketrace_agent.kernel.conntrack_dump import TableReading
 from gketrace_agent.kernel.conntrack_events import EventKind
@@ -52,6 +53,8 @@ def list_entries(
         yield from _replies(batch, form)
         if truncated:
             break
+    if not reading.consistent:
+        LOSSES.add("conntrack_dumps", 1)
     yield agent_pb2.ListConntrackReply(
         summary=agent_pb2.ConntrackSummary(
             sent=sent,
@@ -111,11 +114,14 @@ def follow_entries(
     follower: Follower, form: int, base: agent_pb2.FollowConntrackStatus
 ) -> Iterator[agent_pb2.FollowConntrackReply]:
     """What follows, for ever; `base` is what its caller knows of each status."""
-    sent = 0
+    sent = told = 0
     for one in follower.changes():
+        at = time.time()
         if one is None:
+            LOSSES.add("conntrack_events", follower.lost - told)
+            told = follower.lost
             status = agent_pb2.FollowConntrackStatus(
-                at=time.time(),
+                at=at,
                 sent=sent,
                 overruns=follower.overruns,
                 lost=follower.lost,
@@ -127,10 +133,14 @@ def follow_entries(
             yield agent_pb2.FollowConntrackReply(status=status)
         elif isinstance(one, Polled):
             sent += len(one.records)
-            yield _polled(one, form)
+            reply = _polled(one, form)
+            reply.at = at
+            yield reply
         else:
             sent += len(one.batch)
-            yield _changed(one, form)
+            reply = _changed(one, form)
+            reply.at = at
+            yield reply
 
 
 def _changed(one: Changes, form: int) -> agent_pb2.FollowConntrackReply:

@@ -285,7 +285,7 @@ def _log(
     """The audit: one line for each call, whatever became of it."""
     internal = code is grpc.StatusCode.INTERNAL
     seconds = time.monotonic() - audit.started
-    CALLS.add(audit.call, code.name, seconds)
+    CALLS.add(audit.call, code.name, seconds, audit.bytes)
     fields: dict[str, Any] = {
         "call": audit.call,
         "user": "" if audit.caller is None else audit.caller.user,

@@ -187,6 +187,7 @@ class AgentServer:
             netns=self._service.host_netns(),
             paths=self._config.paths,
             names=self._service.service_names,
+            pods=self._service.pod_tables,
             certificate=self._certificate,
         )
         return address.host, self._metrics.start()

@@ -32,6 +32,7 @@ from gketrace_agent.messages import (
 from gketrace_agent.namespaces import NodeNamespaces, OpenTarget
 from gketrace_agent.observe.conntrack import Conntrack
 from gketrace_agent.observe.iptables import IptablesDump, IptablesDumps
+from gketrace_agent.observe.nftables import NftablesDump
 from gketrace_agent.observe.snapshot import Namespace, Observer
 from gketrace_agent.resolve.model import PodRef
 from gketrace_agent.resolve.resolver import Resolver
@@ -42,8 +43,9 @@ from gketrace_proto import codec
 from gketrace_proto.v1alpha1 import agent_pb2, agent_pb2_grpc, capture_pb2
 
 if TYPE_CHECKING:
-    from gketrace_agent.observe.conntrack_sample import Destination, ServiceNames
+    from gketrace_agent.observe.conntrack_names import Destination, ServiceNames
     from gketrace_agent.observe.conntrack_table import ConntrackTable
+    from gketrace_agent.observe.pod_tables import PodTables
 
 __all__ = ["AgentService"]
 
@@ -103,7 +105,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
 
     def service_names(self) -> ServiceNames:
         """What the node's rules call the destinations that they translate."""
-        from gketrace_agent.observe.conntrack_sample import service_names  # see `preload`
+        from gketrace_agent.observe.conntrack_names import nft_service_names, service_names
 
         with (
             self._namespaces.open(None, timeout=self._config.limits.call_seconds) as target,
@@ -114,7 +116,17 @@ class AgentService(agent_pb2_grpc.AgentServicer):
                 for dump in observation.iptables.dumps:
                     if isinstance(dump, IptablesDump):
                         names |= service_names(dump.text)
+            if isinstance(observation.nftables, NftablesDump):
+                for table, text in observation.nftables.tables:
+                    if table.name == "kube-proxy" and isinstance(text, bytes):
+                        names |= nft_service_names(text)
             return names
+
+    def pod_tables(self) -> PodTables:
+        """How many connections each pod's own namespace tracks."""
+        from gketrace_agent.observe.pod_tables import count_pod_tables
+
+        return count_pod_tables(self._resolver, self._config.paths)
 
     def GetInfo(
         self, request: agent_pb2.GetInfoRequest, context: grpc.ServicerContext

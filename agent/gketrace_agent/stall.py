@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import grpc
 
+from gketrace_agent.calls import LOSSES
 from gketrace_agent.log import logger
 
 __all__ = ["until_stalled"]
@@ -34,6 +35,7 @@ def until_stalled(
             since = handed[:]
             if since and time.monotonic() - since[0] > seconds:
                 logger.warning("call cut off: its client took nothing for %s s", seconds)
+                LOSSES.add("stalled_streams", 1)
                 context.cancel()  # type: ignore[no-untyped-call]
                 return
 

@@ -10,14 +10,18 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from gketrace.errors import ParseError
 from gketrace_agent.calls import CALLS
 from gketrace_agent.kernel.netns import open_path
 from gketrace_agent.metrics import MetricsServer
-from gketrace_agent.observe.conntrack_sample import service_names
+from gketrace_agent.metrics_series import Totals
+from gketrace_agent.observe.conntrack_names import nft_service_names, service_names
+from gketrace_agent.observe.pod_tables import PodTables
 from tests.agent.observe.bed import PATHS, Bed, Netns, wait_until
 from tests.kernel.conntrack_made import flows, make
 
 NAMES = {("10.43.0.1", 80, "tcp"): "default/web:http", ("", 30080, "tcp"): "default/door"}
+PODS = PodTables(entries={f"default/web-{n}": n for n in range(30)}, unread=1)
 
 
 @pytest.fixture
@@ -38,6 +42,7 @@ def served(node: Netns) -> Iterator[tuple[MetricsServer, int]]:
         netns=open_path(Path("/run/netns") / node.name),
         paths=PATHS,
         names=lambda: NAMES,
+        pods=lambda: PODS,
         every=0.1,
     )
     port = server.start()
@@ -72,7 +77,7 @@ def test_what_is_served(served: tuple[MetricsServer, int], node: Netns) -> None:
     server, port = served
     node.inside(lambda: make(flows(1000)))
     tool(node, 3)
-    CALLS.add("Walk", "OK", 0.3)
+    CALLS.add("Walk", "OK", 0.3, 77)
     wait_until(lambda: server.sampler.last is not None and server.sampler.last.sample.read == 1003)
     text, values = scrape(port)
 
@@ -89,10 +94,17 @@ def test_what_is_served(served: tuple[MetricsServer, int], node: Netns) -> None:
     snat = {"destination": "10.8.0.1:8080", "protocol": "tcp"}
     assert value("gketrace_conntrack_snat_ports", **snat) == 3
     assert value("gketrace_conntrack_sample_complete") == 1
+    assert value("gketrace_conntrack_pod_entries", pod="default/web-29") == 29
+    assert value("gketrace_conntrack_pod_entries", pod="other") == sum(range(10))
+    assert value("gketrace_conntrack_pods_folded") == 9  # one tracks nothing
+    assert value("gketrace_conntrack_pods_unread") == 1
+    assert value("gketrace_agent_open_namespaces") >= 1
+    assert value("gketrace_agent_lost_total", kind="stalled_streams") >= 0
+    assert value("gketrace_agent_call_sent_bytes_total", method="Walk") >= 77
     assert value("gketrace_agent_calls_total", method="Walk", code="OK") >= 1
     assert value("gketrace_agent_call_duration_seconds_bucket", method="Walk", le="0.5") >= 1
     assert value("process_resident_memory_bytes") > 0
-    assert len(values) < 200
+    assert len(values) < 250
     checked = subprocess.run(
         ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False
     )
@@ -144,3 +156,22 @@ def test_names_come_from_kube_proxys_rules() -> None:
     assert "default/nobody:http" not in names.values(), "a Service without endpoints"
     v6 = service_names((world / "ip6tables-save.txt").read_bytes())
     assert all(":" in address for address, _, _ in v6 if address)
+
+
+def test_names_come_from_kube_proxys_maps_in_nftables_mode() -> None:
+    world = Path(__file__).parents[1] / "data/worlds/kube-proxy-1.36-nftables/node-2jdh"
+    names = nft_service_names((world / "nft.json").read_bytes())
+    assert names["10.43.240.17", 53, "udp"] == "default/dns:dns"
+    assert names["", 31830, "tcp"] == "default/hello-server"
+    assert names["fd00:43::21", 80, "tcp"] == "default/web6:http"
+    assert "default/nobody:http" not in names.values(), "a Service without endpoints"
+    with pytest.raises(ParseError, match="not nft's JSON"):
+        nft_service_names(b"nothing")
+
+
+def test_counters_that_wrap_go_on() -> None:
+    totals = Totals()
+    totals.add(0, {"insert": 2**32 - 5})
+    totals.add(1, {"insert": 10})
+    totals.add(0, {"insert": 3})
+    assert totals.totals == {"insert": 2**32 - 5 + 10 + 8}

@@ -18,6 +18,7 @@ from gketrace_agent.kernel.hostpaths import HostPaths
 
 __all__ = [
     "NetnsHandle",
+    "count_open",
     "open_current",
     "open_path",
     "open_pid",
@@ -33,6 +34,10 @@ _NS_GET_NSTYPE: Final = 0xB703
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
+_open: Final[set[int]] = set()
+"""File descriptors of open handles; adding and discarding are atomic."""
+
+
 class NetnsHandle:
     """An open network namespace: it cannot vanish or change identity while this is open."""
 
@@ -40,6 +45,7 @@ class NetnsHandle:
 
     def __init__(self, fd: int, origin: str) -> None:
         self._fd = fd
+        _open.add(fd)
         self.inode: Final = os.fstat(fd).st_ino
         """Inode of the namespace in nsfs; the number in ``net:[4026531833]``."""
         self.origin: Final = origin
@@ -56,6 +62,7 @@ class NetnsHandle:
         """Lets go of the namespace; may be called twice."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
+            _open.discard(fd)  # before: once closed, the number may be another handle's
             os.close(fd)
 
     def __enter__(self) -> NetnsHandle:
@@ -136,6 +143,11 @@ def _is_netns(fd: int) -> bool:
 def open_current() -> NetnsHandle:
     """The network namespace that the calling thread is in."""
     return open_path(Path("/proc/thread-self/ns/net"))
+
+
+def count_open() -> int:
+    """How many network namespaces this process holds open."""
+    return len(_open)
 
 
 class _Call(threading.Thread, Generic[T]):

@@ -5,10 +5,8 @@ It keeps sums, not entries: its memory is bounded by how many different destinat
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Final
@@ -16,16 +14,16 @@ from typing import Final
 import numpy as np
 
 from gketrace.conntrack import CtStatus
-from gketrace.packet import protocol_name, protocol_number
+from gketrace.conntrack_text import PROTOCOL_NAMES
+from gketrace.packet import protocol_name
 from gketrace_agent.kernel.conntrack_columns import Array, Group
 from gketrace_agent.kernel.conntrack_layout import STATES
 from gketrace_agent.observe.conntrack_filter import ConntrackFilters
+from gketrace_agent.observe.conntrack_names import Destination
 from gketrace_agent.observe.conntrack_table import ConntrackTable
 
-__all__ = ["Destination", "Sample", "ServiceNames", "service_names", "take_sample"]
+__all__ = ["Sample", "take_sample"]
 
-Destination = tuple[str, int, str]
-"""Address (empty: any of the node's), port, protocol."""
 _KEPT: Final = 20_000
 """Destinations that are counted at a time; of more, those with the fewest entries are given up."""
 
@@ -75,15 +73,17 @@ def take_sample(table: ConntrackTable, *, time_limit: float) -> Sample:
 
 
 def _add(sample: Sample, group: Group) -> None:
-    protocol = protocol_name(group.layout.protocol)
+    # As few names as series: what has no name is one.
+    number = group.layout.protocol
+    protocol = protocol_name(number) if number in PROTOCOL_NAMES else "other"
     status = group.column("status") if "status" in group else np.zeros(len(group), np.uint32)
     sample.unreplied[protocol] += int((status & CtStatus.SEEN_REPLY == 0).sum())
     for name, states in STATES.items():
         if name in group:
             counts = np.bincount(group.column(name))
-            for number, count in enumerate(counts.tolist()):
+            for value, count in enumerate(counts.tolist()):
                 if count:
-                    state = states[number] if number < len(states) else str(number)
+                    state = states[value] if value < len(states) else "other"
                     sample.states[protocol, state] += count
             break
     else:
@@ -129,36 +129,3 @@ def _bound(sample: Sample, counted: Counter[Destination]) -> None:
         sample.given_up += sum(counted.values()) - sum(kept.values())
         counted.clear()
         counted.update(kept)
-
-
-ServiceNames = Mapping[Destination, str]
-
-_RULE: Final = re.compile(
-    rb"^(?:\[\d+:\d+\] )?-A (KUBE-SERVICES|KUBE-NODEPORTS|KUBE-EXTERNAL-SERVICES) ([^\n]*)$", re.M
-)
-_DESTINATION: Final = re.compile(rb"-d ([0-9a-fA-F.:]+)/(?:32|128)\b")
-_PROTOCOL: Final = re.compile(rb"-p ([a-z0-9]+)")
-_PORT: Final = re.compile(rb"--dport (\d+)")
-_COMMENT: Final = re.compile(rb'--comment "?([^" ]+)')
-_TARGET: Final = re.compile(rb"-j KUBE-(?:SVC|EXT|XLB|FW|SEP)-")
-
-
-def service_names(text: bytes) -> dict[Destination, str]:
-    """What kube-proxy's rules call the destinations that they translate: its comments begin with
-    ``namespace/name:port``.
-
-    `text` is iptables-save's.  Node ports have no address: ``("", port, protocol)``.
-    """
-    names: dict[Destination, str] = {}
-    for match in _RULE.finditer(text):
-        rule = match[2]
-        protocol, port = _PROTOCOL.search(rule), _PORT.search(rule)
-        comment, where = _COMMENT.search(rule), _DESTINATION.search(rule)
-        if not (protocol and port and comment and _TARGET.search(rule)):
-            continue
-        if (where is None) != (match[1] == b"KUBE-NODEPORTS"):
-            continue
-        address = "" if where is None else str(ip_address(where[1].decode()))
-        number = protocol_number(protocol[1].decode())
-        names[address, int(port[1]), protocol_name(number)] = comment[1].decode()
-    return names
