@@ -15,6 +15,7 @@ import select
 import socket
 import struct
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
@@ -22,6 +23,7 @@ from typing import Final
 import numpy as np
 
 from gketrace.errors import ForbiddenError, UnavailableError
+from gketrace_agent.kernel.conntrack_bpf import events_program
 from gketrace_agent.kernel.conntrack_columns import Array, Batch, Layouts
 from gketrace_agent.kernel.conntrack_request import KernelFilter
 from gketrace_agent.kernel.netlink import NETLINK_NETFILTER, NetlinkError
@@ -63,19 +65,12 @@ _WHAT: Final = "conntrack events"
 _GATHER: Final = 0.02
 """Seconds that events are gathered for, so that they are decoded together."""
 
-# Classic BPF, include/uapi/linux/bpf_common.h.
-_LOAD_WORD: Final = 0x20
-_LOAD_HALF: Final = 0x28
-_LOAD_BYTE: Final = 0x30
-_JUMP_EQUAL: Final = 0x15
-_RETURN: Final = 0x06
-_ACCEPT: Final = 0xFFFFFFFF
-
 
 class EventSocket:
     """Listens in the network namespace of the thread that makes it; read it from one thread."""
 
-    def __init__(self, kinds: frozenset[EventKind], wanted: KernelFilter | None = None) -> None:
+    def __init__(self, kinds: frozenset[EventKind], wanted: Sequence[KernelFilter] = ()) -> None:
+        """`wanted`: what none of them takes the kernel drops, though not all of it."""
         try:
             self._socket = socket.socket(
                 socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER
@@ -99,13 +94,13 @@ class EventSocket:
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
 
-    def _open(self, kinds: frozenset[EventKind], wanted: KernelFilter | None) -> None:
+    def _open(self, kinds: frozenset[EventKind], wanted: Sequence[KernelFilter]) -> None:
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _RECEIVE_BUFFER)
         except PermissionError:
             # In a user namespace of its own: as much as net.core.rmem_max allows.
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
-        program = _program(wanted) if wanted is not None else b""
+        program = events_program(wanted)
         if program:
             # struct sock_fprog points to the instructions, which the kernel copies.
             code = ctypes.create_string_buffer(program, len(program))
@@ -184,62 +179,3 @@ class EventSocket:
         words = np.frombuffer(self._buffer, np.uint32, filled // 4)
         batch = self._layouts.batch(words, np.array(starts, np.int64))
         return EventBatch(batch, np.array(kinds, np.uint8))
-
-
-def _program(wanted: KernelFilter) -> bytes:
-    """Classic BPF that lets an event through unless it is surely not wanted; empty: no program.
-
-    An event begins with its original tuple.  Where the attributes are not at their usual places,
-    it lets the event through, and `ConntrackFilters` decides.
-    """
-    checks: list[tuple[int, int, int]] = []
-    """(load instruction, offset, value that it must have), with `_expect` for headers."""
-    if not wanted.family:
-        return b""
-    size = 4 if wanted.family == 4 else 16
-    kind = 1 if wanted.family == 4 else 3
-    expected: list[tuple[int, int]] = []
-    source, destination = 32, 32 + size + 4
-    protocol = destination + size + 8
-    for address, offset, number in (
-        (wanted.orig.src, source, kind),
-        (wanted.orig.dst, destination, kind + 1),
-    ):
-        if address is not None:
-            expected.append((offset - 4, _header(size + 4, number)))
-            for part in range(0, size, 4):
-                value = int.from_bytes(address.packed[part : part + 4], "big")
-                checks.append((_LOAD_WORD, offset + part, value))
-    if wanted.protocol is not None:
-        expected.append((protocol - 4, _header(5, 1)))
-        checks.append((_LOAD_BYTE, protocol, wanted.protocol))
-        if wanted.protocol in (6, 17):
-            for port, offset, number in (
-                (wanted.orig.sport, protocol + 8, 2),
-                (wanted.orig.dport, protocol + 16, 3),
-            ):
-                if port is not None:
-                    expected.append((offset - 4, _header(6, number)))
-                    checks.append((_LOAD_HALF, offset, port))
-    family = socket.AF_INET if wanted.family == 4 else socket.AF_INET6
-    total = 2 + 2 * len(expected) + 2 * len(checks) + 2
-    accept, drop = total - 2, total - 1
-    code: list[tuple[int, int, int, int]] = []
-
-    def compare(load: int, offset: int, value: int, otherwise: int) -> None:
-        code.append((load, 0, 0, offset))
-        code.append((_JUMP_EQUAL, 0, otherwise - len(code) - 1, value))
-
-    compare(_LOAD_BYTE, 16, family, drop)
-    for offset, value in expected:
-        compare(_LOAD_WORD, offset, value, accept)
-    for load, offset, value in checks:
-        compare(load, offset, value, drop)
-    code.append((_RETURN, 0, 0, _ACCEPT))
-    code.append((_RETURN, 0, 0, 0))
-    return b"".join(struct.pack("=HBBI", *one) for one in code)
-
-
-def _header(length: int, kind: int) -> int:
-    """An attribute's header as BPF loads it: most significant byte first."""
-    return int.from_bytes(struct.pack("=HH", length, kind), "big")

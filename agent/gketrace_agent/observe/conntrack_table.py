@@ -101,9 +101,7 @@ class ConntrackTable:
         poll_seconds: float,
     ) -> Follower:
         """Listens from now on; `close` it."""
-        kernel = wanted.kernel()
-        only = kernel[0] if len(kernel) == 1 else None
-        socket = run_in_netns(self._handle, lambda: EventSocket(kinds, only))
+        socket = run_in_netns(self._handle, lambda: EventSocket(kinds, wanted.kernel()))
         return Follower(
             events=socket,
             setting=self.settings.events,

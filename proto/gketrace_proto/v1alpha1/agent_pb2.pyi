@@ -872,12 +872,15 @@ class FollowConntrackReply(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     RECORDS_FIELD_NUMBER: _builtins.int
     KINDS_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
     text: _builtins.bytes
     """With CONNTRACK_FORMAT_TEXT; whole lines."""
     records: _builtins.bytes
     """With CONNTRACK_FORMAT_RECORDS; an entry that has more than fits comes in `events`."""
     kinds: _builtins.bytes
     """A byte for each record: its ConntrackEventKind, plus 128 where it was polled."""
+    at: _builtins.float
+    """When these were read from the kernel, seconds since the epoch by the node's clock."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConntrackEvent]: ...
     @_builtins.property
@@ -892,10 +895,11 @@ class FollowConntrackReply(_message.Message):
         text: _builtins.bytes = ...,
         records: _builtins.bytes = ...,
         kinds: _builtins.bytes = ...,
+        at: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_status", b"_status", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_status", b"_status", "events", b"events", "kinds", b"kinds", "records", b"records", "status", b"status", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_status", b"_status", "at", b"at", "events", b"events", "kinds", b"kinds", "records", b"records", "status", b"status", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__status: _TypeAlias = _typing.Literal["status"]  # noqa: Y015
     _WhichOneofArgType__status: _TypeAlias = _typing.Literal["_status", b"_status"]  # noqa: Y015
