@@ -16,7 +16,7 @@ from typing import Final
 
 from gketrace.errors import GketraceError
 from gketrace.packet import Protocol, protocol_number
-from gketrace_cli.frontdoors import CLIENTS, Door, Question, Selection, Sender, questions
+from gketrace_cli.frontdoors import Door, Question, Selection, Sender, questions
 from gketrace_cli.objects import Endpoint, Node, Pod, Service
 
 __all__ = ["AT_MOST", "OUTSIDE_PORT", "probes"]
@@ -24,6 +24,8 @@ __all__ = ["AT_MOST", "OUTSIDE_PORT", "probes"]
 AT_MOST: Final = 150
 """Ways that are traced."""
 OUTSIDE_PORT: Final = 443
+_PUBLIC: Final = {4: ip_address("8.8.8.8"), 6: ip_address("2001:4860:4860::8888")}
+"""Public addresses, as ip-masq rules leave all reserved ranges alone.  Nothing is sent there."""
 
 
 def probes(
@@ -98,7 +100,7 @@ def _outside(nodes: Sequence[Node], pods: Sequence[Pod]) -> list[Question]:
             Question(
                 door=Door.ADDRESS,
                 sender=Sender(node=node.name, pod=sender, address=source),
-                address=CLIENTS[source.version],
+                address=_PUBLIC[source.version],
                 port=OUTSIDE_PORT,
                 protocol=Protocol.TCP,
                 use_conntrack=False,

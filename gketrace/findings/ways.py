@@ -1,0 +1,415 @@
+"""Traced ways that fail: which rule, route, switch, neighbour or link stopped them.
+
+The walk has found out already; here its last citation is named.  Ways that one citation stopped
+are one finding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Final
+
+from gketrace.findings.expected import Expected
+from gketrace.findings.making import cited, finding
+from gketrace.findings.model import Confidence, Evidence, Finding, Severity
+from gketrace.findings.world import Way, World
+from gketrace.packet import IPAddress
+from gketrace.trace import (
+    FAILURE,
+    Citation,
+    Disposition,
+    NetnsKind,
+    Outcome,
+    Path,
+    Source,
+    Step,
+    StepKind,
+)
+
+__all__ = ["failing_ways"]
+
+_PROXY_REJECTS: Final = re.compile(
+    r"has no (?:local )?endpoints|^(?:KUBE-SERVICES|KUBE-EXTERNAL-SERVICES|KUBE-MARK-DROP)$"
+)
+_NFT_PROXY: Final = frozenset(
+    {"reject-chain", "service-endpoints-check", "nodeport-endpoints-check", "cluster-ips-check"}
+)
+_FIREWALL: Final = re.compile(r"KUBE-PROXY-FIREWALL|KUBE-FW-|^firewall-|firewall-check")
+_ROUTE_KINDS: Final = re.compile(r"^(?:\S+ )?(blackhole|unreachable|prohibit)\b|\bthrow\b")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stop:
+    """Where and why a way ended."""
+
+    way: Way
+    path: Path
+    """The way itself, or the way back."""
+    outcome: Outcome
+    citation: Citation
+
+    @property
+    def node(self) -> str:
+        return self.outcome.netns.node or self.way.sender_node
+
+    @property
+    def netns(self) -> str:
+        return str(self.outcome.netns) if self.outcome.netns.node else "host"
+
+    @property
+    def what(self) -> str:
+        back = "the answer of " if self.path is not self.way.path else ""
+        return f"{back}{self.way.path.source} → {self.way.path.target}"
+
+    @property
+    def proof(self) -> Evidence:
+        return cited(self.citation, self.node, self.netns, note=self.what)
+
+    @property
+    def subjects(self) -> list[str]:
+        found = [f"service {self.way.service}"] if self.way.service else []
+        if not found and self.way.path.endpoint.startswith("pod/"):
+            found.append(f"pod {self.way.path.endpoint.partition(' ')[0][4:]}")
+        return [*found, f"node {self.node}"] if self.node else found
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        return tuple(step for hop in self.path.hops for step in hop.steps)
+
+
+def failing_ways(world: World) -> Iterator[Finding]:
+    """One finding for each way that fails, to be grouped by its cause."""
+    for way in world.ways:
+        if way.standing != "broken":
+            continue
+        path = way.path
+        if path.outcome.disposition not in FAILURE and path.reply is not None:
+            path = path.reply
+        outcome = path.outcome
+        if outcome.disposition in FAILURE and outcome.citation is not None:
+            stop = _Stop(way=way, path=path, outcome=outcome, citation=outcome.citation)
+            found = _name(world, stop)
+            if found is not None:
+                yield found
+
+
+def _name(world: World, stop: _Stop) -> Finding | None:
+    source, kind = stop.citation.source, stop.outcome.disposition
+    if source is Source.RULE and kind in (Disposition.DROPPED, Disposition.REJECTED):
+        return _by_rule(world, stop)
+    if source is Source.POLICY:
+        return _by_policy(stop)
+    if kind is Disposition.REFUSED:
+        return _refused(world, stop)
+    if kind is Disposition.NO_NEIGHBOUR:
+        return _no_neighbour(stop)
+    if kind is Disposition.LOOPED:
+        return _route(stop, "GKT-306", "comes back to where it was: routes lead in a circle")
+    if kind is Disposition.UNREACHABLE:
+        return _unreachable(world, stop)
+    if kind is Disposition.DROPPED:
+        return _drop(stop, f"is dropped by {stop.citation.text}")
+    return None
+
+
+def _by_rule(world: World, stop: _Stop) -> Finding | None:
+    cited_rule = stop.citation
+    place = f"{cited_rule.table} {cited_rule.chain}:{cited_rule.position}"
+    if _FIREWALL.search(cited_rule.chain) or "KUBE-FW-" in cited_rule.text:
+        return None  # source ranges: services.source_ranges
+    if (
+        cited_rule.chain in _NFT_PROXY
+        or _PROXY_REJECTS.search(cited_rule.chain)
+        or _PROXY_REJECTS.search(cited_rule.text)
+    ):
+        return _proxy_says_none(world, stop)
+    if stop.outcome.netns.kind is NetnsKind.POD:
+        return finding(
+            "GKT-322",
+            f"A rule inside {stop.netns} drops: {place}",
+            [stop.proof],
+            remedy="look at who wrote rules in the pod: a mesh's sidecar, an init container",
+            command=f"gketrace rules pod/{stop.outcome.netns.pod.partition('/')[2]} "
+            f"-n {stop.outcome.netns.pod.partition('/')[0]}",
+            subjects=[f"pod {stop.outcome.netns.pod}", *stop.subjects[:1]],
+            nodes=[stop.node],
+            cause=f"rules in {stop.outcome.netns.pod}",
+            severity=Severity.ERROR,
+        )
+    if "INVALID" in cited_rule.text:
+        return finding(
+            "GKT-209",
+            f"On node {stop.node} a packet of a connection that is not known there is dropped as "
+            f"INVALID by {place}",
+            [stop.proof],
+            remedy="find why only one direction passes this node",
+            command=f"gketrace conntrack --node {stop.node} --stats",
+            subjects=stop.subjects,
+            nodes=[stop.node],
+            cause=f"invalid {stop.node}",
+            severity=Severity.ERROR,
+        )
+    if cited_rule.chain.startswith("cali-"):
+        return finding(
+            "GKT-321",
+            f"A NetworkPolicy on node {stop.node} drops: {place}",
+            [stop.proof],
+            remedy="let a NetworkPolicy allow it, if it should pass",
+            command="kubectl get networkpolicy -A",
+            subjects=stop.subjects,
+            nodes=[stop.node],
+            cause=f"policy {stop.node} {cited_rule.chain}",
+        )
+    return _drop(stop, f"is {'rejected' if stop.outcome.reject_with else 'dropped'} by {place}")
+
+
+def _drop(stop: _Stop, verb: str) -> Finding:
+    rule = stop.citation
+    delete = "gketrace rules " + stop.node
+    if rule.chain and rule.backend.startswith("iptables"):
+        delete += f" --chain {rule.chain}"
+    return finding(
+        "GKT-303",
+        f"On node {stop.node} {stop.what} {verb}",
+        [stop.proof],
+        remedy="find who made the rule, and whether it has to be there",
+        command=delete,
+        subjects=stop.subjects,
+        nodes=[stop.node],
+        cause=f"rule {stop.node} {stop.netns} {rule.table} {rule.chain} {rule.text}",
+    )
+
+
+def _by_policy(stop: _Stop) -> Finding:
+    rule = stop.citation
+    inside = stop.outcome.netns.kind is NetnsKind.POD
+    where = stop.netns if inside else f"node {stop.node}"
+    return finding(
+        "GKT-322" if inside else "GKT-302",
+        f"The policy of {rule.table} {rule.chain} on {where} drops what no rule accepts, such as "
+        f"{stop.what}",
+        [stop.proof],
+        remedy="add a rule that accepts it, or set the policy to ACCEPT",
+        command=f"gketrace rules {stop.node} --chain {rule.chain}",
+        subjects=stop.subjects,
+        nodes=[stop.node],
+        cause=f"policy {stop.node} {stop.netns} {rule.table} {rule.chain}",
+        severity=Severity.ERROR,
+    )
+
+
+def _proxy_says_none(world: World, stop: _Stop) -> Finding | None:
+    """kube-proxy's own refusal: right, when the API says the same."""
+    usable = any(
+        one.usable
+        for one in world.expected.values()
+        if one.service.key == stop.way.service and one.port.name == stop.way.port
+    )
+    if not usable or stop.way.configured:
+        return None
+    return finding(
+        "GKT-110",
+        f"kube-proxy on node {stop.node} is behind: its rules refuse Service {stop.way.service}, "
+        "which has endpoints",
+        [stop.proof],
+        remedy="if it stays so for more than 10 s, restart kube-proxy on this node",
+        command="kubectl -n kube-system logs -l component=kube-proxy --tail=50",
+        subjects=stop.subjects[:1],
+        nodes=[stop.node],
+        cause=f"kube-proxy {stop.node}",
+    )
+
+
+def _refused(world: World, stop: _Stop) -> Finding | None:
+    if "the sender expects" in stop.outcome.detail or "the answer went to" in stop.outcome.detail:
+        return _strayed(world, stop)
+    packet = stop.outcome.packet
+    if stop.citation.source is not Source.SOCKET:
+        return None
+    if packet.dst in {ip for one in world.expected.values() for ip in _door_ips(one)}:
+        return _not_translated(stop)
+    if world.sights:
+        return None  # listeners.py looked into every endpoint
+    where = f"{packet.dst}:{packet.dport}"
+    loopback = "127.0.0.1:" in stop.citation.text or "[::1]:" in stop.citation.text
+    pod = stop.outcome.netns.pod
+    name, space = pod.partition("/")[2], pod.partition("/")[0]
+    command = f"gketrace pod {name} -n {space}" if pod else f"gketrace rules {stop.node}"
+    return finding(
+        "GKT-106" if loopback else "GKT-105",
+        f"Nothing in {stop.netns} on node {stop.node} listens on {where}"
+        + (", only on the loopback" if loopback else ""),
+        [stop.proof],
+        remedy="bind the program to 0.0.0.0"
+        if loopback
+        else "correct the Service's targetPort, or make the program listen there",
+        command=command,
+        subjects=[f"pod {pod}" if pod else f"node {stop.node}", *stop.subjects[:1]],
+        nodes=[stop.node],
+        cause=f"listener {stop.node} {where}",
+    )
+
+
+def _door_ips(one: Expected) -> Iterator[IPAddress]:
+    yield from map(ip_address, one.service.cluster_ips)
+
+
+def _not_translated(stop: _Stop) -> Finding:
+    return finding(
+        "GKT-110",
+        f"No rule on node {stop.node} translates {stop.way.path.target}: the node takes it for "
+        "itself",
+        [stop.proof],
+        remedy="see why kube-proxy has no rule for the Service there",
+        command="kubectl -n kube-system logs -l component=kube-proxy --tail=50",
+        subjects=stop.subjects[:1],
+        nodes=[stop.node],
+        cause=f"kube-proxy {stop.node}",
+    )
+
+
+def _strayed(world: World, stop: _Stop) -> Finding:
+    """The answer came with addresses that nobody waits for: it was not translated back."""
+    for node in dict.fromkeys(hop.netns.node for hop in (*stop.way.path.hops, *stop.path.hops)):
+        sight = world.sights.get(node)
+        if sight is None or not isinstance(sight.host.sysctls, dict):
+            continue
+        if sight.host.sysctls.get("net.bridge.bridge-nf-call-iptables") == "0":
+            name = "net.bridge.bridge-nf-call-iptables"
+            citation = Citation(source=Source.SYSCTL, text=f"{name} = 0")
+            return finding(
+                "GKT-314",
+                f"On node {node} bridged packets bypass the rules, so answers between pods of "
+                "this node are not translated back",
+                [cited(citation, node), stop.proof],
+                remedy="load br_netfilter and switch it on",
+                command=f"sysctl -w {name}=1",
+                subjects=[*stop.subjects[:1], f"node {node}"],
+                nodes=[node],
+                cause=f"bridge-nf {node}",
+            )
+    return finding(
+        "GKT-318",
+        f"{stop.what} comes back by a way that does not translate it: {stop.outcome.detail}",
+        [stop.proof],
+        remedy="see why the connection is not masqueraded (KUBE-POSTROUTING, KUBE-MARK-MASQ)",
+        command=f"gketrace rules {stop.node or stop.way.sender_node} --chain KUBE-POSTROUTING",
+        subjects=stop.subjects,
+        nodes=[stop.node],
+        cause=f"masquerade {stop.way.sender_node or stop.node}",
+        confidence=Confidence.LIKELY,
+    )
+
+
+def _no_neighbour(stop: _Stop) -> Finding:
+    last = next((s for s in reversed(stop.steps) if s.interface), None)
+    device = last.interface if last is not None else stop.outcome.interface
+    if stop.citation.source is Source.NEIGHBOUR:
+        hop = last.next_hop if last is not None else None
+        return finding(
+            "GKT-312",
+            f"{hop or stop.outcome.packet.dst} does not answer on {device} of {_where(stop)}",
+            [stop.proof],
+            remedy="see whether it is up and on that link",
+            command=f"ip neigh show dev {device}",
+            subjects=stop.subjects,
+            nodes=[stop.node],
+            cause=f"neighbour {stop.node} {stop.netns} {hop or stop.outcome.packet.dst}",
+        )
+    return finding(
+        "GKT-313",
+        f"{device} of {_where(stop)} is down",
+        [stop.proof],
+        remedy="set it up, and find who set it down",
+        command=f"ip link set {device} up",
+        subjects=stop.subjects,
+        nodes=[stop.node],
+        cause=f"link {stop.node} {stop.netns} {device}",
+    )
+
+
+def _where(stop: _Stop) -> str:
+    inside = stop.outcome.netns.kind is NetnsKind.POD
+    return f"{stop.netns} on node {stop.node}" if inside else f"node {stop.node}"
+
+
+def _unreachable(world: World, stop: _Stop) -> Finding | None:
+    text = stop.citation.text
+    if stop.citation.source is Source.OBJECT and "clusterIP" in text:
+        nodes = [hop.netns.node for hop in stop.path.hops if hop.netns.node]
+        sight = world.sights.get(nodes[-1]) if nodes else None
+        absent = sight is not None and not sight.programme.present
+        if absent:
+            return None  # proxy.drift says that the node has no rules at all
+        return finding(
+            "GKT-110",
+            f"No rule on node {nodes[-1] if nodes else stop.node} translates "
+            f"{stop.way.path.target}",
+            [stop.proof],
+            remedy="see why kube-proxy has no rule for the Service there",
+            command="kubectl -n kube-system logs -l component=kube-proxy --tail=50",
+            subjects=stop.subjects[:1],
+            nodes=nodes[-1:],
+            cause=f"kube-proxy {nodes[-1] if nodes else stop.node}",
+        )
+    if "rp_filter" in stop.outcome.detail or "rp_filter" in text:
+        return finding(
+            "GKT-304",
+            f"The reverse-path filter of {_where(stop)} drops {stop.what}: {stop.outcome.detail}",
+            _all_checks(stop),
+            remedy="set rp_filter to 2 (loose) on the interface, or correct the route back",
+            command=f"sysctl {text.partition(' ')[0]}",
+            subjects=stop.subjects,
+            nodes=[stop.node],
+            cause=f"rp_filter {stop.node} {stop.netns}",
+        )
+    if "forward" in text and stop.citation.source is Source.SYSCTL:
+        return finding(
+            "GKT-301",
+            f"Forwarding is off on {_where(stop)}: nothing passes it",
+            _all_checks(stop),
+            remedy="switch forwarding on, and find what switches it off",
+            command="sysctl -w net.ipv4.ip_forward=1",
+            subjects=stop.subjects,
+            nodes=[stop.node],
+            cause=f"forwarding {stop.node} {stop.netns}",
+        )
+    rules = [s.citation for s in stop.steps[-4:] if s.citation and _is_rule(s.citation)]
+    if rules:
+        return _route(stop, "GKT-308", f"is led astray by the policy rule {rules[-1].text!r}")
+    if _ROUTE_KINDS.search(text):
+        return _route(stop, "GKT-306", f"ends in the route {text!r}")
+    if "no route" in stop.outcome.detail.lower() or "no route" in text.lower():
+        return _route(stop, "GKT-305", "finds no route")
+    return _route(stop, "GKT-306", stop.outcome.detail)
+
+
+def _is_rule(citation: Citation) -> bool:
+    return citation.source is Source.POLICY_RULE
+
+
+def _all_checks(stop: _Stop) -> list[Evidence]:
+    """Every switch and route that the last decision looked at."""
+    shown = [
+        cited(s.citation, stop.node, stop.netns)
+        for s in stop.steps[-5:]
+        if s.citation is not None and s.kind in (StepKind.CHECK, StepKind.ROUTE)
+    ]
+    return [stop.proof, *shown]
+
+
+def _route(stop: _Stop, code: str, verb: str) -> Finding:
+    destination = stop.outcome.packet.dst
+    return finding(
+        code,
+        f"On {_where(stop)} {stop.what} {verb}",
+        _all_checks(stop),
+        remedy="correct the route to " + str(destination),
+        command=f"ip route get {destination} (on {_where(stop)})",
+        subjects=stop.subjects,
+        nodes=[stop.node],
+        cause=f"route {stop.node} {stop.netns} {stop.citation.text}",
+    )
