@@ -51,6 +51,7 @@ class Namespace:
         self.by_index: Final = {link.ifindex: link for link in links}
         self._stations: dict[tuple[Hook, int], tuple[Station, ...]] = {}
         self._tracks: dict[int, bool] = {}
+        self._translates: dict[int, bool] = {}
         self.unread: Final = tuple(r for r in snapshot.rulesets if isinstance(r, Unavailable))
         """The rule sets that could not be read."""
 
@@ -94,6 +95,18 @@ class Namespace:
         if known is None:
             known = any(r.needs_conntrack(family) for r in self.rulesets(family))
             self._tracks[family] = known
+        return known
+
+    def translates(self, family: int) -> bool:
+        """Whether NAT's hooks are there: they are while some chain of type nat is."""
+        known = self._translates.get(family)
+        if known is None:
+            known = self._translates[family] = any(
+                chain.type is ChainType.NAT and _sees(ruleset, chain, family)
+                for ruleset in self.rulesets(family)
+                for hook in Hook
+                for chain in ruleset.base_chains(hook)
+            )
         return known
 
     def bridge_netfilter(self, bridge: Link, family: int) -> Maybe[Citation | None]:

@@ -20,7 +20,16 @@ from gketrace.simulate.evolve import evolve
 from gketrace.simulate.state import CtInfo, Direction, NatRequest
 from gketrace.trace import Hook
 
-__all__ = ["MANIP_AT", "Manip", "NatSetup", "initialized", "null_binding", "rewrite", "set_up"]
+__all__ = [
+    "MANIP_AT",
+    "Manip",
+    "NatSetup",
+    "has_choice",
+    "initialized",
+    "null_binding",
+    "rewrite",
+    "set_up",
+]
 
 MAX_MEMBERS: Final = 16
 """Ranges up to this many addresses or ports are followed one by one."""
@@ -65,9 +74,22 @@ def initialized(ct: CtInfo, manip: Manip) -> bool:
     return ct.existing or bool(ct.status & _DONE[manip])
 
 
-def null_binding(ct: CtInfo, manip: Manip) -> CtInfo:
-    """nf_nat_alloc_null_binding(): nothing changes, and the side is settled."""
-    return evolve(ct, status=ct.status | _DONE[manip])
+def has_choice(tuple5: Tuple5) -> bool:
+    """Whether the protocol has a port or identifier that NAT may change to be unique."""
+    return tuple5.protocol in (*PORT_PROTOCOLS, Protocol.ICMP, Protocol.ICMPV6)
+
+
+def null_binding(ct: CtInfo, manip: Manip, *, taken: Callable[[Tuple5], bool] | None) -> NatSetup:
+    """nf_nat_alloc_null_binding(): nothing changes, and the side is settled.
+
+    But where the answer would already belong to another connection, the source port does change
+    (get_unique_tuple).
+    """
+    if manip is Manip.SRC and ct.reply is not None and taken is not None:
+        current = ct.reply.inverted()
+        if has_choice(current) and taken(current):
+            return set_up(ct, NatRequest(source=True), address=None, taken=lambda _: True)[0]
+    return NatSetup(ct=evolve(ct, status=ct.status | _DONE[manip]))
 
 
 def rewrite(packet: Packet, ct: CtInfo, manip: Manip) -> Packet:

@@ -298,14 +298,8 @@ def _nat_chain(context: Context, cursor: Cursor, station: Station) -> tuple[Way,
 def _settle(context: Context, cursor: Cursor, request: NatRequest, citation: Citation) -> list[Way]:
     ct = cursor.state.ct
     assert ct is not None
-    space = cursor.space
-
-    def taken(tuple5: Tuple5) -> bool:
-        return tracking.tuple_taken(
-            tuple5, space.netns, cursor.flows, context.conntrack(space), cursor.state.zone or 0
-        )
-
     ways = []
+    taken = _taken(context, cursor)
     for setup in nat.set_up(ct, request, address=_selected(cursor, request), taken=taken):
         if setup.problem:
             ways.append(unknown(cursor, setup.problem, citation=citation))
@@ -323,6 +317,18 @@ def _settle(context: Context, cursor: Cursor, request: NatRequest, citation: Cit
             )
         )
     return ways
+
+
+def _taken(context: Context, cursor: Cursor) -> Callable[[Tuple5], bool]:
+    """Whether the answer to a tuple would belong to another connection here."""
+    space = cursor.space
+
+    def taken(tuple5: Tuple5) -> bool:
+        return tracking.tuple_taken(
+            tuple5, space.netns, cursor.flows, context.conntrack(space), cursor.state.zone or 0
+        )
+
+    return taken
 
 
 def _selected(cursor: Cursor, request: NatRequest) -> IPAddress | None:
@@ -352,7 +358,12 @@ def _nat(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...]:
         )
     manip = nat.MANIP_AT[state.hook]
     if not nat.initialized(ct, manip):
-        ct = nat.null_binding(ct, manip)
+        hooked = cursor.space.translates(cursor.packet.family)
+        bound = nat.null_binding(ct, manip, taken=_taken(context, cursor) if hooked else None)
+        ct = bound.ct
+        if bound.note:
+            source = Citation(source=Source.KERNEL, text="nf_nat_alloc_null_binding")
+            cursor = evolve(cursor, nat_citation=source, nat_note=bound.note)
     packet = nat.rewrite(state.packet, ct, manip)
     after = evolve(
         cursor,
@@ -386,7 +397,18 @@ def _nat(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...]:
 def _confirm(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...]:
     ct = cursor.state.ct
     assert ct is not None
+    assert ct.reply is not None
     flow = tracking.new_flow(ct, cursor.space.netns)
+    answer = ct.reply.inverted()
+    # Where NAT has looked, the port is another one; without ports there is nothing to change.
+    unique = nat.has_choice(answer) and cursor.space.translates(cursor.packet.family)
+    if not unique and _taken(context, cursor)(answer):
+        why = f"the answer to it would belong to another connection ({ct.reply})"
+        citation = Citation(source=Source.KERNEL, text="__nf_conntrack_confirm")
+        last = step(
+            cursor, StepKind.CONNTRACK, StepAction.DROP, citation=citation, note=why, in_hook=True
+        )
+        return (end(cursor, Disposition.DROPPED, why, last, citation=citation),)
     settled = evolve(ct, status=ct.status | _CONFIRMED, existing=True)
     after = evolve(
         cursor,

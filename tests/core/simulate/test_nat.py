@@ -144,10 +144,20 @@ def test_both_sides_and_the_answer() -> None:
 def test_a_null_binding_settles_a_side_and_changes_nothing() -> None:
     ct = fresh(PACKET)
     assert not initialized(ct, Manip.DST)
-    bound = null_binding(ct, Manip.DST)
-    assert initialized(bound, Manip.DST)
-    assert not initialized(bound, Manip.SRC)
-    assert rewrite(PACKET, bound, Manip.DST) is PACKET
+    bound = null_binding(ct, Manip.DST, taken=lambda _: True)
+    assert not bound.note
+    assert initialized(bound.ct, Manip.DST)
+    assert not initialized(bound.ct, Manip.SRC)
+    assert rewrite(PACKET, bound.ct, Manip.DST) is PACKET
+
+
+def test_a_null_binding_changes_the_port_that_another_connection_has() -> None:
+    ct = fresh(PACKET)
+    bound = null_binding(ct, Manip.SRC, taken=lambda tuple5: tuple5 == PACKET.tuple5)
+    assert bound.note == "port 4000 is taken by another connection; the kernel picks one"
+    after = rewrite(PACKET, bound.ct, Manip.SRC)
+    assert (after.src, after.sport) == (PACKET.src, None)
+    assert null_binding(ct, Manip.SRC, taken=None).ct.reply == ct.reply
 
 
 def test_the_identifier_of_an_echo_is_its_port() -> None:

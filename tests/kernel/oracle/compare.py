@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from gketrace.conntrack import CtStatus
-from gketrace.packet import PORT_PROTOCOLS, Packet, Protocol, Tuple5
+from gketrace.conntrack import ConntrackEntry, CtStatus
+from gketrace.packet import Packet, Tuple5
 from gketrace.snapshot import ConntrackView, Unavailable
-from gketrace.trace import Disposition, Flow, Leaf, Source, StepKind, Walk
+from gketrace.trace import Disposition, Flow, Hook, Leaf, Source, StepKind, Walk
 from tests.kernel.oracle.bed import TRACE_TABLE
 from tests.kernel.oracle.inject import Seen, parse
 from tests.kernel.oracle.tracing import Story
@@ -113,6 +113,9 @@ def _predicted_rules(leaf: Leaf) -> tuple[tuple[RuleId, ...], tuple[RuleId, ...]
 
 def _end_of(leaf: Leaf) -> str:
     disposition = leaf.outcome.disposition
+    if _lost_when_confirmed(leaf):
+        # That is behind all rules, and the last hook that is traced.
+        return "local" if leaf.branches[-1].steps[-1].hook is Hook.INPUT else "sent"
     last = next((s for b in reversed(leaf.branches) for s in reversed(b.steps)), None)
     if disposition in _LOCAL or (last is not None and last.kind is StepKind.SOCKET):
         # An UNKNOWN at the socket is past all rules: the packet has come in.
@@ -120,6 +123,11 @@ def _end_of(leaf: Leaf) -> str:
     if disposition in (Disposition.TRANSMITTED, Disposition.NO_NEIGHBOUR):
         return "sent"
     return "gone"
+
+
+def _lost_when_confirmed(leaf: Leaf) -> bool:
+    cited = leaf.outcome.citation
+    return cited is not None and cited.text == "__nf_conntrack_confirm"
 
 
 def _packet_differs(packet: Packet, seen: Seen, mark: int) -> str:
@@ -157,12 +165,6 @@ _NAT_BITS = CtStatus.SRC_NAT | CtStatus.DST_NAT
 
 def _flow_differs(flow: Flow, conntrack: ConntrackView, *, mark: bool) -> str:
     found = conntrack.lookup(flow.entry.orig, flow.entry.zone)
-    # Two connections without ports may want the same answer's tuple: the second has no other to
-    # take and is lost when it is confirmed, behind all rules.
-    protocol = flow.entry.orig.protocol
-    portless = protocol not in PORT_PROTOCOLS and protocol not in (Protocol.ICMP, Protocol.ICMPV6)
-    if found is None and portless:
-        return ""
     if isinstance(found, Unavailable):
         return f"conntrack unavailable: {found.reason}"
     if found is None:
@@ -174,6 +176,12 @@ def _flow_differs(flow: Flow, conntrack: ConntrackView, *, mark: bool) -> str:
     if flow.entry.status & _NAT_BITS != found.status & _NAT_BITS:
         return f"ct status {flow.entry.status:#x} but kernel {found.status:#x}"
     return ""
+
+
+def _is_kept(leaf: Leaf, conntrack: ConntrackView) -> bool:
+    """Whether the connection that the leaf's packet opens has got its entry."""
+    first = leaf.branches[0].steps[0].before.tuple5
+    return isinstance(conntrack.lookup(first), ConntrackEntry)
 
 
 def _tracked(flow: Flow) -> bool:
@@ -265,6 +273,8 @@ def judge(
             reason = "; ".join(
                 filter(None, (_flow_differs(flow, conntrack, mark=mark) for flow in tracked))
             )
+            if not reason and _lost_when_confirmed(leaf) and _is_kept(leaf, conntrack):
+                reason = "lost when it is confirmed, but the kernel has its entry"
         if not reason:
             if leaf.chance is not None and leaf.chance <= 0:
                 return Judgement(verdict=Verdict.DISAGREE, reason="chance is 0", leaf=leaf)
