@@ -46,9 +46,12 @@ _RETIRE_SHARE: Final = 0.4
 _STATISTICS_EVERY: Final = 0.5
 _LOOK_EVERY: Final = 1.0
 """Seconds between looks at whether a pod's namespace is still used."""
-_GATHER: Final = 0.008
-"""Seconds that blocks are waited for when there are few, so that messages are few, too."""
-_FEW: Final = 4
+_GATHER_SHARE: Final = 0.4
+"""Of the latency: for so long blocks are gathered, so that messages are few."""
+_STEP: Final = 0.01
+"""Seconds between looks at how many there are."""
+_FULL: Final = 4
+"""Part of a ring, from which on blocks are no longer gathered."""
 _MOST_BLOCKS: Final = 16
 """Of one message."""
 _HELD_UP: Final = 0.05
@@ -368,21 +371,20 @@ class _Capture:
                 name = tap.ring.interface.name
                 text = f"interface {name} was deleted, or moved to another namespace"
                 self._end([tap], pb.CAPTURE_END_REASON_INTERFACE_GONE, text)
-        counts = [tap.ring.ready() for tap in self._taps if not tap.over]
-        if not any(counts):
+        taps = [tap for tap in self._taps if not tap.over]
+        if not any(tap.ring.ready(1) for tap in taps):
             return
-        if sum(counts) < _FEW:
-            time.sleep(_GATHER)
+        self._gather(taps)
         again = True
-        while again:
-            again = False
-            for tap in self._taps:
-                if tap.over:
-                    continue
+        while again and self._active():
+            for tap in taps:
                 yield from self._send(tap)
-                again = again or tap.ring.ready() >= _FEW
-            if not self._active():
-                return
+            again = any(map(_is_full, taps))
+
+    def _gather(self, taps: Sequence[_Tap]) -> None:
+        end = time.monotonic() + _GATHER_SHARE * self._latency
+        while not any(map(_is_full, taps)) and (left := end - time.monotonic()) > 0:
+            time.sleep(min(_STEP, left))
 
     def _send(self, tap: _Tap) -> Iterator[Reply]:
         blocks = tap.ring.take(blocks=_MOST_BLOCKS, packets=self._packets, size=self._bytes)
@@ -472,6 +474,12 @@ class _Capture:
                 monotonic_ns=time.monotonic_ns(),
             )
         )
+
+
+def _is_full(tap: _Tap) -> bool:
+    """Whether it is time to read, whatever else is waited for."""
+    enough = max(tap.ring.blocks // _FULL, 1)
+    return tap.ring.ready(enough) >= enough
 
 
 def _filter_text(place: CapturePlace, compiler: FilterCompiler, *, loopback: bool) -> str:

@@ -45,6 +45,9 @@ _CHANNEL_OPTIONS: Final = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.max_receive_message_length", 64 << 20),
     ("grpc.enable_retries", 0),
+    # For captures, whose messages are megabytes: they come in few pieces.
+    ("grpc.http2.max_frame_size", (1 << 24) - 1),
+    ("grpc.http2.lookahead_bytes", 8 << 20),
 )
 K = TypeVar("K")
 

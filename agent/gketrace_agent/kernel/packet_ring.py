@@ -95,7 +95,7 @@ def find_interface(name: str) -> Interface:
             hatype = _ask(asked, _SIOCGIFHWADDR, name, "=H")
             raw = fcntl.ioctl(asked, _SIOCGIFHWADDR, _request(name))[18:24]
         except OSError as error:
-            if error.errno in (errno.ENODEV, errno.ENXIO):
+            if error.errno in (None, errno.ENODEV, errno.ENXIO):  # None: if_nametoindex(3)
                 raise NotFoundError(f"there is no interface {name} there") from None
             raise UnavailableError(f"cannot read interface {name}: {error.strerror}") from None
     return Interface(
@@ -234,10 +234,15 @@ class PacketRing:
         """Of the socket; poll(2) it for input: a block is ours, or the interface has changed."""
         return self._socket.fileno()
 
-    def ready(self) -> int:
-        """How many blocks are ours now; 0: none."""
+    @property
+    def blocks(self) -> int:
+        """That it has."""
+        return self._count
+
+    def ready(self, most: int) -> int:
+        """How many blocks are ours now; it stops to look at `most`."""
         count = 0
-        while count < self._count:
+        while count < min(most, self._count):
             offset = (self._at + count) % self._count * BLOCK_SIZE
             if not _NEXT.unpack_from(self._view, offset + _BLOCK_STATUS)[0] & _USER:
                 break

@@ -1,6 +1,7 @@
 """Packets of one tap that came together, as NumPy columns over the bytes that the agent sent.
 
-Nothing is done for one packet at a time until somebody asks for `CapturedPacket`s.
+Nothing is done for one packet at a time until somebody asks for `CapturedPacket`s, and columns that
+not everybody wants are made when they are asked for.
 """
 
 from __future__ import annotations
@@ -17,30 +18,25 @@ from gketrace.capture import ring
 from gketrace.capture.packets import CapturedPacket, Direction, LinkType, PacketFlag, Tap
 from gketrace.errors import GketraceError
 
-__all__ = ["PacketBatch", "batch_from_blocks", "batch_from_packets"]
+__all__ = ["Array", "PacketBatch", "batch_from_blocks", "batch_from_packets"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
-_HEADER: Final = np.dtype(
-    {
-        "names": [
-            *("next", "sec", "nsec", "snaplen", "length", "status", "mac", "net"),
-            *("vlan_tci", "vlan_tpid", "protocol", "ifindex", "hatype", "pkttype", "halen"),
-            "address",
-        ],
-        "formats": [
-            *("<u4", "<u4", "<u4", "<u4", "<u4", "<u4", "<u2", "<u2"),
-            *("<u4", "<u2", "<u2", "<u4", "<u2", "u1", "u1"),
-            "<u8",
-        ],
-        "offsets": [
-            *(ring.NEXT, ring.SEC, ring.NSEC, ring.SNAPLEN, ring.LENGTH, ring.STATUS),
-            *(ring.MAC, ring.NET, ring.VLAN_TCI, ring.VLAN_TPID, ring.PROTOCOL, ring.IFINDEX),
-            *(ring.HATYPE, ring.PKTTYPE, ring.HALEN, ring.ADDRESS),
-        ],
-        "itemsize": ring.HEADER_LENGTH,
-    }
-)
+_WORDS: Final = 8
+"""Of 8 bytes, of a packet's header that are looked at: all but half of its link address."""
+# What the header's words of 4 bytes are.
+_SEC: Final = ring.SEC // 4
+_NSEC: Final = ring.NSEC // 4
+_SNAPLEN: Final = ring.SNAPLEN // 4
+_LENGTH: Final = ring.LENGTH // 4
+_STATUS: Final = ring.STATUS // 4
+_MAC: Final = ring.MAC // 4
+_TCI: Final = ring.VLAN_TCI // 4
+_TPID: Final = ring.VLAN_TPID // 4
+_PROTOCOL: Final = ring.SLL // 4
+_IFINDEX: Final = ring.IFINDEX // 4
+_HATYPE: Final = ring.HATYPE // 4
+_SECOND: Final = 1_000_000_000
 _FAMILY: Final = np.uint64(0xFFFF)
 _FAMILY_AND_INTERFACE: Final = np.uint64(0xFFFFFFFF0000FFFF)
 _MACS: Final = 12
@@ -48,6 +44,7 @@ _MACS: Final = 12
 _TAG: Final = 4
 _8021Q: Final = 0x8100
 _ETHERNET_HEADER: Final = 14
+_DIRECTIONS: Final = (Direction.UNKNOWN, Direction.IN, Direction.OUT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -65,13 +62,10 @@ class PacketBatch:
     """int64; nanoseconds since the epoch."""
     lengths: Array
     """int64; bytes that the packet had, `heads` among them."""
-    flags: Array
-    """uint16; `PacketFlag`."""
-    directions: Array
-    """uint8; 0: unknown, 1: in, 2: out."""
-    vlans: Array
-    """int32; tag control information that was put back; -1: none."""
-    ifindexes: Array
+    headers: Array | None = None
+    """uint32, N x 16: the kernel's headers (`gketrace.capture.ring`); None: read from a file."""
+    read: tuple[Array, Array, Array, Array] | None = None
+    """Where there are no `headers`: flags, directions, vlans, ifindexes."""
     heads: Array | None = None
     """uint8, N x 20: cooked headers, which the kernel does not write; they come before the
     packet's bytes."""
@@ -90,22 +84,64 @@ class PacketBatch:
         """Bytes of all packets together."""
         return int(self.sizes.sum()) + self.head_size * len(self)
 
+    @property
+    def pkttypes(self) -> Array | None:
+        """uint8; `ring.PacketType`.  None: the file does not say."""
+        return None if self.headers is None else _pkttypes(self.headers)
+
+    @property
+    def flags(self) -> Array:
+        """uint16; `PacketFlag`."""
+        if self.headers is None:
+            return self._from_file[0]
+        return _flags(self.tap, self.headers)
+
+    @property
+    def directions(self) -> Array:
+        """uint8; 0: unknown, 1: in, 2: out."""
+        if self.headers is None:
+            return self._from_file[1]
+        outgoing = _pkttypes(self.headers) == ring.PacketType.OUTGOING
+        return np.where(outgoing, 2, 1).astype(np.uint8)
+
+    @property
+    def vlans(self) -> Array:
+        """int32; tag control information that the kernel had taken off; -1: none."""
+        if self.headers is None:
+            return self._from_file[2]
+        tagged = (self.headers[:, _STATUS] & int(ring.Status.VLAN_VALID)) != 0
+        return np.where(tagged, self.headers[:, _TCI].astype(np.int32), -1)
+
+    @property
+    def ifindexes(self) -> Array:
+        """uint32; 0: not known."""
+        return self._from_file[3] if self.headers is None else self.headers[:, _IFINDEX]
+
+    @property
+    def _from_file(self) -> tuple[Array, Array, Array, Array]:
+        assert self.read is not None
+        return self.read
+
     def take(self, which: Array | slice) -> PacketBatch:
         """Some of the packets, by a mask, indexes or a slice."""
         comments = self.comments
         if comments is not None:
-            places = np.arange(len(self))[which]
+            places = np.arange(len(self))[which].tolist()
             comments = tuple(comments[place] for place in places)
+        flags, directions, vlans, ifindexes = self.read or (None,) * 4
+        read = None
+        if flags is not None and directions is not None:
+            assert vlans is not None
+            assert ifindexes is not None
+            read = flags[which], directions[which], vlans[which], ifindexes[which]
         return replace(
             self,
             starts=self.starts[which],
             sizes=self.sizes[which],
             times=self.times[which],
             lengths=self.lengths[which],
-            flags=self.flags[which],
-            directions=self.directions[which],
-            vlans=self.vlans[which],
-            ifindexes=self.ifindexes[which],
+            headers=None if self.headers is None else self.headers[which],
+            read=read,
             heads=None if self.heads is None else self.heads[which],
             comments=comments,
         )
@@ -114,31 +150,35 @@ class PacketBatch:
         """With `nanoseconds` added to all times."""
         return self if not nanoseconds else replace(self, times=self.times + nanoseconds)
 
-    def packet(self, place: int) -> CapturedPacket:
-        """One packet; its bytes are copied."""
-        start, size = int(self.starts[place]), int(self.sizes[place])
-        data = self.buffer[start : start + size].tobytes()
-        if self.heads is not None:
-            data = self.heads[place].tobytes() + data
-        vlan = int(self.vlans[place])
-        return CapturedPacket(
-            tap=self.tap,
-            time_ns=int(self.times[place]),
-            data=data,
-            original_length=int(self.lengths[place]),
-            direction=_DIRECTIONS[self.directions[place]],
-            vlan=None if vlan < 0 else vlan,
-            flags=PacketFlag(int(self.flags[place])),
-            ifindex=int(self.ifindexes[place]),
-            comment="" if self.comments is None else self.comments[place],
-        )
-
     def packets(self) -> Iterator[CapturedPacket]:
-        """All of them, made one by one."""
-        return map(self.packet, range(len(self)))
-
-
-_DIRECTIONS: Final = (Direction.UNKNOWN, Direction.IN, Direction.OUT)
+        """All of them, made one by one; their bytes are copied."""
+        view = self.buffer.data
+        heads = self.heads
+        flags = self.flags.tolist()
+        directions = self.directions.tolist()
+        vlans = self.vlans.tolist()
+        ifindexes = self.ifindexes.tolist()
+        for place, (start, size, time_ns, length) in enumerate(
+            zip(
+                self.starts.tolist(),
+                self.sizes.tolist(),
+                self.times.tolist(),
+                self.lengths.tolist(),
+                strict=True,
+            )
+        ):
+            data = bytes(view[start : start + size])
+            yield CapturedPacket(
+                tap=self.tap,
+                time_ns=time_ns,
+                data=data if heads is None else heads[place].tobytes() + data,
+                original_length=length,
+                direction=_DIRECTIONS[directions[place]],
+                vlan=None if vlans[place] < 0 else vlans[place],
+                flags=PacketFlag(flags[place]),
+                ifindex=ifindexes[place],
+                comment="" if self.comments is None else self.comments[place],
+            )
 
 
 def batch_from_blocks(
@@ -151,46 +191,38 @@ def batch_from_blocks(
     buffer = np.frombuffer(data, np.uint8)
     places = _places(tap, buffer, np.array(counts, np.int64), np.array(lengths, np.int64))
     # A view of overlapping headers, one at each byte; only those at `places` are read.
-    windows = np.ndarray(
-        (max(len(buffer) - ring.HEADER_LENGTH + 1, 0),), _HEADER, buffer.data, strides=(1,)
-    )
-    headers = windows[places]
-    status = headers["status"]
-    starts = places + headers["mac"]
-    sizes = headers["snaplen"].astype(np.int64)
-    sent_lengths = headers["length"].astype(np.int64)
-    times = headers["sec"].astype(np.int64)
-    times *= 1_000_000_000
-    times += headers["nsec"]
-    pkttypes = headers["pkttype"]
-    directions = np.where(pkttypes == ring.PacketType.OUTGOING, 2, 1).astype(np.uint8)
-    flags = _flags(tap, status, pkttypes, sent_lengths)
+    size = _WORDS * 8
+    windows = np.ndarray((max(len(buffer) - size, 0),), f"V{size}", buffer.data, strides=(1,))
+    headers = windows[places].view("<u4").reshape(len(places), size // 4)
+    starts = places + (headers[:, _MAC] & 0xFFFF)
+    sizes = headers[:, _SNAPLEN].astype(np.int64)
+    sent = headers[:, _LENGTH].astype(np.int64)
+    times = headers[:, _SEC].astype(np.int64)
+    times *= _SECOND
+    times += headers[:, _NSEC]
     heads = None
-    vlans = np.full(len(places), -1, np.int32)
-    tagged = (status & int(ring.Status.VLAN_VALID)) != 0
     if tap.link_type == LinkType.LINUX_SLL2:
-        heads = _cooked(headers)
-        sent_lengths += ring.COOKED_LENGTH
-        vlans[tagged] = headers["vlan_tci"][tagged]
-    elif tagged.any():
-        rows = np.flatnonzero(tagged)
-        vlans[rows] = headers["vlan_tci"][rows]
-        fits = rows[sizes[rows] >= _MACS]
+        heads = _cooked(headers, buffer, places)
+        sent += ring.COOKED_LENGTH
+    elif (headers[:, _STATUS] & int(ring.Status.VLAN_VALID)).any():
+        tagged = np.flatnonzero(headers[:, _STATUS] & int(ring.Status.VLAN_VALID))
+        fits = tagged[sizes[tagged] >= _MACS]
         buffer = _put_back(buffer, starts[fits], headers[fits])
         starts[fits] -= _TAG
         sizes[fits] += _TAG
-        sent_lengths[rows] += _TAG
+        sent[tagged] += _TAG
+    if tap.snap_length:
+        # What is put before a packet counts, too.
+        most = tap.snap_length - (0 if heads is None else ring.COOKED_LENGTH)
+        np.minimum(sizes, max(most, 0), out=sizes)
     return PacketBatch(
         tap=tap,
         buffer=buffer,
         starts=starts,
         sizes=sizes,
         times=times,
-        lengths=sent_lengths,
-        flags=flags,
-        directions=directions,
-        vlans=vlans,
-        ifindexes=headers["ifindex"],
+        lengths=sent,
+        headers=headers,
         heads=heads,
     )
 
@@ -203,18 +235,25 @@ def _places(tap: Tap, buffer: Array, counts: Array, lengths: Array) -> Array:
     in sockaddr_ll), and then the chain is checked for all of them together.  Only where something
     else looks like a header, too, is the chain followed.
     """
-    if int(lengths.sum()) != len(buffer) or len(buffer) % ring.ALIGNMENT:
+    if int(lengths.sum()) != len(buffer) or len(buffer) % ring.ALIGNMENT or not counts.all():
         raise GketraceError("an agent's packets and their lengths do not agree")
     ends = np.cumsum(lengths)
+    total = int(counts.sum())
+    # Packets of one size, as in bulk transfers: every block is full of equal steps.
+    if not len(buffer) % total and not ((step := len(buffer) // total) % ring.ALIGNMENT):
+        places = np.arange(total, dtype=np.int64) * step
+        nexts = buffer.view("<u4")[:: step // 4]
+        if _is_chain(places, nexts, counts, lengths, ends):
+            return places
     words = buffer.view("<u8")[ring.SLL // 8 :]
     if tap.ifindex:
         found = (words & _FAMILY_AND_INTERFACE) == np.uint64(tap.ifindex << 32 | ring.AF_PACKET)
     else:
         found = (words & _FAMILY) == np.uint64(ring.AF_PACKET)
     places = np.flatnonzero(found) * ring.ALIGNMENT
-    total = int(counts.sum())
-    nexts = buffer.view("<u4")[places // 4] if len(places) == total else None
-    if nexts is None or not _is_chain(places, nexts, counts, lengths, ends):
+    if len(places) != total or not _is_chain(
+        places, buffer.view("<u4")[places >> 2], counts, lengths, ends
+    ):
         return _follow(buffer, counts, ends, lengths)
     return places
 
@@ -242,13 +281,18 @@ def _follow(buffer: Array, counts: Array, ends: Array, lengths: Array) -> Array:
                 raise GketraceError("an agent's packets are not where their headers say")
             places.append(place)
             step = read(view, place)[0]
-            if left and step < ring.HEADER_LENGTH:
+            if left and (step < ring.HEADER_LENGTH or step % ring.ALIGNMENT):
                 raise GketraceError("an agent's packets are not where their headers say")
             place += step
     return np.array(places, np.int64)
 
 
-def _flags(tap: Tap, status: Array, pkttypes: Array, lengths: Array) -> Array:
+def _pkttypes(headers: Array) -> Array:
+    return (headers[:, _HATYPE] >> 16).astype(np.uint8)
+
+
+def _flags(tap: Tap, headers: Array) -> Array:
+    status, pkttypes = headers[:, _STATUS], _pkttypes(headers)
     flags = np.zeros(len(status), np.uint16)
     for bit, flag in (
         (ring.Status.CHECKSUM_NOT_READY, PacketFlag.CHECKSUM_NOT_READY),
@@ -256,7 +300,7 @@ def _flags(tap: Tap, status: Array, pkttypes: Array, lengths: Array) -> Array:
         (ring.Status.GSO_TCP, PacketFlag.MERGED),
         (ring.Status.HARDWARE_TIME, PacketFlag.HARDWARE_TIME),
     ):
-        flags[(status & int(bit)) != 0] |= int(flag)
+        flags[(status & np.uint32(int(bit))) != 0] |= int(flag)
     for kind, flag in (
         (ring.PacketType.OTHERHOST, PacketFlag.NOT_FOR_US),
         (ring.PacketType.BROADCAST, PacketFlag.BROADCAST),
@@ -264,8 +308,8 @@ def _flags(tap: Tap, status: Array, pkttypes: Array, lengths: Array) -> Array:
     ):
         flags[pkttypes == kind] |= int(flag)
     if tap.mtu:
-        header = _ETHERNET_HEADER + _TAG if tap.link_type == LinkType.ETHERNET else 0
-        flags[lengths > tap.mtu + header] |= int(PacketFlag.MERGED)
+        most = tap.mtu + (_ETHERNET_HEADER if tap.link_type == LinkType.ETHERNET else 0)
+        flags[headers[:, _LENGTH] > most] |= int(PacketFlag.MERGED)
     return flags
 
 
@@ -282,11 +326,17 @@ _COOKED: Final = np.dtype(
 )
 
 
-def _cooked(headers: Array) -> Array:
+def _cooked(headers: Array, buffer: Array, places: Array) -> Array:
     """The link headers of LINKTYPE_LINUX_SLL2."""
     made = np.zeros(len(headers), _COOKED)
-    for name in ("protocol", "ifindex", "hatype", "pkttype", "halen", "address"):
-        made[name] = headers[name]  # the protocol is big endian in both
+    made["protocol"] = headers[:, _PROTOCOL] >> 16  # big endian in both
+    made["ifindex"] = headers[:, _IFINDEX]
+    made["hatype"] = headers[:, _HATYPE] & 0xFFFF
+    made["pkttype"] = headers[:, _HATYPE] >> 16
+    made["halen"] = headers[:, _HATYPE] >> 24
+    halves = buffer.view("<u4")
+    first = (places + ring.ADDRESS) >> 2
+    made["address"] = halves[first + 1].astype(np.uint64) << np.uint64(32) | halves[first]
     return made.view(np.uint8).reshape(len(headers), ring.COOKED_LENGTH)
 
 
@@ -299,17 +349,17 @@ def _put_back(buffer: Array, starts: Array, headers: Array) -> Array:
     buffer = buffer.copy()
     macs = starts[:, None] + np.arange(_MACS)
     buffer[macs - _TAG] = buffer[macs]
-    has_tpid = (headers["status"] & int(ring.Status.VLAN_TPID_VALID)) != 0
+    has_tpid = (headers[:, _STATUS] & int(ring.Status.VLAN_TPID_VALID)) != 0
     tag = np.zeros((len(starts), 2), ">u2")
-    tag[:, 0] = np.where(has_tpid, headers["vlan_tpid"], _8021Q)
-    tag[:, 1] = headers["vlan_tci"]
+    tag[:, 0] = np.where(has_tpid, headers[:, _TPID] & 0xFFFF, _8021Q)
+    tag[:, 1] = headers[:, _TCI]
     places = starts[:, None] + np.arange(_MACS - _TAG, _MACS)
     buffer[places] = tag.view(np.uint8).reshape(len(starts), _TAG)
     return buffer
 
 
 def batch_from_packets(tap: Tap, packets: list[CapturedPacket]) -> PacketBatch:
-    """The other way: for writing what was read from a file or changed packet by packet."""
+    """The other way: for writing what was read from a file, or is changed packet by packet."""
     sizes = np.array([len(one.data) for one in packets], np.int64)
     vlans = [-1 if one.vlan is None else one.vlan for one in packets]
     return PacketBatch(
@@ -319,9 +369,11 @@ def batch_from_packets(tap: Tap, packets: list[CapturedPacket]) -> PacketBatch:
         sizes=sizes,
         times=np.array([one.time_ns for one in packets], np.int64),
         lengths=np.array([one.original_length for one in packets], np.int64),
-        flags=np.array([int(one.flags) for one in packets], np.uint16),
-        directions=np.array([_DIRECTIONS.index(one.direction) for one in packets], np.uint8),
-        vlans=np.array(vlans, np.int32),
-        ifindexes=np.array([one.ifindex for one in packets], np.uint32),
+        read=(
+            np.array([int(one.flags) for one in packets], np.uint16),
+            np.array([_DIRECTIONS.index(one.direction) for one in packets], np.uint8),
+            np.array(vlans, np.int32),
+            np.array([one.ifindex for one in packets], np.uint32),
+        ),
         comments=tuple(one.comment for one in packets),
     )
