@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gketrace_cli.names import Named
     from gketrace_cli.session import Session
 
-__all__ = ["trace"]
+__all__ = ["question_of", "trace"]
 
 
 def trace(
@@ -58,7 +58,7 @@ def trace(
         services = background(session.cluster.services, "services")
         sender = sender_of(session, from_, find_pod)
         entry = find_node(node, session.nodes).name if node else ""
-        question = _question(session, sender, to, entry)
+        question = question_of(session, sender, to, entry)
         if sender.pod is not None:
             session.pods.add(sender.pod)
         result = Asker(session, services=services).ask((question,))
@@ -84,7 +84,7 @@ def trace(
     raise typer.Exit(int(verdict.code))
 
 
-def _question(session: Session, sender: Sender, to: Named, entry: str) -> Question:
+def question_of(session: Session, sender: Sender, to: Named, entry: str) -> Question:
     """What was typed as destination → the packet.  Raises: `UsageError`, `NotFoundError`."""
     from gketrace_cli.names import Kind
 
