@@ -1,0 +1,1 @@
+"""Who may do what, measured: ``python -m tests.security.matrix`` prints the table."""
