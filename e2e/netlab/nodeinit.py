@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import select
+import shlex
 import signal
 import socket
 import time
@@ -32,6 +33,8 @@ from e2e.netlab.world import AGENT_PORT, Node, Pod, World, agent_object
 __all__ = ["AGENT_SOCKET", "NodeInit"]
 
 AGENT_SOCKET = "/run/gketrace/agent.sock"
+AGENT_ARGUMENTS = "GKETRACE_LAB_AGENT_ARGUMENTS"
+"""The environment's variable with what the agents of a lab are given besides."""
 _CGROUP = "/sys/fs/cgroup"
 _READ_ONLY = ("net.netfilter.nf_conntrack_count", "net.netfilter.nf_conntrack_max")
 """In the fixture's sysctl.txt, but fixed for the machine as a whole."""
@@ -377,6 +380,7 @@ class NodeInit:
         argv += ["--listen", f"unix://{AGENT_SOCKET}", "--listen", f"tcp://0.0.0.0:{AGENT_PORT}"]
         argv += AgentFiles(self.folder / "agents").arguments()
         argv += ["--log-file", "/run/gketrace/agent.log"]
+        argv += shlex.split(os.environ.get(AGENT_ARGUMENTS, ""))
         os.execv(argv[0], argv)
 
     def wait_for_agent(self) -> None:
