@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum, IntFlag
 
 from gketrace.packet import Tuple5, protocol_name
+from gketrace.quick import quick
 
 __all__ = ["ConntrackEntry", "CtState", "CtStatus"]
 
@@ -49,6 +50,7 @@ class CtStatus(IntFlag):
     HW_OFFLOAD = 1 << 15
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConntrackEntry:
     """One tracked connection.  Fields that the kernel did not send are None."""

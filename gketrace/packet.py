@@ -14,6 +14,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final, TypeAlias
 
 from gketrace.errors import UsageError
+from gketrace.quick import quick
 
 __all__ = [
     "IPAddress",
@@ -91,6 +92,7 @@ PORT_PROTOCOLS: Final = frozenset(
 )
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuple5:
     """One direction of a connection, as connection tracking keys it (struct nf_conntrack_tuple).
@@ -151,6 +153,7 @@ _ICMP_REPLY: Final[dict[tuple[int, int], int]] = {
 }
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packet:
     """The header fields of one packet, and its mark.  NAT and MARK return a new one."""

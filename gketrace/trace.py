@@ -19,6 +19,7 @@ from typing import Final
 
 from gketrace.conntrack import ConntrackEntry
 from gketrace.packet import IPAddress, Packet
+from gketrace.quick import quick
 
 __all__ = [
     "FAILURE",
@@ -113,6 +114,7 @@ class Source(Enum):
     """Behaviour that is built into the kernel, named by its function."""
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Citation:
     """The evidence for one step."""
@@ -189,6 +191,7 @@ class StepAction(Enum):
     UNKNOWN = "unknown"
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """One decision about one packet."""
@@ -236,6 +239,7 @@ FAILURE: Final = frozenset(Disposition) - SUCCESS - {Disposition.TRANSMITTED, Di
 """The packet provably did not arrive.  TRANSMITTED and UNKNOWN are neither."""
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flow:
     """A connection-tracking entry in one namespace: read from the kernel, or that a walk makes."""
@@ -246,6 +250,7 @@ class Flow:
     """True: made by a walk (it would be created).  False: read from the kernel."""
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """Where a walk's branch ends."""
@@ -275,6 +280,7 @@ class Ingress:
     """Name of the receiving interface; empty: the packet is made here by a local process."""
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Branch:
     """A stretch of a walk without a fork, in one namespace.  A node of the tree in `Walk`."""

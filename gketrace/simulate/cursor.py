@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Final, TypeAlias
 
 from gketrace.packet import IPAddress, Packet
+from gketrace.quick import quick
 from gketrace.simulate.evolve import evolve
 from gketrace.simulate.namespace import Namespace
 from gketrace.simulate.routing import RouteDecision
@@ -95,6 +96,7 @@ class Context:
         return space.snapshot.conntrack if self.use_conntrack else None
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cursor:
     """One packet at one point of its way.  Immutable: each way on is a new one."""
@@ -138,6 +140,7 @@ class Cursor:
         return self.state.packet
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
     """One way on from a cursor: a new cursor, or an end."""

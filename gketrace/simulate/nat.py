@@ -16,6 +16,7 @@ from typing import Final
 
 from gketrace.conntrack import CtStatus
 from gketrace.packet import PORT_PROTOCOLS, IPAddress, Packet, Protocol, Tuple5
+from gketrace.quick import quick
 from gketrace.simulate.evolve import evolve
 from gketrace.simulate.state import CtInfo, Direction, NatRequest
 from gketrace.trace import Hook
@@ -56,6 +57,7 @@ _CHANGED: Final = {Manip.SRC: int(CtStatus.SRC_NAT), Manip.DST: int(CtStatus.DST
 _OTHER: Final = {Manip.SRC: Manip.DST, Manip.DST: Manip.SRC}
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NatSetup:
     """One way that a request can be carried out."""

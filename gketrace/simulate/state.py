@@ -12,6 +12,7 @@ from typing import Final, Protocol
 
 from gketrace.conntrack import CtState
 from gketrace.packet import IPAddress, Packet, Tuple5
+from gketrace.quick import quick
 from gketrace.snapshot import IpSet, Maybe, RecentEntry
 from gketrace.trace import Citation, Hook, Step
 
@@ -52,6 +53,7 @@ class Direction(Enum):
     REPLY = "REPLY"
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CtInfo:
     """What connection tracking attached to the packet (skb->_nfct)."""
@@ -103,6 +105,7 @@ class SetChange:
     """False: removed."""
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PacketState:
     """One packet at one point of its way."""
@@ -134,6 +137,7 @@ class PacketState:
     """What this packet did to ipsets, oldest first; later rules see it."""
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """What one match says of one packet."""
@@ -246,6 +250,7 @@ class NatRequest:
     citation: Citation | None = None
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """The end of a base chain."""
@@ -260,6 +265,7 @@ class Verdict:
     """Set when a nat target decided (the verdict is then ACCEPT)."""
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alternative:
     """One way through a base chain; the chances of all alternatives sum to 1 where known."""

@@ -15,6 +15,7 @@ from typing import Final
 
 from gketrace.conntrack import ConntrackEntry, CtState, CtStatus
 from gketrace.packet import PORT_PROTOCOLS, Packet, Protocol, TcpFlags, Tuple5
+from gketrace.quick import quick
 from gketrace.simulate.state import CtInfo, Direction
 from gketrace.snapshot import ConntrackView, Maybe, Unavailable
 from gketrace.trace import Flow, NetnsRef
@@ -64,6 +65,7 @@ _REOPENABLE: Final = frozenset({"SYN_SENT", "SYN_SENT2", "TIME_WAIT"})
 _OPENING: Final = frozenset({"SYN_SENT", "SYN_SENT2"})
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tracking:
     """One way that tracking can see the packet."""

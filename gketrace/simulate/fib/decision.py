@@ -7,6 +7,7 @@ from enum import Enum
 from fractions import Fraction
 
 from gketrace.packet import IPAddress
+from gketrace.quick import quick
 from gketrace.snapshot import PolicyRule, Route
 from gketrace.trace import Citation
 
@@ -48,6 +49,7 @@ class RouteKind(Enum):
     """Something that decides is not known; `RouteDecision.detail` says what."""
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouteDecision:
     """One way that a look-up can go; several where the kernel hashes or something is not known."""

@@ -13,6 +13,7 @@ from typing import Any, Final, TypeAlias
 
 from gketrace.conntrack import CtState
 from gketrace.packet import Protocol
+from gketrace.quick import quick
 from gketrace.ruleset.nft import NftRule, NftRuleset, NftSet
 from gketrace.ruleset.nft_text import statement_text
 from gketrace.simulate.evolve import evolve
@@ -32,6 +33,7 @@ __all__ = ["Way", "run_rule"]
 Json: TypeAlias = Any
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
     """One way through one rule."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from gketrace.quick import quick
 from gketrace.ruleset.model import Target
 from gketrace.ruleset.options import Option
 from gketrace.simulate.state import Environment, NatRequest, PacketState, VerdictKind
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Effect", "UnknownTarget", "pass_on"]
 
 
+@quick
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effect:
     """What becomes of a packet at a target: one of `verdict`, `jump`, `returns`, or none: on to
