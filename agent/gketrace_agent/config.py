@@ -66,8 +66,8 @@ class Limits:
     change_calls: int = 2
     memory_bytes: int = 0
     """Above 90 % of it only quick calls are taken; 0: the cgroup's limit."""
-    connections: int = 512
-    """TCP connections at once."""
+    connections: int = 2048
+    """TCP connections at once; each costs about 20 KiB."""
     request_bytes: int = 4 << 20
     reply_bytes: int = 64 << 20
     """Of one message; streams have many."""
