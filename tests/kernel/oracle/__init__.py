@@ -5,7 +5,8 @@
 ``tracing``    the kernel's rule-by-rule trace (nftables trace events, the kernel log for legacy)
 ``compare``    the kernel's story of one packet against the simulator's
 ``fixtures``   cases over the real kube-proxy dumps
-``generate``   random rule sets and packets
+``generate``   random rule sets and packets (``generate_nft``: tables of nftables)
+``fixed_sets`` sets of our own making
 ``mutate``     deliberate faults in the simulator, each of which must be caught
 ``__main__``   ``python -m tests.kernel.oracle --cases N --seed S --json``
 

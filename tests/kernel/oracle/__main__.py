@@ -14,7 +14,8 @@ from collections import Counter
 from gketrace.simulate.walk import walk
 from tests.kernel.oracle.dumps import run_fixtures, summary
 from tests.kernel.oracle.generate import MATCHES, TARGETS
-from tests.kernel.oracle.generate_nft import ACTIONS, CONDITIONS
+from tests.kernel.oracle.generate_nft_actions import ACTIONS
+from tests.kernel.oracle.generate_nft_conditions import CONDITIONS
 from tests.kernel.oracle.random_sets import RandomRun
 from tests.kernel.oracle.run import Tally
 

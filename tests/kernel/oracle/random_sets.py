@@ -8,8 +8,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from tests.kernel.oracle.bed import Bed
+from tests.kernel.oracle.fixed_sets import FIXED, FixedSet
 from tests.kernel.oracle.generate import HOOKS, IPSETS, NFACCT, Generator, probe_kernel
-from tests.kernel.oracle.generate_nft import TABLE, NftGenerator, probe_nft, restore
+from tests.kernel.oracle.generate_nft import TABLE, NftGenerator
+from tests.kernel.oracle.nft_load import probe_nft, restore
 from tests.kernel.oracle.record import Record
 from tests.kernel.oracle.run import Tally, rig, run_cases
 from tests.kernel.oracle.view import WalkFunction
@@ -18,32 +20,6 @@ __all__ = ["PER_SET", "RandomRun"]
 
 PER_SET = 50
 """Cases sent through one rule set."""
-
-
-TRANSLATED = 120
-"""Cases sent through the set of translations."""
-
-_TRANSLATIONS = """\
-*raw
--A PREROUTING -p sctp -j NOTRACK
--A OUTPUT -p sctp -j NOTRACK
-COMMIT
-*nat
--A PREROUTING -p udp -m udp --dport 53 -j REDIRECT --to-ports 8080
--A PREROUTING -p tcp -m tcp --dport 443 -j DNAT --to-destination 10.40.0.6:8080
--A PREROUTING -d 10.142.0.0/24 -p tcp -m tcp --dport 80 -j NETMAP --to 10.40.0.0/24
--A OUTPUT -p udp -m udp --dport 80 -j REDIRECT
--A OUTPUT -p tcp -m tcp --dport 443 -j DNAT --to-destination 10.40.0.10
--A POSTROUTING -o eth0 -p tcp -j SNAT --to-source 10.142.0.8
--A POSTROUTING -o eth1 -p udp -j MASQUERADE
--A POSTROUTING -p sctp -j MASQUERADE
-COMMIT
-*filter
--A FORWARD -m conntrack --ctstate UNTRACKED -j ACCEPT
--A FORWARD -m conntrack --ctstate DNAT
--A FORWARD -m conntrack --ctstate SNAT
-COMMIT
-"""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -70,7 +46,8 @@ class RandomRun:
             prepare(bed)
             self.absent = probe_kernel(bed)
             self.absent_nft = probe_nft(bed)
-            self._translations(bed, min(TRANSLATED, count))
+            for chosen in FIXED:
+                self._fixed(bed, chosen, min(chosen.cases, count - self.tally.cases))
             for number in itertools.count():
                 if self.tally.cases >= count:
                     return
@@ -82,22 +59,26 @@ class RandomRun:
                 else:
                     self._one(bed, number, backend, family, share)
 
-    def _translations(self, bed: Bed, share: int) -> None:
-        """A set that is not random: chance alone reaches some targets of nat too seldom."""
+    def _fixed(self, bed: Bed, chosen: FixedSet, share: int) -> None:
+        """A set that is not random: chance alone reaches some things too seldom."""
         maker = Generator(
-            rng=random.Random(f"{self.seed}/translations"),
+            rng=random.Random(f"{self.seed}/{chosen.name}"),
             family=4,
             backend="nft",
             absent=self.absent,
             mac=bed.peer_mac("eth0"),
         )
-        bed.command(["iptables-nft-restore"], text=_TRANSLATIONS)
+        bed.command(chosen.load, text=chosen.text)
         try:
             with rig(bed, self.walk, legacy=False, records=self.records) as machine:
-                name = f"translations {self.seed}"
+                name = f"{chosen.name} {self.seed}"
                 self.tally.add(run_cases(machine, name, maker.cases(bed), share))
         finally:
-            clean(bed, "iptables-nft-restore")
+            if chosen.table:
+                bed.command(["nft", "delete", "table", *chosen.table.split()])
+                bed.command(["conntrack", "-F"])
+            else:
+                clean(bed, "iptables-nft-restore")
 
     def _one(self, bed: Bed, number: int, backend: str, family: int, share: int) -> None:
         maker = Generator(

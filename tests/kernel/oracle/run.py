@@ -24,7 +24,7 @@ from gketrace_agent.observe.snapshot import Namespace, Observer
 from tests.kernel.oracle.bed import TRACE_TABLE, Bed
 from tests.kernel.oracle.compare import Judgement, Observed, RuleId, Verdict, judge, observe_story
 from tests.kernel.oracle.fixtures import Case
-from tests.kernel.oracle.generate_nft import NFT_OPEN
+from tests.kernel.oracle.generate_nft_conditions import NFT_OPEN
 from tests.kernel.oracle.inject import build
 from tests.kernel.oracle.record import Record, Remembered
 from tests.kernel.oracle.tracing import Story, gather
