@@ -20,7 +20,6 @@ from gketrace.trace import Flow, NetnsKind
 from gketrace_agent.config import Config
 from gketrace_agent.info import NOUNS as INFO_NOUNS
 from gketrace_agent.info import detect_data_plane, own_addresses
-from gketrace_agent.kernel.conntrack import preload as preload_conntrack
 from gketrace_agent.kernel.netns import NetnsHandle
 from gketrace_agent.messages import (
     conntrack_filters,
@@ -67,7 +66,6 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         The simulator has a class for each match and target: they take as long to make as all
         the rest of the agent to start.
         """
-        preload_conntrack()
         import gketrace_agent.conntracks
         import gketrace_agent.walks  # noqa: F401 - imported to be there
 

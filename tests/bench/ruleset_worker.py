@@ -23,7 +23,6 @@ from gketrace.packet import Packet
 from gketrace.simulate.walk import WalkQuery, walk
 from gketrace.snapshot import NetnsSnapshot, NodeView, Unavailable
 from gketrace.trace import Disposition, Ingress, NetnsKind, NetnsRef, Walk
-from gketrace_agent.kernel.conntrack import preload
 from gketrace_agent.kernel.netns import NetnsHandle, open_path, run_in_netns
 from gketrace_agent.observe.snapshot import Namespace, Observer
 from gketrace_agent.observe.view import LiveNodeView
@@ -110,7 +109,6 @@ def _dump(handle: NetnsHandle, argv: list[str]) -> float:
 
 def main() -> None:
     task = json.loads(sys.argv[1])
-    preload()
     with open_path(Path("/run/netns", task["netns"])) as handle:
         question = Question(task, handle)
         base = _rss()

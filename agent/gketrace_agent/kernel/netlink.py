@@ -3,8 +3,8 @@
 Why not pyroute2's sockets: they start an event loop for each socket, belong to the thread they
 were made in, and ignore NLM_F_DUMP_INTR since 0.9.1; and its decoder costs 0.3 ms for each link
 with its attributes (110 veths: 60 ms for the links alone, where this module and
-`gketrace_agent.observe.links` take 5 ms).  pyroute2 encodes and decodes connection tracking
-(`gketrace_agent.kernel.conntrack`), where messages are few, and is the second opinion in tests.
+`gketrace_agent.observe.links` take 5 ms).  It takes 0.2 s and 9 MiB to import, and is the second
+opinion in tests.
 
 Source: kernel net/netlink/af_netlink.c, include/uapi/linux/netlink.h.
 """
