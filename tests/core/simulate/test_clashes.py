@@ -10,7 +10,7 @@ from gketrace.conntrack import ConntrackEntry, CtStatus
 from gketrace.packet import Packet
 from gketrace.trace import Disposition
 from tests.core.simulate.nodes import Table, one, tcp
-from tests.core.simulate.test_walk import DNAT, ptp
+from tests.core.simulate.small_nodes import DNAT, ptp
 
 D = Disposition
 DIRECT = tcp("10.142.0.9:40000", "10.40.0.6:8080")

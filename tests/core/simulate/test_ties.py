@@ -8,7 +8,7 @@ from gketrace.simulate.order import MAX_ORDERS
 from gketrace.trace import Disposition, StepKind
 from tests.core.simulate.nft_tables import table
 from tests.core.simulate.nodes import Node, one, tcp
-from tests.core.simulate.test_walk import ptp
+from tests.core.simulate.small_nodes import ptp
 
 D = Disposition
 DROPS_MARKED = "*filter\n:FORWARD ACCEPT [0:0]\n-A FORWARD -m mark --mark 0x1 -j DROP\nCOMMIT\n"
