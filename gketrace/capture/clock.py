@@ -19,11 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from gketrace.capture.packets import Direction
 from gketrace.capture.segments import SYN, Sighting
 
-__all__ = ["ClockBounds", "Clocks", "Offset", "observe"]
+__all__ = ["HERE", "ClockBounds", "Clocks", "Offset", "observe"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,10 +86,27 @@ class Clocks:
         """For the section header: the correction of each node, and its bound."""
         if self.contradiction:
             return f"clocks not corrected: {self.contradiction}"
-        others = [str(o) for node, o in sorted(self.offsets.items()) if node != self.reference]
+        others = [
+            str(offset)
+            for node, offset in sorted(self.offsets.items())
+            if node not in (self.reference, HERE)
+        ]
         if not others:
             return ""
         return f"clocks against {self.reference}, ahead by (corrected): {'; '.join(others)}"
+
+
+HERE: Final = ""
+"""The node name of who asks, whose clock bounds others by their messages."""
+_WIDE: Final = 5 * 10**6
+"""Half a width in nanoseconds, beyond which a clock is corrected no more than it must be: clocks
+that are kept by NTP are nearer to each other than the middle of wide bounds."""
+
+
+def _middle(low: int, high: int) -> int:
+    if high - low <= 2 * _WIDE:
+        return (high + low) // 2
+    return min(max(low, 0), high)
 
 
 class ClockBounds:
@@ -111,7 +129,7 @@ class ClockBounds:
         if key not in self._least or bound < self._least[key]:
             self._least[key] = bound
 
-    def clocks(self, nodes: Iterable[str] = (), reference: str = "") -> Clocks:
+    def clocks(self, nodes: Iterable[str] = (), reference: str | None = None) -> Clocks:
         """`reference`: by default the node with most neighbours, the first by name of several."""
         names = sorted({*nodes, *(name for pair in self._least for name in pair)})
         if not names:
@@ -120,22 +138,14 @@ class ClockBounds:
         for name in names:
             if distance[name, name] < 0:
                 why = f"packets arrive before they are sent, by {_plain(-distance[name, name])}"
-                return Clocks(reference=reference or names[0], contradiction=why)
-        if not reference:
+                first = names[0] if reference is None else reference
+                return Clocks(reference=first, contradiction=why)
+        if reference is None:
             reference = max(
                 names,
                 key=lambda name: sum(self._both(distance, name, other) for other in names),
             )
-        offsets: dict[str, Offset] = {}
-        for name in names:
-            high, low = distance.get((reference, name)), distance.get((name, reference))
-            if high is None or low is None:
-                offsets[name] = Offset(node=name, ahead_ns=0, bound_ns=None)
-                continue
-            ahead = (high - low) // 2
-            offsets[name] = Offset(
-                node=name, ahead_ns=ahead, bound_ns=max(high - ahead, ahead + low)
-            )
+        offsets = _solve(names, reference, distance)
         widths: dict[tuple[str, str], int] = {}
         for one in names:
             for other in names:
@@ -166,6 +176,34 @@ class ClockBounds:
                     if known is None or first + second < known:
                         distance[one, other] = first + second
         return distance
+
+
+def _solve(
+    names: list[str], reference: str, distance: Mapping[tuple[str, str], int]
+) -> dict[str, Offset]:
+    """One clock after the other, the best known first: the middle of what bounds and the clocks
+    before leave.  So no packet arrives before it was sent."""
+    known = [
+        (distance[reference, name] + distance[name, reference], name)
+        for name in names
+        if (reference, name) in distance and (name, reference) in distance
+    ]
+    ahead = {reference: 0}
+    for _, name in sorted(known):
+        if name == reference:
+            continue
+        low = max(at - distance[name, one] for one, at in ahead.items() if (name, one) in distance)
+        high = min(at + distance[one, name] for one, at in ahead.items() if (one, name) in distance)
+        ahead[name] = _middle(low, high)
+    offsets: dict[str, Offset] = {}
+    for name in names:
+        at = ahead.get(name)
+        if at is None:
+            offsets[name] = Offset(node=name, ahead_ns=0, bound_ns=None)
+            continue
+        bound = max(distance[reference, name] - at, at + distance[name, reference])
+        offsets[name] = Offset(node=name, ahead_ns=at, bound_ns=bound)
+    return offsets
 
 
 def observe(bounds: ClockBounds, seen: Iterable[Sighting]) -> None:

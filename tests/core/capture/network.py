@@ -78,6 +78,9 @@ class Network:
     """(connection, transmission) → the places that it passed."""
     sent: int = 0
 
+    def __repr__(self) -> str:
+        return f"Network(skew={self.skew}, delay={self.delay}, reach={self.reach})"
+
     def sorted(self) -> tuple[list[CapturedPacket], list[tuple[str, int]]]:
         order = sorted(range(len(self.captured)), key=lambda n: self.captured[n].time_ns)
         return [self.captured[n] for n in order], [self.truth[n] for n in order]

@@ -383,7 +383,8 @@ def traffic(draw: st.DrawFn) -> Network:
     the same payloads, the same ports, and skewed clocks."""
     skew = {node: draw(st.integers(-(10**9), 10**9)) for node in (ENTRY, INSIDE)}
     network = Network(skew=skew, delay=draw(st.integers(1, 50)) * US)
-    seqs = st.integers(0, 2**32 - 1)
+    # Two with the same first sequence numbers are one as far as anybody can tell.
+    seqs = draw(st.lists(st.integers(0, 2**32 - 1), min_size=8, max_size=8, unique=True))
     clock = 0
     for number in range(draw(st.integers(1, 4))):
         port = draw(st.sampled_from((40000, 40001)))
@@ -395,8 +396,8 @@ def traffic(draw: st.DrawFn) -> Network:
             str(number),
             outside=(("203.0.113.10", port), FRONT),
             inside=(("10.142.0.7", port - 30000), POD),
-            client_seq=draw(seqs),
-            server_seq=draw(seqs),
+            client_seq=seqs[2 * number],
+            server_seq=seqs[2 * number + 1],
             begin=begin,
             stamps=draw(st.booleans()),
             identity=number * 1000,
@@ -423,7 +424,7 @@ def traffic(draw: st.DrawFn) -> Network:
 
 
 @given(traffic())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_what_is_stitched_is_what_was_sent(network: Network) -> None:
     raw, truth = network.sorted()
     bounds = ClockBounds()
