@@ -167,9 +167,8 @@ def _said(key: str, answers: Sequence[Answer]) -> Said:
 class Meeting:
     """What becomes of a connection, in the prober's words.
 
-    `kind` is as `Result.kind`, or ``arrives`` when who listens cannot be seen; `end` is the
-    address and port that takes it, `peer` the source address seen there; `by` is ``icmp`` or
-    ``tcp-reset`` for what is refused.
+    `kind` is as `Result.kind`; `end` is the address and port that takes it, `peer` the source
+    address seen there; `by` is ``icmp`` or ``tcp-reset`` for what is refused.
     """
 
     kind: str
@@ -197,16 +196,12 @@ def _meeting(path: dict[str, Any], protocol: str) -> Meeting:
         back = path["return"]
         assert back is not None
         gaps = {gap["what"] for gap in (*path["missing"], *back["missing"])}
-        # No kernel lists SCTP sockets: the CLI says where the packet gets to, and that it cannot
-        # see who listens there.
-        blind = gaps == {"sockets"} and protocol == "SCTP"
-        if gaps and not blind:
+        if gaps:
             return Meeting(kind="unknown")
         if back["outcome"] in ("delivered", "transmitted"):
             who, _, end = path["endpoint"].rpartition(" ")
             pod = who.removeprefix("pod/") if who.startswith("pod/") else ""
-            kind = "arrives" if blind else "delivered"
-            return Meeting(kind=kind, end=end, pod=pod, peer=path["sourceSeen"])
+            return Meeting(kind="delivered", end=end, pod=pod, peer=path["sourceSeen"])
         return Meeting(kind="unknown" if back["outcome"] == "unknown" else "timeout")
     if outcome == "rejected":
         return Meeting(kind="refused", by=_REFUSALS.get(path["rejectWith"], path["rejectWith"]))
@@ -239,8 +234,6 @@ def compare(case: Case, said: Said, result: Result) -> str | None:
     if real in expected:
         return None
     for choice in expected:
-        if choice.kind == "arrives" and replace(choice, kind="delivered") == real:
-            return None
         # A node's own socket is named by the node: which pod it is the node cannot tell.
         if choice.kind == "delivered" and not choice.pod and replace(choice, pod=real.pod) == real:
             return None

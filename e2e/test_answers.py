@@ -94,7 +94,7 @@ def promise(lab: Lab, source: Source, door: Door, case: Case, said: Said) -> str
     if abs(sum(chances) - 1) > 1e-6:
         return f"{case.title}: the probabilities are {chances}"
     expected = expect(lab.world, lab.topology, source, door)
-    named = {m.pod for m in meetings(said, case.protocol) if m.kind in ("delivered", "arrives")}
+    named = {m.pod for m in meetings(said, case.protocol) if m.kind == "delivered"}
     pods = {pod.key for pod in lab.world.pods if not pod.host_network} & set(expected.pods)
     sticky = any(
         service["spec"].get("sessionAffinity") == "ClientIP"
