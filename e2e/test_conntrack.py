@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from subprocess import PIPE
@@ -18,6 +19,12 @@ import pytest
 
 from e2e.answers import COMMAND, run_cli
 from e2e.netlab import Lab
+from e2e.prometheus import empty_panels, figures, lab_with_metrics, load, prometheus
+from gketrace_agent.kernel.hostpaths import HostPaths
+from gketrace_agent.kernel.netns import open_pid, run_in_netns
+from tests.agent.observe.bed import wait_until
+from tests.deploy.test_prometheus import documented
+from tests.kernel.conntrack_made import Made, make
 
 DNS = ("10.43.240.17", 53)
 SLICES = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices"
@@ -25,8 +32,8 @@ SLICES = "/apis/discovery.k8s.io/v1/namespaces/default/endpointslices"
 
 @pytest.fixture(scope="module")
 def own_lab() -> Iterator[Lab]:
-    """Not the session's: an endpoint goes away here."""
-    with Lab(f"ct{os.getpid()}") as lab:
+    """Not the session's: an endpoint goes away here, and agents serve metrics and may delete."""
+    with lab_with_metrics(f"ct{os.getpid()}") as lab:
         yield lab
 
 
@@ -124,6 +131,130 @@ def test_events_as_they_come(own_lab: Lab) -> None:
     assert running.returncode == 130
     schema = Path(__file__).parents[1] / "docs/schema/conntrack.json"
     jsonschema.validate(event, json.loads(schema.read_text()))
+
+
+def test_a_reader_that_stalls_is_told_how_much_it_lost(own_lab: Lab) -> None:
+    """Nobody reads the program's output until the kernel has thrown events away."""
+    entries = [
+        Made(src=f"10.1.{n // 250}.{n % 250}", dst="10.2.0.1", sport=n, dport=9, protocol=132)
+        for n in range(5000)
+    ]
+    words = ["conntrack", "33fg", "-E", "-p", "sctp", "-f", "ipv4", "-o", "conntrack"]
+    environment = {**os.environ, "KUBECONFIG": str(own_lab.kubeconfig)}
+    node = own_lab.node("33fg")["pid"]
+    said: list[str] = []
+    told: list[str] = []
+    with (
+        open_pid(HostPaths(), node) as handle,
+        subprocess.Popen(
+            [*COMMAND, *words], stdout=PIPE, stderr=PIPE, text=True, env=environment
+        ) as running,
+    ):
+        out, errors = running.stdout, running.stderr
+        assert out is not None
+        assert errors is not None
+        assert "following node" in errors.readline()
+
+        def drops() -> int:
+            text = own_lab.exec("node/33fg", ["cat", "/proc/net/netlink"]).stdout
+            rows = [line.split() for line in text.splitlines()[1:]]
+            return sum(int(row[8]) for row in rows if row[1] == "12" and int(row[3], 16))
+
+        sent = 0
+        while not drops():
+            for delete in (False, True):
+                run_in_netns(handle, lambda gone=delete: make(entries, delete=gone))
+                sent += len(entries)
+        readers = [
+            threading.Thread(target=told.extend, args=(out,)),
+            threading.Thread(target=said.extend, args=(errors,)),
+        ]
+        for reader in readers:
+            reader.start()
+        lost = re.compile(r"the kernel dropped (\d+) messages of events in (\d+) overruns")
+
+        def count() -> int:
+            found = [int(m[1]) for line in said if (m := lost.search(line))]
+            events = sum(line.lstrip().startswith(("[NEW]", "[DESTROY]")) for line in told)
+            return events + (found[-1] if found else 0)
+
+        try:
+            wait_until(lambda: count() == sent, 25)
+        finally:
+            running.send_signal(signal.SIGINT)
+            for reader in readers:
+                reader.join(20)
+    assert any(lost.search(line) for line in said), said
+
+
+def test_prometheus_scrapes_three_agents(own_lab: Lab) -> None:
+    with own_lab.hold("node/m69d", "10.142.0.8", 31830):
+        load(own_lab, 1.0)
+        assert run_cli(own_lab, "conntrack", "-C").code == 0
+        with prometheus(own_lab) as running:
+            wait_until(lambda: not empty_panels(running), 25)
+            names = {
+                re.sub(r"_(bucket|sum|count)$", "", one["metric"]["__name__"])
+                for one in running.query('{job="gketrace-agent"}')
+            }
+            ours = {n for n in names if n != "up" and not n.startswith("scrape_")}
+            assert ours == documented()
+            rules = [rule for group in running.ask("rules")["groups"] for rule in group["rules"]]
+            assert len(rules) == 11
+            assert not [rule for rule in rules if rule.get("lastError")]
+            found = figures(running)
+    print(found)
+    assert set(found["series"]) == {"2jdh", "33fg", "m69d"}
+    assert all(0 < count < 500 for count in found["series"].values())
+    assert all(seconds < 0.5 for seconds in found["agent_seconds"].values())
+
+
+def test_deletion_of_one_connections_entry(own_lab: Lab) -> None:
+    with own_lab.hold("node/m69d", "10.142.0.8", 31830) as held:
+        assert held.result.source is not None
+        port = str(held.result.source[1])
+        words = ["conntrack", "2jdh", "-D", "-p", "tcp", "--sport", port, "-o", "conntrack"]
+        before = lines_of(own_lab, "2jdh", "-p", "tcp", "--sport", port)
+        dry = run_cli(own_lab, *words, "--dry-run")
+        assert (dry.code, len(dry.out.splitlines())) == (0, 1)
+        assert lines_of(own_lab, "2jdh", "-p", "tcp", "--sport", port)
+        refused = run_cli(own_lab, *words)
+        assert refused.code == 2
+        assert "no terminal" in refused.err
+        done = run_cli(own_lab, *words, "--yes")
+        assert done.code == 0, done.err
+        assert [steady(line) for line in done.out.splitlines()] == [steady(x) for x in before]
+        assert "1 flow entries have been deleted." in done.err
+        assert not lines_of(own_lab, "2jdh", "-p", "tcp", "--sport", port)
+        # Its client's node has it still: one-sided.
+        found = document(own_lab, "connections", "--from", "10.142.0.6")
+        mine = [c for c in found["connections"] if c["client"] == f"10.142.0.6:{port}"]
+        assert [[n[-4:] for n in one["oneSided"]] for one in mine] == [["2jdh"]]
+
+
+def test_an_entry_that_is_older_than_its_rule(own_lab: Lab) -> None:
+    own_lab.exec("node/m69d", ["sysctl", "-q", "net.netfilter.nf_conntrack_timestamp=1"])
+    endpoint = "10.40.0.6:8080"
+    with own_lab.hold("node/m69d", "10.142.0.8", 31830) as held:
+        assert held.result.source is not None
+        client = f"10.142.0.6:{held.result.source[1]}"
+
+        def mine() -> Any:
+            found = document(own_lab, "connections", "--service", "hello-server")
+            return next(c for c in found["connections"] if c["client"] == client)
+
+        fine = mine()
+        assert fine["model"]["agreement"] == "agrees", fine
+        assert 0 <= fine["ageSeconds"] < 60
+        remove_rule(own_lab, "2jdh", endpoint)
+        told = mine()
+        assert told["standing"] == "current"
+        assert told["model"]["agreement"] in ("destination", "refused"), told
+        assert told["model"]["node"].endswith("2jdh")
+        assert told["model"]["olderThanRules"] is True
+        words = ["service", "hello-server", "--via", "nodeport", "--node", "2jdh"]
+        live = json.loads(run_cli(own_lab, *words, "-o", "json").out)["liveConnections"]
+        assert [one["agreement"] for one in live["differing"]] == [told["model"]["agreement"]]
 
 
 def test_an_entry_of_an_endpoint_that_is_gone_is_stale(own_lab: Lab) -> None:

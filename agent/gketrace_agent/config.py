@@ -106,6 +106,8 @@ class Config:
     listen: tuple[Listen, ...]
     metrics: Listen | None = None
     """Where /metrics is served; None: nowhere."""
+    sample_seconds: float = 15.0
+    """The least time between samples of the connection-tracking table for metrics."""
     insecure: bool = False
     """TCP without TLS and without access control was asked for."""
     tls: tuple[Path, Path] | None = None
@@ -159,6 +161,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
         metavar="ADDRESS",
         help="serve Prometheus metrics at http://HOST:PORT/metrics: tcp://HOST:PORT "
         "(default: do not); counts and Service names only, for whoever reaches the port",
+    )
+    add(
+        "--metrics-sample-seconds",
+        type=_positive,
+        default=15,
+        metavar="N",
+        help="the least time between samples of the conntrack table for metrics; a large table is "
+        "sampled less often, within 2 %% of one CPU (default: %(default)s)",
     )
     add(
         "--insecure",
@@ -309,6 +319,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> Config:
         node=given.node_name,
         listen=listen,
         metrics=metrics,
+        sample_seconds=float(given.metrics_sample_seconds),
         insecure=given.insecure,
         tls=tls,
         authentication=authentication,

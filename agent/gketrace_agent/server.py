@@ -188,6 +188,7 @@ class AgentServer:
             paths=self._config.paths,
             names=self._service.service_names,
             pods=self._service.pod_tables,
+            every=self._config.sample_seconds,
             certificate=self._certificate,
         )
         return address.host, self._metrics.start()

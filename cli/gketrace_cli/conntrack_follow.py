@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 import typer
 
 from gketrace.conntrack import ConntrackEntry
-from gketrace.conntrack_text import render_event
 from gketrace.errors import ExitCode, GketraceError, UsageError
 from gketrace.trace import Missing
 from gketrace_cli.commands.conntrack import ConntrackOutput
@@ -50,7 +48,13 @@ def follow(
         place: (
             place.node,
             "FollowConntrack",
-            pb.FollowConntrackRequest(target=place.target, any=a),
+            pb.FollowConntrackRequest(
+                target=place.target,
+                any=a,
+                format=pb.CONNTRACK_FORMAT_UNSPECIFIED
+                if form is ConntrackOutput.JSONL
+                else pb.CONNTRACK_FORMAT_TEXT,
+            ),
         )
         for place, a in filters.items()
         if a
@@ -63,7 +67,9 @@ def follow(
         if reply is None:
             continue
         for event in reply.events:
-            _write(place, event, form, short[place.node])
+            _write(place, event)
+        if reply.text:
+            _write_lines(reply.text, "" if form is ConntrackOutput.CONNTRACK else short[place.node])
         sys.stdout.flush()
         if reply.HasField("status"):
             status = reply.status
@@ -74,15 +80,19 @@ def follow(
     raise typer.Exit(int(ExitCode.PARTIAL))
 
 
-def _write(place: Place, event: pb.ConntrackEvent, form: ConntrackOutput, short: str) -> None:
+def _write(place: Place, event: pb.ConntrackEvent) -> None:
     entry = decode(ConntrackEntry, event.entry)
     kind = pb.ConntrackEventKind.Name(event.kind).removeprefix("CONNTRACK_EVENT_KIND_")
-    if form is ConntrackOutput.JSONL:
-        body = {"event": kind, "polled": event.polled, **entry_document(place, entry)}
-        sys.stdout.write(json.dumps(envelope("ConntrackEvent", body)) + "\n")
-        return
-    line = render_event(kind, entry, now=time.time())
-    sys.stdout.write(f"{line}\n" if form is ConntrackOutput.CONNTRACK else f"{short} {line}\n")
+    body = {"event": kind, "polled": event.polled, **entry_document(place, entry)}
+    sys.stdout.write(json.dumps(envelope("ConntrackEvent", body)) + "\n")
+
+
+def _write_lines(text: bytes, node: str) -> None:
+    """conntrack(8)'s lines, with the node before each when there is one."""
+    if node:
+        text = b"".join(b"%s %s" % (node.encode(), line) for line in text.splitlines(True))
+    sys.stdout.flush()
+    sys.stdout.buffer.write(text)
 
 
 def _tell_status(place: Place, status: pb.FollowConntrackStatus, *, first: bool) -> None:
