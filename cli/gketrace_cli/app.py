@@ -11,7 +11,7 @@ from typing import Annotated, Final
 import typer
 
 from gketrace_cli import __version__
-from gketrace_cli.commands import check, connections, conntrack, pod, rules, service, trace
+from gketrace_cli.commands import check, connections, conntrack, install, pod, rules, service, trace
 from gketrace_cli.options import Options, with_options
 
 __all__ = ["app"]
@@ -62,7 +62,9 @@ app.command("conntrack", cls=conntrack.ConntrackCommand, epilog=EPILOG)(
     with_options(conntrack.conntrack)
 )
 app.command("explain", epilog=EPILOG)(with_options(check.explain))
+app.command("install", epilog=EPILOG)(with_options(install.install))
 app.command("pod", epilog=EPILOG)(with_options(pod.pod))
 app.command("rules", epilog=EPILOG)(with_options(rules.rules))
 app.command("service", epilog=EPILOG)(with_options(service.service))
 app.command("trace", epilog=EPILOG)(with_options(trace.trace))
+app.command("uninstall", epilog=EPILOG)(with_options(install.uninstall))

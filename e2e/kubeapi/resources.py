@@ -72,6 +72,7 @@ RESOURCES: tuple[Resource, ...] = (
     _core("namespaces", "Namespace", "ns", namespaced=False),
     _core("configmaps", "ConfigMap", "cm"),
     _core("secrets", "Secret"),
+    _core("resourcequotas", "ResourceQuota", "quota"),
     _core(
         "serviceaccounts",
         "ServiceAccount",
