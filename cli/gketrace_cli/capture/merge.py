@@ -7,7 +7,7 @@ chunks follow each other in time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -43,21 +43,24 @@ class Chunk:
         """The first packets of it."""
         if count >= len(self):
             return self
-        if self.order is None:
-            kept: list[PacketBatch] = []
-            for batch in self.batches:
-                kept.append(batch.take(slice(None, count)))
-                count -= len(kept[-1])
-            return Chunk(batches=tuple(kept))
-        wanted = self.order[:count]
-        rank = np.full(len(self), -1, np.int64)
-        rank[wanted] = np.arange(count)
+        order = np.arange(len(self)) if self.order is None else self.order
+        wanted = np.zeros(len(self), bool)
+        wanted[order[:count]] = True
+        return self._only(wanted)
+
+    def of(self, tap: Callable[[Tap], bool]) -> Chunk:
+        """The packets of some taps."""
+        flags = [np.full(len(batch), tap(batch.tap)) for batch in self.batches]
+        return self._only(np.concatenate(flags))
+
+    def _only(self, wanted: Array) -> Chunk:
         ends = np.cumsum([len(batch) for batch in self.batches])[:-1]
-        ranks = np.split(rank, ends)
-        taken = [batch.take(mine >= 0) for batch, mine in zip(self.batches, ranks, strict=True)]
-        order = np.empty(count, np.int64)
-        order[rank[rank >= 0]] = np.arange(count)
-        return Chunk(batches=tuple(taken), order=order)
+        parts = zip(self.batches, np.split(wanted, ends), strict=True)
+        batches = tuple(batch.take(mine) for batch, mine in parts if mine.any())
+        if self.order is None:
+            return Chunk(batches=batches)
+        places = np.cumsum(wanted) - 1  # old place → new one
+        return Chunk(batches=batches, order=places[self.order[wanted[self.order]]])
 
     def packets(self) -> Iterator[CapturedPacket]:
         """In order, made one by one."""

@@ -1,0 +1,150 @@
+"""Capture files: one for all taps, or one for each node, or standard output.
+
+A file has its name only when it is whole.  Until then it is NAME.part.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from gketrace.capture.packets import Tap
+from gketrace.errors import GketraceError, UsageError
+from gketrace.packet import IPAddress
+from gketrace_cli.capture.merge import Chunk
+from gketrace_cli.capture.pcapng import PcapngWriter
+from gketrace_cli.capture.running import Outcome, TapOutcome, tell
+
+__all__ = ["STDOUT", "CaptureFile", "FileSink", "node_path"]
+
+STDOUT = "-"
+
+
+class CaptureFile:
+    """One file that is being written.  `finish` or `abandon` it."""
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        comments: Sequence[str] = (),
+        names: Mapping[IPAddress, Sequence[str]] | None = None,
+    ) -> None:
+        """Raises `UsageError` when it cannot be made, `BrokenPipeError`."""
+        self._path = path
+        self._part = ""
+        if path == STDOUT:
+            sys.stdout.flush()
+            self._fd = os.dup(1)
+        else:
+            self._open(Path(path))
+        self.writer = PcapngWriter(self._fd, comments=comments)
+        if names:
+            self.writer.names(names)
+
+    def _open(self, path: Path) -> None:
+        where = path
+        try:
+            if not path.exists() or stat.S_ISREG(path.stat().st_mode):
+                where = path.with_name(f"{path.name}.part")
+                self._part = str(where)
+            self._fd = os.open(where, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise UsageError(f"cannot write {where}: {error.strerror}") from None
+
+    def write(self, chunk: Chunk) -> None:
+        """Raises `GketraceError` when there is no room, `BrokenPipeError`."""
+        try:
+            self.writer.write(chunk)
+        except BrokenPipeError:
+            self.abandon()
+            raise
+        except OSError as error:
+            self.abandon()
+            raise GketraceError(f"cannot write {self._path}: {error.strerror}") from None
+
+    def finish(self, taps: Mapping[Tap, TapOutcome]) -> None:
+        """Writes the interfaces' statistics, and gives the file its name."""
+        for tap, one in taps.items():
+            self.writer.statistics(tap, one.statistics, one.started_ns, one.ended_ns)
+        os.close(self._fd)
+        if self._part:
+            os.replace(self._part, self._path)
+            self._part = ""
+
+    def abandon(self) -> None:
+        """Leaves what there is under another name, and says so."""
+        os.close(self._fd)
+        if self._part:
+            tell(f"{self._part} has the {self.writer.packets} packets that were written until then")
+
+
+def node_path(path: str, node: str) -> str:
+    """``cap.pcapng`` → ``cap.NODE.pcapng``."""
+    whole = Path(path)
+    return str(whole.with_name(f"{whole.stem}.{node}{whole.suffix}"))
+
+
+class FileSink:
+    """Writes all packets to one file, or each node's to its own."""
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        per_node: bool = False,
+        comments: Callable[[], Sequence[str]] = tuple,
+        names: Mapping[IPAddress, Sequence[str]] | None = None,
+    ) -> None:
+        if per_node and path == STDOUT:
+            raise UsageError("--per-node writes several files", hint="give -w FILE")
+        self._path = path
+        self._per_node = per_node
+        self._comments = comments
+        self._names = names
+        self._files: dict[str, CaptureFile] = {}
+        if not per_node:
+            self._file("")
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of the files, as they are called when they are whole."""
+        if not self._per_node:
+            return (self._path,)
+        return tuple(node_path(self._path, node) for node in self._files)
+
+    def _file(self, node: str) -> CaptureFile:
+        key = node if self._per_node else ""
+        if key not in self._files:
+            path = node_path(self._path, node) if self._per_node else self._path
+            self._files[key] = CaptureFile(path, comments=self._comments(), names=self._names)
+        return self._files[key]
+
+    def started(self, taps: tuple[Tap, ...]) -> None:
+        for tap in taps:
+            self._file(tap.node).writer.interface(tap)
+
+    def write(self, chunk: Chunk) -> None:
+        if not self._per_node or len({batch.tap.node for batch in chunk.batches}) == 1:
+            self._file(chunk.batches[0].tap.node).write(chunk)
+            return
+        for node in {batch.tap.node: None for batch in chunk.batches}:
+            self._file(node).write(chunk.of(lambda tap, node=node: tap.node == node))  # type: ignore[misc]
+
+    def finish(self, outcome: Outcome) -> None:
+        for key, file in self._files.items():
+            file.finish(
+                {
+                    tap: one
+                    for tap, one in outcome.taps.items()
+                    if not self._per_node or tap.node == key
+                }
+            )
+
+    def abandon(self) -> None:
+        """After an error elsewhere."""
+        for file in self._files.values():
+            file.abandon()
