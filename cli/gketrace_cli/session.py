@@ -68,6 +68,11 @@ class Progress:
             sys.stderr.write(f"\r\033[K{text} …")
             sys.stderr.flush()
 
+    def mute(self) -> None:
+        """Says nothing more: the command writes lines of its own."""
+        self.clear()
+        self._on = False
+
     def clear(self) -> None:
         if self._on:
             sys.stderr.write("\r\033[K")

@@ -179,6 +179,10 @@ class Joiner:
         here.complete = True
         here.recovering = False
 
+    def begin_reading(self, place: Place) -> None:
+        """From here on until `read_whole` all entries of the place come as EXISTING."""
+        self._here(place).met = set()
+
     def lose(self, place: Place, at: float) -> None:
         """Events of the place were lost: what is open there may have changed or ended."""
         here = self._here(place)

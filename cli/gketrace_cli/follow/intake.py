@@ -1,0 +1,179 @@
+"""Replies of the agents → the joiner: clocks, losses, ends of calls and their return."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from gketrace.connections import Place
+from gketrace.conntrack import ConntrackEntry
+from gketrace.conntrack_records import STATE_NAMES, Record, record_of, records_from_bytes
+from gketrace.follow.entries import POLLED
+from gketrace.follow.joiner import Joiner
+from gketrace.trace import Missing
+from gketrace_cli.follow.tally import Gap
+from gketrace_proto.codec import decode
+from gketrace_proto.v1alpha1 import agent_pb2 as pb
+
+if TYPE_CHECKING:
+    from gketrace_cli.follow.streams import Arrived, Streams
+
+__all__ = ["Intake"]
+
+_TWICE_SECONDS: Final = 3.0
+"""For so long after a change of filters an event may come from both calls."""
+
+
+class _Feed:
+    """One place."""
+
+    __slots__ = ("away", "lost", "offset", "resyncs", "said", "statuses", "turn", "why")
+
+    def __init__(self) -> None:
+        self.turn = 0
+        self.statuses = 0
+        """Of the call that is under way: the first begins it, the second ends its reading."""
+        self.lost = (0, 0)
+        self.resyncs = 0
+        self.offset: float | None = None
+        """Seconds from the node's clock to ours, with the least delay that was seen."""
+        self.away: float | None = None
+        """Since when no call is under way."""
+        self.why = ""
+        self.said = ""
+
+
+class Intake:
+    """Feeds a joiner.  For one thread."""
+
+    def __init__(self, joiner: Joiner, streams: Streams, say: Callable[[str], None]) -> None:
+        self._joiner = joiner
+        self._streams = streams
+        self._say = say
+        self._feeds: dict[Place, _Feed] = {}
+        self.lost: Counter[str] = Counter()
+        self._ended: list[Gap] = []
+        self._switched_at = 0.0
+        self._recent: set[int] = set()
+
+    @property
+    def gaps(self) -> list[Gap]:
+        """Times in which a place was not followed; those that last, too."""
+        return self._ended + [
+            Gap(where=str(place), why=feed.why, begin=feed.away, end=None)
+            for place, feed in self._feeds.items()
+            if feed.away is not None
+        ]
+
+    def unseen_nodes(self, missing: Iterable[Missing]) -> frozenset[str]:
+        """Nodes that are not followed now."""
+        away = {place.node for place, feed in self._feeds.items() if feed.away is not None}
+        return frozenset(away | {item.node for item in missing if item.node})
+
+    def switch(self) -> None:
+        """The next call to each place replaces one: for a while events come twice."""
+        self._switched_at = time.monotonic()
+        self._recent = set()
+
+    def take(self, arrived: Arrived) -> None:
+        place = arrived.place
+        feed = self._feeds.setdefault(place, _Feed())
+        if arrived.turn < feed.turn:
+            return  # of a call that was replaced
+        if arrived.reply is None:
+            if arrived.turn == feed.turn or not feed.turn:
+                self._end(place, feed, arrived)
+            return
+        reply = arrived.reply
+        if arrived.turn > feed.turn or feed.away is not None:
+            if not reply.HasField("status"):
+                return
+            self._begin(place, feed, arrived)
+        told = reply.at or reply.status.at
+        if told:
+            least = arrived.at - told
+            feed.offset = least if feed.offset is None else min(feed.offset, least)
+        at = (told or arrived.at) + (feed.offset or 0.0)
+        if reply.HasField("status"):
+            self._status(place, feed, reply.status, at)
+        records, kinds = self._events(reply)
+        if records:
+            self._joiner.feed(place, at, kinds, records)
+
+    def _begin(self, place: Place, feed: _Feed, arrived: Arrived) -> None:
+        self._streams.settle(place, arrived.turn)
+        feed.turn, feed.statuses = arrived.turn, 0
+        feed.lost, feed.resyncs = (0, 0), 0
+        if feed.away is None:
+            self._joiner.begin_reading(place)
+            return
+        gap = Gap(where=str(place), why=feed.why, begin=feed.away, end=arrived.at)
+        self._ended.append(gap)
+        self._say(
+            f"{place} is followed again after {arrived.at - feed.away:.1f} s; what began and "
+            "ended there in between was not seen"
+        )
+        feed.away = None
+        self._joiner.lose(place, arrived.at)
+
+    def _end(self, place: Place, feed: _Feed, arrived: Arrived) -> None:
+        feed.statuses = 0
+        if feed.away is None:
+            feed.away, feed.why = arrived.at, arrived.error
+            self._say(f"{place} is not followed any more: {arrived.error}; trying again")
+            self._joiner.lose(place, arrived.at)
+
+    def _status(
+        self, place: Place, feed: _Feed, status: pb.FollowConntrackStatus, at: float
+    ) -> None:
+        feed.statuses += 1
+        self._joiner.heard(place, at, counts=status.accounting)
+        lost = (status.lost, status.overruns)
+        if lost != feed.lost:
+            number = status.lost - feed.lost[0]
+            self.lost[str(place)] += max(number, 1)
+            feed.lost = lost
+            self._joiner.lose(place, at)
+            self._say(f"{place}: its kernel dropped {number} events: they came too fast")
+        if feed.statuses == 2 or status.resyncs != feed.resyncs:
+            feed.resyncs = status.resyncs
+            self._joiner.read_whole(place, at)
+        mode = status.mode if status.tracked else "untracked"
+        if feed.statuses == 2 and mode != feed.said:
+            feed.said = mode
+            if not status.tracked and not place.pod:
+                self._say(f"{place}: nothing there asks for connection tracking")
+            elif status.mode == "poll":
+                self._say(f"{place} is polled: {status.reason}; short connections are not seen")
+
+    def _events(self, reply: pb.FollowConntrackReply) -> tuple[list[Record], bytes]:
+        records = list(records_from_bytes(reply.records))
+        kinds = reply.kinds
+        if reply.events:
+            more = [(e, _record(decode(ConntrackEntry, e.entry))) for e in reply.events]
+            fitting = [(e, record) for e, record in more if record is not None]
+            records += [record for _, record in fitting]
+            kinds += bytes(int(e.kind) | (POLLED if e.polled else 0) for e, _ in fitting)
+        if time.monotonic() - self._switched_at < _TWICE_SECONDS:
+            once = list(self._once(kinds, records))
+            return [record for _, record in once], bytes(kind for kind, _ in once)
+        self._recent.clear()
+        return records, kinds
+
+    def _once(self, kinds: bytes, records: list[Record]) -> Iterator[tuple[int, Record]]:
+        for kind, record in zip(kinds, records, strict=True):
+            number = hash((kind, record))
+            if number not in self._recent:
+                self._recent.add(number)
+                yield kind, record
+
+
+def _record(entry: ConntrackEntry) -> Record | None:
+    """Without what a record has no room for, and nothing here needs; None: a state that is newer
+    than this program, which the agent's own events of it then lack."""
+    if entry.tcp_state not in STATE_NAMES:
+        return None
+    return record_of(replace(entry, helper="", secctx="", labels="", stopped=None))

@@ -1,0 +1,431 @@
+"""Follows until it is interrupted, its time is over, or nobody reads what it writes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from queue import Empty, SimpleQueue
+from types import FrameType
+from typing import TYPE_CHECKING, Final
+
+from gketrace.errors import ExitCode, GketraceError, NotFoundError
+from gketrace.follow.joiner import Followed, Joiner, Phase
+from gketrace.follow.outcome import Outcome
+from gketrace.trace import Missing
+from gketrace_cli.addressbook import AddressBook
+from gketrace_cli.follow.counting import read_counters
+from gketrace_cli.follow.intake import Intake
+from gketrace_cli.follow.output import Output, Sampler
+from gketrace_cli.follow.rulebook import RuleBook
+from gketrace_cli.follow.scope import Scope, changes
+from gketrace_cli.follow.streams import Streams
+from gketrace_cli.follow.tally import Tally
+from gketrace_cli.follow.view import Chosen, View, make_view
+from gketrace_cli.names import short_names
+from gketrace_cli.render.follow import (
+    connection_document,
+    connection_lines,
+    step_document,
+    summary_document,
+    summary_lines,
+)
+from gketrace_cli.render.layout import Page
+from gketrace_cli.session import Session, background
+
+if TYPE_CHECKING:
+    from gketrace_cli.agents import Fleet
+    from gketrace_cli.conntrack_reading import Place as Target
+    from gketrace_cli.objects import Pod
+    from gketrace_cli.options import Options
+
+__all__ = ["Request", "follow"]
+
+_REREAD_SECONDS: Final = 2.0
+_COUNT_SECONDS: Final = 1.0
+_WALK_SECONDS: Final = 5.0
+"""For which a record waits for the rules that it is to cite."""
+_LINES: Final = 12
+"""On a terminal, in a second: of those that ended well, and as many that failed."""
+_RECORDS: Final = (Phase.CLOSED, Phase.STILL_OPEN)
+_WALKED: Final = frozenset(
+    {Outcome.UNANSWERED, Outcome.REFUSED, Outcome.NO_RETURN, Outcome.HANDSHAKE}
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What was asked for."""
+
+    read: Callable[[Session, Scope | None], Scope]
+    """Reads the objects; the scope of before, when there was one."""
+    chosen: Chosen
+    jsonl: bool
+    steps: bool = False
+    since: float | None = None
+    """Seconds; None: what was there before and does not end is not shown."""
+    duration: float | None = None
+    """Seconds; None: until it is interrupted."""
+
+
+@dataclass(slots=True)
+class _World:
+    """The cluster as it was read last."""
+
+    scope: Scope
+    book: AddressBook
+    node_of: dict[str, str]
+    pods: dict[str, Pod]
+    missing: tuple[Missing, ...] = field(default=())
+
+
+def follow(session: Session, options: Options, request: Request) -> ExitCode:
+    """Raises: `GketraceError` when it cannot begin."""
+    return _Follow(session, options, request).run()
+
+
+class _Follow:
+    def __init__(self, session: Session, options: Options, request: Request) -> None:
+        from gketrace_cli.commands.conntrack import find_places
+
+        self._session = session
+        self._options = options
+        self._request = request
+        self._targets, self._gaps = find_places(session, None, None)
+        self._world = _read_world(session, request, None)
+        session.progress.mute()
+        self._stop = threading.Event()
+        self._side: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        """What other threads want done in this one."""
+        self._sessions: list[Session] = []
+        self._rulebook = RuleBook(session, lambda ip: self._world.pods.get(ip))
+        self._joiner = Joiner(
+            owner=lambda address: self._world.node_of.get(str(address), ""), steps=request.steps
+        )
+        self._streams = Streams(session.fleet, self._refresh)
+        self._intake = Intake(self._joiner, self._streams, self._say)
+        self._tally = Tally()
+        self._output = Output()
+        names = short_names(node.name for node in session.nodes)
+        self._page = Page.of(options, names)
+        self._page.width = max(shutil.get_terminal_size().columns, 80)
+        self._sampler: Sampler | None = None
+        if sys.stdout.isatty() and not request.jsonl:
+            self._sampler = Sampler(self._output.write, _LINES, time.monotonic)
+        self._pending: list[tuple[float, Followed]] = []
+        self._warned: set[int] = set()
+        """Connections of which a failure was shown before their end."""
+        self._counting = False
+        self._began = time.time()
+
+    # the loop
+
+    def run(self) -> ExitCode:
+        before = [(s, signal.signal(s, self._interrupt)) for s in (signal.SIGINT, signal.SIGTERM)]
+        try:
+            self._hello()
+            self._streams.follow(self._all_targets(self._world), self._world.scope.filters)
+            background(self._watch, "objects")
+            self._loop()
+            return self._finish()
+        finally:
+            for number, handler in before:
+                signal.signal(number, handler)
+            self._streams.close()
+            self._rulebook.close()
+            for session in self._sessions:
+                session.close()
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if self._stop.is_set():
+            raise KeyboardInterrupt
+        self._stop.set()
+
+    def _loop(self) -> None:
+        end = None if self._request.duration is None else self._began + self._request.duration
+        next_count = self._began
+        while not self._stop.is_set() and not self._output.broken.is_set():
+            now = time.time()
+            if end is not None and now >= end:
+                return
+            self._take(0.1)
+            self._show(time.time())
+            if now >= next_count:
+                next_count = now + _COUNT_SECONDS
+                self._count()
+            if self._sampler is not None:
+                self._sampler.tick()
+
+    def _take(self, seconds: float) -> None:
+        """What has come, for at most so long when nothing has."""
+        until = time.monotonic() + 0.1
+        while time.monotonic() < until:
+            try:
+                while True:
+                    self._side.get_nowait()()
+            except Empty:
+                pass
+            try:
+                arrived = self._streams.arrived.get(timeout=seconds)
+            except Empty:
+                return
+            self._intake.take(arrived)
+
+    def _show(self, now: float) -> None:
+        if self._request.steps:
+            for step in self._joiner.steps():
+                self._output.write(_line(step_document(step)))
+        for followed in self._joiner.told(now):
+            self._consider(followed, now)
+        waiting, self._pending = self._pending, []
+        for deadline, followed in waiting:
+            self._try(followed, deadline, now)
+
+    def _consider(self, followed: Followed, now: float) -> None:
+        """Whether it is to be shown at all."""
+        record = followed.phase in _RECORDS
+        world = self._world
+        if not world.scope.takes(followed.connection):
+            # Behind a node that is not seen it may have come through the Service.
+            source = world.node_of.get(str(followed.connection.first.src), "")
+            if source not in self._intake.unseen_nodes(self._gaps):
+                self._tally.beside += record
+                return
+        if not self._request.chosen.takes(followed) or not self._recent(followed):
+            return
+        self._try(followed, now + _WALK_SECONDS, now)
+
+    def _recent(self, followed: Followed) -> bool:
+        """False: it was there before, and is not news."""
+        began, since = followed.began, self._request.since
+        if began is not None and began >= self._began - (since or 0.0):
+            return True
+        if followed.phase is Phase.CLOSED or followed.judgement.failed:
+            return True
+        return since is not None and began is None
+
+    def _try(self, followed: Followed, deadline: float, now: float) -> None:
+        """Shows it, or keeps it until its rules are known."""
+        way = self._rulebook.way(followed.connection)
+        judgement = followed.judgement
+        walked = judgement.failed and judgement.outcome in _WALKED
+        death = self._rulebook.death(followed.connection) if walked else ""
+        if (way is None or death is None) and now < deadline and not self._output.broken.is_set():
+            self._pending.append((deadline, followed))
+            return
+        world = self._world
+        self._emit(make_view(followed, world.book, world.node_of, way, death))
+
+    def _emit(self, view: View) -> None:
+        followed = view.followed
+        record = followed.phase in _RECORDS
+        if record:
+            self._tally.add(view)
+        if self._request.jsonl:
+            if record or self._request.steps:
+                self._output.write(_line(connection_document(view)))
+            return
+        if record and followed.number in self._warned:
+            self._warned.discard(followed.number)
+            if view.failed:
+                return
+        if followed.phase is Phase.UNANSWERED and view.failed:
+            self._warned.add(followed.number)
+        if self._sampler is None:
+            self._output.write(self._text(view))
+        else:
+            self._sampler.offer(lambda: self._text(view), failed=view.failed)
+
+    def _text(self, view: View) -> str:
+        return connection_lines(self._page, view, self._world.scope.namespace)
+
+    # beside the loop
+
+    def _watch(self) -> None:
+        """Reads the objects again and again."""
+        failed = ""
+        while not self._stop.wait(_REREAD_SECONDS):
+            old = self._world
+            try:
+                scope = self._request.read(self._session, old.scope)
+                different = changes(old.scope, scope)
+                if different:
+                    world = _read_world(self._session, self._request, old.scope)
+                    self._side.put(partial(self._replan, world, different))
+                if failed:
+                    self._side.put(partial(self._say, "objects are read again"))
+                failed = ""
+            except GketraceError as error:
+                why = error.message
+                if isinstance(error, NotFoundError):
+                    why = f"{old.scope.title} is not there any more: {why}"
+                if not failed:
+                    text = f"changes of objects are not seen: {why}"
+                    self._side.put(partial(self._note, text))
+                failed = why
+
+    def _replan(self, world: _World, different: Sequence[str]) -> None:
+        old, self._world = self._world, world
+        for text in different:
+            self._note(text)
+        self._rulebook.forget()
+        if list(old.scope.filters) != list(world.scope.filters):
+            self._intake.switch()
+            self._streams.follow(self._all_targets(world), world.scope.filters)
+
+    def _all_targets(self, world: _World) -> list[Target]:
+        from gketrace_cli.conntrack_reading import Place as Target
+
+        pod = world.scope.pod
+        if pod is None or pod.host_network or not pod.node:
+            return list(self._targets)
+        return [*self._targets, Target(node=pod.node, pod=pod)]
+
+    def _count(self) -> None:
+        """Reads the counters of what is over, where the kernel counts."""
+        places = self._joiner.uncounted()
+        if not places or self._counting:
+            return
+        self._counting = True
+        filters = self._world.scope.filters
+
+        def read() -> None:
+            found = read_counters(self._session.fleet, places, filters)
+
+            def done() -> None:
+                self._counting = False
+                for place, records in found:
+                    self._joiner.count(place, records)
+
+            self._side.put(done)
+
+        background(read, "counters")
+
+    def _refresh(self) -> Fleet:
+        """Reaches the agents anew."""
+        session = Session(self._options)
+        session.progress.mute()
+        try:
+            fleet = session.fleet
+        except GketraceError:
+            session.close()
+            raise
+        self._sessions.append(session)
+        self._rulebook.use(session)
+        return fleet
+
+    # what is said
+
+    def _hello(self) -> None:
+        scope = self._world.scope
+        nodes = len(self._targets)
+        parts = [f"{nodes} node{'s' if nodes != 1 else ''}"]
+        if scope.service is not None:
+            parts.append(f"{len(scope.doors)} front doors")
+            ends = len({(e.address, e.port) for e in scope.endpoints if e.ready})
+            parts.append(f"{ends} ready endpoint{'s' if ends != 1 else ''}")
+        self._say(f"following {scope.title}: {', '.join(parts)}; Ctrl-C ends it with a summary")
+        for item in self._gaps:
+            self._say(f"not seen: {item}")
+
+    def _say(self, text: str) -> None:
+        """To people, beside the answer."""
+        stamp = time.strftime("%H:%M:%S")
+        print(self._page.short(f"{stamp} {text}"), file=sys.stderr, flush=True)  # noqa: T201
+
+    def _note(self, text: str) -> None:
+        """Said, and kept for the summary."""
+        self._say(text)
+        if len(self._tally.notes) < 100:
+            stamp = time.strftime("%H:%M:%S")
+            self._tally.notes.append(f"{stamp} {text}")
+
+    # the end
+
+    def _finish(self) -> ExitCode:
+        seconds = time.time() - self._began
+        if not self._output.broken.is_set():
+            places = self._joiner.uncounted()
+            if places:
+                filters = self._world.scope.filters
+                for place, records in read_counters(self._session.fleet, places, filters):
+                    self._joiner.count(place, records)
+        now = time.time()
+        for followed in self._joiner.finish(now):
+            self._consider(followed, now)
+        deadline = now + 3.0
+        while self._pending and time.time() < deadline:
+            time.sleep(0.05)
+            waiting, self._pending = self._pending, []
+            for _, followed in waiting:
+                self._try(followed, deadline, time.time())
+        for _, followed in self._pending:
+            self._try(followed, 0.0, now)
+        tally = self._tally
+        tally.gaps += self._intake.gaps
+        tally.lost.update(self._intake.lost)
+        tally.forgotten = self._joiner.forgotten
+        tally.unwritten = self._output.unwritten
+        if self._sampler is not None:
+            self._sampler.tick()
+        missing = (*self._gaps, *self._world.missing)
+        names = self._names()
+        title = self._world.scope.title
+        if self._request.jsonl:
+            document = summary_document(title, tally, seconds, missing, names)
+            self._output.write(_line(document), must=True)
+            self._say(str(document["verdict"]))
+        else:
+            page = Page.of(self._options, self._page.names)
+            summary_lines(page, title, tally, seconds, missing, names)
+            self._output.write("\n" + page.text(), must=True)
+        if not self._output.close(10.0) and not self._output.broken.is_set():
+            self._say("the reader of the output is too slow: its end was not written")
+            return ExitCode.PARTIAL
+        return tally.code(missing=bool(missing))
+
+    def _names(self) -> dict[str, str]:
+        found = {}
+        for end in self._tally.shares:
+            host = end.rpartition(":")[0].strip("[]")
+            pod = self._world.pods.get(host)
+            if pod is not None:
+                found[end] = pod.key.removeprefix(f"{self._world.scope.namespace}/")
+        return found
+
+
+def _line(document: object) -> str:
+    return json.dumps(document, ensure_ascii=False) + "\n"
+
+
+def _read_world(session: Session, request: Request, before: Scope | None) -> _World:
+    """Raises: `GketraceError`; without names it does."""
+    scope = request.read(session, before)
+    missing: tuple[Missing, ...] = ()
+    try:
+        read = session.read({"pods": session.cluster.pods, "services": session.cluster.services})
+    except GketraceError as error:
+        read = {"pods": session.pods.known, "services": ()}
+        missing = (Missing(what="names", why=f"addresses have no names: {error.message}"),)
+    pods = {
+        ip: pod
+        for pod in read["pods"]
+        if not pod.host_network and pod.phase not in ("Succeeded", "Failed")
+        for ip in pod.pod_ips
+    }
+    for pod in read["pods"]:
+        session.pods.add(pod)
+    node_of = {ip: pod.node for ip, pod in pods.items()}
+    for node in session.nodes:
+        node_of.update(dict.fromkeys((*node.internal_ips, *node.external_ips), node.name))
+        seen = session.fleet.addresses(node.name)
+        node_of.update((str(one.address), node.name) for one in seen)
+    book = AddressBook(nodes=session.nodes, pods=read["pods"], services=read["services"])
+    return _World(scope=scope, book=book, node_of=node_of, pods=pods, missing=missing)

@@ -1,0 +1,427 @@
+"""Followed connections: lines for people, documents for programs, the summary in both."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from gketrace.connections import Half
+from gketrace.follow.entries import Sight
+from gketrace.follow.joiner import Followed, Phase, Step
+from gketrace.follow.outcome import Judgement, Outcome
+from gketrace.packet import Tuple5, protocol_name
+from gketrace.trace import Citation, Missing
+from gketrace_cli.follow.tally import Share, Tally
+from gketrace_cli.follow.view import View
+from gketrace_cli.render.documents import envelope, missing_document
+from gketrace_cli.render.layout import Page
+
+__all__ = [
+    "connection_document",
+    "connection_lines",
+    "summary_document",
+    "summary_lines",
+    "step_document",
+]
+
+_COARSE = 0.05
+"""Seconds: what durations are known to."""
+_STYLES = {Outcome.CLOSED: "green", Outcome.OPEN: "cyan", Outcome.OPENING: "cyan"}
+
+
+def connection_lines(page: Page, view: View, namespace: str) -> str:
+    """One connection: a line, and for failures what is known of where it died.
+
+    `page` gives colours, names and width; nothing is kept in it.
+    """
+    out = Page(colored=page.colored, wide=page.wide, width=page.width, names=page.names)
+    followed = view.followed
+    judgement = followed.judgement
+    word = judgement.outcome.value
+    if followed.phase is Phase.STILL_OPEN and judgement.outcome is Outcome.OPEN:
+        word = "still open"
+    style = "red" if judgement.failed else _STYLES.get(judgement.outcome, "yellow")
+    head = f"{_clock(followed)} {word.upper() if judgement.failed else word}"
+    way = _way(view, namespace)
+    facts = ", ".join(_facts(view))
+    text = page.short(f"{way}  {facts}" if facts else way)
+    out.lines.append(f"{out.paint(head, style)}  {text}")
+    for line in _why(view):
+        out.line(page.short(line), indent=9, hang=2)
+    for remark in view.remarks:
+        out.line(page.short(remark), "yellow", indent=9, hang=2)
+    if page.wide:
+        for half, sight, rules in zip(
+            followed.connection.halves, followed.sights, view.rules, strict=True
+        ):
+            out.entry(str(half.place), _half_text(half, sight), indent=9, column=10)
+            for rule in rules:
+                out.line(_rule(rule), "dim", indent=21)
+    return "\n".join(out.lines) + "\n"
+
+
+def _clock(followed: Followed) -> str:
+    at = followed.ended or followed.began or time.time()
+    return time.strftime("%H:%M:%S", time.localtime(at)) + f".{int(at * 10) % 10}"
+
+
+def _way(view: View, namespace: str) -> str:
+    first, last = view.followed.connection.first, view.followed.connection.last
+    parts = [_end(first, source=True, name=view.client, namespace=namespace)]
+    parts.append(_end(first, name="" if view.door.startswith("svc/") else view.door))
+    if (last.dst, last.dport) != (first.dst, first.dport):
+        parts.append(_end(last, name=view.endpoint, namespace=namespace))
+    return " → ".join(parts)
+
+
+def _end(half: Tuple5, *, source: bool = False, name: str = "", namespace: str = "") -> str:
+    """``web-0 10.40.0.10:8080``."""
+    address, port = (half.src, half.sport) if source else (half.dst, half.dport)
+    host = f"[{address}]" if address.version == 6 and port is not None else str(address)
+    text = host if port is None else f"{host}:{port}"
+    short = name.removeprefix(f"pod/{namespace}/").removeprefix("pod/").removeprefix("node/")
+    return f"{short} {text}" if short else text
+
+
+def _facts(view: View) -> list[str]:
+    followed = view.followed
+    facts: list[str] = []
+    first, last = followed.connection.first, followed.connection.last
+    if (first.src, first.sport) != (last.src, last.sport):
+        facts.append(f"seen as {_end(last, source=True)}")
+    if view.duration is not None and not view.failed:
+        facts.append(duration_text(view.duration))
+    elif followed.began is None:
+        facts.append("begun before")
+    half, sight = followed.connection.halves[0], followed.sights[0]
+    entry = half.entry
+    if sight.counted and entry.orig_bytes is not None:
+        facts.append(f"{entry.orig_bytes}/{entry.reply_bytes} bytes out/back")
+    return facts
+
+
+def _why(view: View) -> list[str]:
+    judgement = view.followed.judgement
+    lines = []
+    if judgement.because:
+        lines.append(judgement.because + _died(judgement))
+    if view.death:
+        lines.append(view.death)
+    return lines
+
+
+def _died(judgement: Judgement) -> str:
+    if judgement.outcome is not Outcome.UNANSWERED or judgement.last is None:
+        return ""
+    text = f"; last seen leaving {judgement.last}"
+    if judgement.next_node:
+        text += f", and {judgement.next_node} has no entry of it"
+    return text
+
+
+def duration_text(seconds: float) -> str:
+    """Times are of when events were read, which is up to some ten milliseconds after them."""
+    if seconds < _COARSE:
+        return f"< {_COARSE * 1000:.0f} ms"
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _half_text(half: Half, sight: Sight) -> str:
+    entry = half.entry
+    out = entry.reply.inverted()
+    changes = []
+    if (out.dst, out.dport) != (entry.orig.dst, entry.orig.dport):
+        changes.append(f"to {_end(out)}")
+    if (out.src, out.sport) != (entry.orig.src, entry.orig.sport):
+        changes.append(f"from {_end(out, source=True)}")
+    parts = [" ".join(sight.states) or ("answered" if sight.replied else "no answer")]
+    if changes:
+        parts.append("translated " + " ".join(changes))
+    return ", ".join(parts)
+
+
+def _rule(cited: Citation) -> str:
+    place = f":{cited.position}" if cited.position else ""
+    return f"{cited.table} {cited.chain}{place}  {cited.text}"
+
+
+# documents
+
+
+def connection_document(view: View) -> dict[str, Any]:
+    """What docs/schema/follow.json describes."""
+    followed = view.followed
+    connection, judgement = followed.connection, followed.judgement
+    first, last = connection.first, connection.last
+    source, target = connection.halves[0], followed.sights[0]
+    return envelope(
+        "FollowedConnection",
+        {
+            "number": followed.number,
+            "phase": followed.phase.value,
+            "outcome": judgement.outcome.value,
+            "failed": judgement.failed,
+            "because": judgement.because or None,
+            "protocol": protocol_name(first.protocol),
+            "client": _end(first, source=True),
+            "clientName": view.client or None,
+            "door": _end(first),
+            "doorName": view.door or None,
+            "endpoint": _end(last),
+            "endpointName": view.endpoint or None,
+            "endpointNode": view.endpoint_node or None,
+            "sourceSeen": _end(last, source=True),
+            "began": _stamp(followed.began),
+            "ended": _stamp(followed.ended),
+            "durationSeconds": None if view.duration is None else round(view.duration, 3),
+            "traffic": _traffic(source, target),
+            "died": _death_document(view),
+            "remarks": list(view.remarks),
+            "entries": [
+                _entry(half, sight, rules)
+                for half, sight, rules in zip(
+                    connection.halves, followed.sights, view.rules, strict=True
+                )
+            ],
+        },
+    )
+
+
+def _death_document(view: View) -> dict[str, Any] | None:
+    judgement = view.followed.judgement
+    if not judgement.failed:
+        return None
+    return {
+        "lastSeen": str(judgement.last) if judgement.last is not None else None,
+        "notSeenOn": judgement.next_node or None,
+        "walk": view.death or None,
+    }
+
+
+def _entry(half: Half, sight: Sight, rules: Sequence[Citation]) -> dict[str, Any]:
+    entry = half.entry
+    out = entry.reply.inverted()
+    changed_to = (out.dst, out.dport) != (entry.orig.dst, entry.orig.dport)
+    changed_from = (out.src, out.sport) != (entry.orig.src, entry.orig.sport)
+    return {
+        "node": half.place.node,
+        "netns": f"pod/{half.place.pod}" if half.place.pod else "host",
+        "source": _end(entry.orig, source=True),
+        "destination": _end(entry.orig),
+        "destinationNat": _end(out) if changed_to else None,
+        "sourceNat": _end(out, source=True) if changed_from else None,
+        "state": entry.tcp_state or None,
+        "states": list(sight.states),
+        "replied": sight.replied,
+        "began": _stamp(sight.began),
+        "removed": _stamp(sight.ended),
+        "removedEarlySeconds": sight.left,
+        "traffic": _traffic(half, sight),
+        "complete": sight.complete,
+        "rules": [
+            {
+                "backend": rule.backend or None,
+                "table": rule.table or None,
+                "chain": rule.chain or None,
+                "position": rule.position or None,
+                "text": rule.text,
+            }
+            for rule in rules
+        ],
+    }
+
+
+def _traffic(half: Half, sight: Sight) -> dict[str, Any] | None:
+    """None: accounting is off, or the counters were not read in time."""
+    entry = half.entry
+    if not sight.counted or entry.orig_bytes is None:
+        return None
+    return {
+        "packets": entry.orig_packets,
+        "bytes": entry.orig_bytes,
+        "replyPackets": entry.reply_packets,
+        "replyBytes": entry.reply_bytes,
+    }
+
+
+def step_document(step: Step) -> dict[str, Any]:
+    return envelope(
+        "ConnectionStep",
+        {
+            "number": step.number,
+            "at": _stamp(step.at),
+            "node": step.place.node,
+            "netns": f"pod/{step.place.pod}" if step.place.pod else "host",
+            "event": step.kind.name,
+            "polled": step.polled,
+            "state": step.state or None,
+        },
+    )
+
+
+def _stamp(at: float | None) -> str | None:
+    if at is None:
+        return None
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+# the summary
+
+
+def summary_document(
+    title: str, tally: Tally, seconds: float, missing: Sequence[Missing], names: Mapping[str, str]
+) -> dict[str, Any]:
+    """`names`: endpoint → the pod's name."""
+    percent = tally.percentiles()
+    return envelope(
+        "FollowSummary",
+        {
+            "followed": title,
+            "verdict": verdict(title, tally, seconds, missing),
+            "seconds": round(seconds, 1),
+            "connections": tally.connections,
+            "failed": tally.failed,
+            "outcomes": {one.value: count for one, count in tally.outcomes.items()},
+            "failures": [
+                {
+                    "outcome": one.outcome.value,
+                    "endpoint": one.where,
+                    "count": one.count,
+                    "because": one.because or None,
+                    "walk": one.death or None,
+                }
+                for one in tally.failures.values()
+            ],
+            "endpoints": [
+                {
+                    "endpoint": end,
+                    "name": names.get(end),
+                    "connections": share.connections,
+                    "share": _ratio(share.connections, _shared(tally)),
+                    "expectedShare": _ratio(share.expected, tally.with_odds),
+                }
+                for end, share in _ordered(tally)
+            ],
+            "durationSeconds": {f"p{p}": round(value, 3) for p, value in percent.items()} or None,
+            "bytes": tally.bytes if tally.counted else None,
+            "notThroughTheService": tally.beside,
+            "lostEvents": dict(tally.lost),
+            "gaps": [
+                {
+                    "where": gap.where,
+                    "why": gap.why,
+                    "begin": _stamp(gap.begin),
+                    "end": _stamp(gap.end),
+                }
+                for gap in tally.gaps
+            ],
+            "unwritten": tally.unwritten,
+            "forgotten": tally.forgotten,
+            "missing": missing_document(missing),
+            "notes": list(tally.notes),
+        },
+    )
+
+
+def _shared(tally: Tally) -> int:
+    return sum(share.connections for share in tally.shares.values())
+
+
+def _ordered(tally: Tally) -> list[tuple[str, Share]]:
+    return sorted(tally.shares.items(), key=lambda one: (-one[1].connections, one[0]))
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return round(part / whole, 4) if whole else None
+
+
+def verdict(title: str, tally: Tally, seconds: float, missing: Sequence[Missing]) -> str:
+    """The first line."""
+    count, failed = tally.connections, tally.failed
+    if not count:
+        text = f"{title}: no connection was seen in {seconds:.0f} s"
+    elif not failed:
+        ones = "1 connection" if count == 1 else f"{count:,} connections"
+        text = f"{title}: {ones} in {seconds:.0f} s, none failed"
+    else:
+        kinds = ", ".join(
+            f"{number:,} {outcome.value}"
+            for outcome, number in tally.outcomes.most_common()
+            if outcome in _FAILED_WORDS
+        )
+        text = f"{title}: {failed:,} of {count:,} connections failed in {seconds:.0f} s ({kinds})"
+    if missing or tally.blind:
+        text += "; not everything was seen"
+    return text + "."
+
+
+_FAILED_WORDS = frozenset(
+    {Outcome.RESET, Outcome.REFUSED, Outcome.UNANSWERED, Outcome.NO_RETURN, Outcome.HANDSHAKE}
+)
+
+
+def summary_lines(
+    page: Page,
+    title: str,
+    tally: Tally,
+    seconds: float,
+    missing: Sequence[Missing],
+    names: Mapping[str, str],
+) -> None:
+    page.blank()
+    bad = tally.failed > 0
+    style = "yellow" if missing or tally.blind else "red" if bad else "green"
+    page.line(verdict(title, tally, seconds, missing), style, "bold")
+    for item in missing:
+        page.line(page.short(f"Not seen: {item}"), "yellow", hang=3)
+    for gap in tally.gaps:
+        end = "and it did not come back" if gap.end is None else f"for {gap.end - gap.begin:.1f} s"
+        when = time.strftime("%H:%M:%S", time.localtime(gap.begin))
+        page.line(page.short(f"Gap: {gap.where} from {when} {end}: {gap.why}"), "yellow", hang=3)
+    for where, count in tally.lost.items():
+        page.line(page.short(f"Lost: {count:,} events on {where}"), "yellow", hang=3)
+    if tally.unwritten:
+        page.line(f"Not written, as the reader was too slow: {tally.unwritten:,} lines", "yellow")
+    if tally.forgotten:
+        page.line(f"Given up for want of memory before their end: {tally.forgotten:,}", "yellow")
+    if tally.failures:
+        page.blank()
+        page.line("Failures", "bold")
+        for one in sorted(tally.failures.values(), key=lambda f: -f.count):
+            parts = [one.because, one.death]
+            why = "; ".join(part for part in parts if part)
+            name = names.get(one.where, "")
+            where = f"{name} {one.where}" if name else one.where
+            page.entry(
+                f"{one.count:,} ×",
+                page.short(f"{one.outcome.value} {where}{f': {why}' if why else ''}"),
+                indent=2,
+                column=9,
+            )
+    if tally.shares:
+        page.blank()
+        page.line("Endpoints: connections, their share, and the share by the rules", "bold")
+        whole = _shared(tally)
+        for end, share in _ordered(tally):
+            expected = "not known"
+            if tally.with_odds:
+                expected = f"{share.expected / tally.with_odds:.1%}"
+            name = names.get(end, "")
+            label = f"{name} {end}" if name else end
+            part = f"{share.connections / whole:.1%}" if whole else ""
+            page.line(f"{share.connections:>7,}  {part:>6}  {expected:>9}  {label}", indent=2)
+    percent = tally.percentiles()
+    if percent:
+        texts = (f"{p} % under {duration_text(v)}" for p, v in percent.items())
+        page.blank()
+        page.line(f"Duration of those that closed: {', '.join(texts)}.")
+    if tally.beside:
+        page.line(
+            f"{tally.beside:,} more went straight to endpoints, not through the Service.", "dim"
+        )
+    for note in tally.notes:
+        page.line(page.short(note), "dim", hang=2)
