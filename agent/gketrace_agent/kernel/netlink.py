@@ -136,15 +136,24 @@ class NetlinkSocket:
             raise
         return int.from_bytes(raw, sys.byteorder)
 
-    def dump(self, kind: int, body: bytes, *, what: str, flags: int = 0) -> Dump:
+    def dump(
+        self,
+        kind: int,
+        body: bytes,
+        *,
+        what: str,
+        flags: int = 0,
+        wanted: Callable[[bytes], object] | None = None,
+    ) -> Dump:
         """All entries of a table; read again, a bounded number of times, when it changed meanwhile.
 
-        `kind` is the message type, `body` the family's header and attributes.
+        `kind` is the message type, `body` the family's header and attributes.  Only messages for
+        whose body `wanted` is true are kept: of a large table, that may be few.
         """
         messages: list[Message] = []
         for _ in range(_ATTEMPTS):
             messages, interrupted = self._exchange(
-                kind, _NLM_F_REQUEST | _NLM_F_DUMP | flags, body, what
+                kind, _NLM_F_REQUEST | _NLM_F_DUMP | flags, body, what, wanted
             )
             if not interrupted:
                 return Dump(messages=messages, consistent=True)
@@ -156,7 +165,12 @@ class NetlinkSocket:
         return messages[0] if messages else None
 
     def _exchange(
-        self, kind: int, flags: int, body: bytes, what: str
+        self,
+        kind: int,
+        flags: int,
+        body: bytes,
+        what: str,
+        wanted: Callable[[bytes], object] | None = None,
     ) -> tuple[list[Message], bool]:
         with self._lock:
             sequence = next(self._sequence)
@@ -165,9 +179,11 @@ class NetlinkSocket:
                 self._socket.send(header + body)
             except OSError as error:  # closed, or no memory
                 raise NetlinkError(error.errno or 0, what) from None
-            return self._receive(sequence, what)
+            return self._receive(sequence, what, wanted)
 
-    def _receive(self, sequence: int, what: str) -> tuple[list[Message], bool]:
+    def _receive(
+        self, sequence: int, what: str, wanted: Callable[[bytes], object] | None
+    ) -> tuple[list[Message], bool]:
         messages: list[Message] = []
         keep = messages.append
         interrupted = False
@@ -204,7 +220,9 @@ class NetlinkSocket:
                             told = _error_text(data[offset + 16 : offset + length], flags)
                             raise NetlinkError(-number, what, told)
                         return messages, interrupted
-                    keep(Message(kind, data[offset + 16 : offset + length]))
+                    body = data[offset + 16 : offset + length]
+                    if wanted is None or wanted(body):
+                        keep(Message(kind, body))
                 offset += (length + 3) & ~3
 
 

@@ -16,14 +16,14 @@ import re
 import socket
 import struct
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, TypeAlias
 
 from gketrace.ruleset.nft import NftTest
 from gketrace_agent.kernel.netlink import NetlinkSocket, attribute, attributes, text
 from gketrace_agent.kernel.nfnetlink import NFNL_HEADER, NFNL_SUBSYS_NFTABLES, NftTable, nfnl_type
 
-__all__ = ["FAMILIES", "NftTests", "nft_tests", "tests_of"]
+__all__ = ["FAMILIES", "NftTests", "nft_tests"]
 
 NftTests: TypeAlias = Mapping[int, tuple[NftTest, ...]]
 """Rule handle → its tests, in order; a rule without any is not in it."""
@@ -83,19 +83,15 @@ def nft_tests(netfilter: NetlinkSocket, table: NftTable) -> NftTests:
     body = NFNL_HEADER.pack(FAMILIES[table.family], 0, 0)
     body += attribute(_RULE_TABLE, table.name.encode() + b"\0")
     dump = netfilter.dump(
-        nfnl_type(NFNL_SUBSYS_NFTABLES, _NFT_MSG_GETRULE), body, what=f"rules of table {table}"
+        nfnl_type(NFNL_SUBSYS_NFTABLES, _NFT_MSG_GETRULE),
+        body,
+        what=f"rules of table {table}",
+        wanted=_may_test,
     )
-    return tests_of((message.body for message in dump.messages), table.family)
-
-
-def tests_of(messages: Iterable[bytes], family: str) -> NftTests:
-    """The same from NFT_MSG_NEWRULE messages, without their netlink headers."""
     found: dict[int, tuple[NftTest, ...]] = {}
     seen: dict[bytes, tuple[NftTest, ...]] = {}
-    for body in messages:
-        if _CMP not in body or _LOADS.search(body) is None:
-            continue
-        rule = attributes(body, NFNL_HEADER.size)
+    for message in dump.messages:
+        rule = attributes(message.body, NFNL_HEADER.size)
         expressions = rule.get(_RULE_EXPRESSIONS, b"")
         # Up to the last comparison: thousands of rules differ only behind it.
         last = expressions.rfind(_CMP) - 4
@@ -103,10 +99,14 @@ def tests_of(messages: Iterable[bytes], family: str) -> NftTests:
         head = expressions[: last + length]
         tests = seen.get(head)
         if tests is None:
-            tests = seen[head] = tuple(_tests(head, family))
+            tests = seen[head] = tuple(_tests(head, table.family))
         if tests:
             found[int.from_bytes(rule[_RULE_HANDLE], "big")] = tests
     return found
+
+
+def _may_test(body: bytes) -> bool:
+    return _CMP in body and _LOADS.search(body) is not None
 
 
 def _tests(expressions: bytes, family: str) -> Iterator[NftTest]:
