@@ -6,6 +6,7 @@ reset it, ICMP errors, and where a packet was last seen that did not arrive.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -31,6 +32,7 @@ from gketrace.packet import IPAddress, Tuple5, protocol_name
 from gketrace_cli.render.layout import Page
 
 __all__ = [
+    "cited",
     "connection_document",
     "draw_connection",
     "draw_connections",
@@ -88,12 +90,17 @@ def draw_connections(
     stitched: Stitched,
     names: Mapping[IPAddress, str] | None = None,
     clocks: Clocks | None = None,
+    said: Sequence[str] = (),
 ) -> None:
-    """All of them, a block each, and a line that counts them."""
+    """All of them, a block each, and a line that counts them.
+
+    `said`: the packets' comments, where they were read from a file: they name the rules that
+    rewrote packets, when there is no plan to.
+    """
     connections = stitched.connections
     for number, connection in enumerate(connections, 1):
         page.blank()
-        draw_connection(page, connection, names or {}, clocks, number)
+        draw_connection(page, connection, names or {}, clocks, number, said)
     page.blank()
     states = [state_of(connection) for connection in connections]
     counted = [f"{states.count(state)} {state.value}" for state in State if state in states]
@@ -109,6 +116,7 @@ def draw_connection(
     names: Mapping[IPAddress, str],
     clocks: Clocks | None = None,
     number: int = 0,
+    said: Sequence[str] = (),
 ) -> None:
     """One of them."""
     state = state_of(connection)
@@ -117,7 +125,7 @@ def draw_connection(
     if connection.first != connection.last:
         text += f", as {_named(connection.last, names)}"
     page.line(page.short(f"{text}: {state.value}"), _STYLES.get(state, "red"), "bold", hang=4)
-    _draw_way(page, connection, connection.there, clocks)
+    _draw_way(page, connection, connection.there, clocks, said)
     page.entry("there", _traffic(connection.there))
     page.entry("back", _traffic(connection.back))
     answered = connection.answered_in
@@ -137,7 +145,11 @@ def draw_connection(
 
 
 def _draw_way(
-    page: Page, connection: StitchedConnection, flow: Flow, clocks: Clocks | None
+    page: Page,
+    connection: StitchedConnection,
+    flow: Flow,
+    clocks: Clocks | None,
+    said: Sequence[str],
 ) -> None:
     """Station after station, in the direction of the client."""
     if not flow.stations:
@@ -149,10 +161,9 @@ def _draw_way(
     width = max(map(len, wheres))
     last = None
     for place, (station, where) in enumerate(zip(flow.stations, wheres, strict=True)):
-        for rewrite in connection.rewrites(flow, place):
-            page.line(page.short(f"   {_rewrite(rewrite)}"), "cyan", indent=6, hang=5)
-        if last is not None and station.flow != last.flow and not connection.rewrites(flow, place):
-            page.line(f"   rewritten; by {_evidence(connection)}", "cyan", indent=6)
+        changed = last is not None and station.flow != last.flow
+        for text in _rewritten(connection, flow, place, said) if changed else ():
+            page.line(page.short(text), "cyan", indent=6, hang=5)
         moment = _clock_text(begun) if place == 0 else _since(times[place], flow, place, clocks)
         shown = str(tuple5_of(station.flow)).rpartition(" ")[0]
         if last is not None and station.flow == last.flow:
@@ -160,6 +171,23 @@ def _draw_way(
         line = f"   {where:<{width}}  {station.direction.value:<3}  {moment:<16} {shown}"
         page.lines.append(line.rstrip())
         last = station
+
+
+_SAID: Final = re.compile(r"(?:^|; )((?:DNAT|SNAT|NAT) [^;(]* by [^ ;]+)")
+
+
+def _rewritten(
+    connection: StitchedConnection, flow: Flow, place: int, said: Sequence[str]
+) -> list[str]:
+    """What rewrote packets before this station: by the plan, by a file's comments, or only that
+    something did."""
+    rewrites = connection.rewrites(flow, place)
+    if rewrites:
+        return [_rewrite(rewrite) for rewrite in rewrites]
+    for one in flow.stations[place].sightings[:1]:
+        if one.number < len(said) and (found := _SAID.findall(said[one.number])):
+            return [str(text) for text in found]
+    return [f"rewritten; by {_evidence(connection)}"]
 
 
 def _where(page: Page, tap: Tap) -> str:
@@ -272,7 +300,7 @@ def packet_comments(stitched: Stitched) -> dict[int, str]:
                     text = f"connection {index}, hop {passage.station + 1} of "
                     text += f"{len(flow.stations)}{' back' if back else ''}"
                     for rewrite in rewrites[passage.station]:
-                        text += f"; {_cited(rewrite)}"
+                        text += f"; {cited(rewrite)}"
                     if unit.repeat is not Repeat.NOTHING:
                         text += f"; {unit.repeat.value}"
                     made[passage.number] = text
@@ -282,7 +310,8 @@ def packet_comments(stitched: Stitched) -> dict[int, str]:
     return made
 
 
-def _cited(rewrite: Rewrite) -> str:
+def cited(rewrite: Rewrite) -> str:
+    """``DNAT to 10.40.0.6:8080 by KUBE-SEP-…:2 (-A KUBE-SEP-… -j DNAT …)``."""
     text = _rewrite(rewrite)
     return f"{text} ({rewrite.citation.text})" if rewrite.citation is not None else text
 

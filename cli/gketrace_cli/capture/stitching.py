@@ -7,24 +7,41 @@ of corrected times, each with its comment, and the connections that they make.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+import numpy as np
+
 from gketrace.capture.clock import HERE, ClockBounds, Clocks, observe
-from gketrace.capture.packets import CapturedPacket, Tap
+from gketrace.capture.dissect import dissect
+from gketrace.capture.packets import CapturedPacket, Direction, Tap
 from gketrace.capture.passages import Window
-from gketrace.capture.plan import Route
-from gketrace.capture.segments import sightings
+from gketrace.capture.plan import Crossing, Plan, Route, Spot
+from gketrace.capture.segments import FlowKey, flow_key, sightings, tuple5_of
 from gketrace.capture.stitch import Stitched, stitch_packets
 from gketrace.conntrack import ConntrackEntry
-from gketrace_cli.capture.connections import packet_comments, span
+from gketrace.packet import Packet
+from gketrace_cli.capture.batch import batch_from_packets
+from gketrace_cli.capture.connections import cited, packet_comments, span
+from gketrace_cli.capture.files import FileSink
+from gketrace_cli.capture.merge import Chunk
+from gketrace_cli.capture.running import Outcome
 from gketrace_cli.capture.stream import AgentFailed, Batch, Event, Started, Statistics, TapsEnded
 
-__all__ = ["Collection", "Collector", "collect_packets"]
+__all__ = [
+    "Collection",
+    "Collector",
+    "Commented",
+    "PlanComments",
+    "StitchedFiles",
+    "chunk_of",
+    "collect_packets",
+]
 
 _MOST: Final = 256 << 20
 """Bytes of packets that are kept."""
+_KNOWN: Final = 65536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,3 +196,110 @@ def _weak_orders(
         known = f"± {span(width)}" if width is not None else "not known"
         weak[number] = f"order against the packet before is not certain (clocks {known})"
     return weak
+
+
+class StitchedFiles:
+    """A sink that writes its files at the end: with corrected times, comments on packets, and what
+    is known of clocks in the section header."""
+
+    def __init__(
+        self,
+        collector: Collector,
+        routes: Sequence[Route],
+        make: Callable[[Sequence[str]], FileSink],
+    ) -> None:
+        """`make`: section comments → the sink that writes them."""
+        self._collector = collector
+        self._routes = routes
+        self._make = make
+        self.collection: Collection | None = None
+
+    def started(self, taps: tuple[Tap, ...]) -> None:
+        """Nothing is written yet."""
+
+    def write(self, chunk: Chunk) -> None:
+        """The collector has it."""
+
+    def finish(self, outcome: Outcome) -> None:
+        collection = self._collector.result(routes=self._routes)
+        self.collection = collection
+        files = self._make(collection.section_comments)
+        files.started(tuple(outcome.taps))
+        if collection.packets:
+            files.write(chunk_of(collection.packets))
+        files.finish(outcome)
+
+
+def chunk_of(packets: Sequence[CapturedPacket]) -> Chunk:
+    """Packets in order → a chunk that is written in that order."""
+    places: dict[Tap, list[int]] = {}
+    for number, packet in enumerate(packets):
+        places.setdefault(packet.tap, []).append(number)
+    batches = tuple(
+        batch_from_packets(tap, [packets[number] for number in numbers])
+        for tap, numbers in places.items()
+    )
+    flat = np.array([number for numbers in places.values() for number in numbers], np.int64)
+    return Chunk(batches=batches, order=np.argsort(flat, kind="stable"))
+
+
+class PlanComments:
+    """Comments for packets that are handed on at once: the hop of the plan, and the rules that
+    rewrote what passes there.  Without stitching, so without a connection's number."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._crossings: dict[Spot, list[Crossing]] = {}
+        for route in plan.routes:
+            for crossing in (*route.there, *route.back):
+                self._crossings.setdefault(crossing.spot, []).append(crossing)
+        self._known: dict[tuple[Tap, Direction, FlowKey], str] = {}
+
+    def chunk(self, chunk: Chunk) -> Chunk:
+        """The same packets with comments."""
+        batches = tuple(
+            replace(batch, comments=tuple(map(self._comment, batch.packets())))
+            for batch in chunk.batches
+        )
+        return replace(chunk, batches=batches)
+
+    def _comment(self, packet: CapturedPacket) -> str:
+        found = dissect(packet.tap.link_type, packet.data, packet.original_length)
+        flow = flow_key(found)
+        if flow is None:
+            return ""
+        key = (packet.tap, packet.direction, flow)
+        if key not in self._known:
+            if len(self._known) > _KNOWN:
+                self._known.clear()
+            self._known[key] = self._text(*key)
+        return self._known[key]
+
+    def _text(self, tap: Tap, direction: Direction, flow: FlowKey) -> str:
+        half = tuple5_of(flow)
+        packet = Packet(
+            src=half.src, dst=half.dst, protocol=half.protocol, sport=half.sport, dport=half.dport
+        )
+        spot = Spot(node=tap.node, pod=tap.pod, interface=tap.interface)
+        texts: dict[str, None] = {}
+        for crossing in self._crossings.get(spot, ()):
+            if crossing.direction is direction and crossing.term.takes(packet, back=crossing.back):
+                done = "".join(f"; {cited(rewrite)}" for rewrite in crossing.rewrites)
+                texts[f"hop {crossing.hop}{' back' if crossing.back else ''}{done}"] = None
+        return " | ".join(texts)
+
+
+class Commented:
+    """A sink in front of another one, which gets packets with `PlanComments`."""
+
+    def __init__(self, plan: Plan, inner: FileSink) -> None:
+        self._comments = PlanComments(plan)
+        self._inner = inner
+
+    def started(self, taps: tuple[Tap, ...]) -> None:
+        self._inner.started(taps)
+
+    def write(self, chunk: Chunk) -> None:
+        self._inner.write(self._comments.chunk(chunk))
+
+    def finish(self, outcome: Outcome) -> None:
+        self._inner.finish(outcome)
