@@ -26,8 +26,9 @@ def evolve(item: T, /, **changes: Any) -> T:
     field, and for a class of another kind.
     """
     kind = type(item)
-    copy = _COPIERS.get(kind)
-    if copy is None:
+    try:
+        copy = _COPIERS[kind]
+    except KeyError:
         copy = _COPIERS[kind] = _copier(kind)
     made: T = copy(item, changes)
     return made
