@@ -61,7 +61,7 @@ def stale(world: World) -> Iterator[Finding]:
         for entry in sight.entries:
             orig = entry.orig
             one = doors.get((orig.dst, orig.dport or 0, orig.protocol))
-            if one is None or entry.tcp_state in _OVER:
+            if one is None or entry.tcp_state in _OVER or entry.tcp_state == "SYN_SENT":
                 continue
             found = _stale(world, sight, one, entry)
             if found is not None:

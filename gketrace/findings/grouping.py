@@ -23,8 +23,10 @@ _EXPLAINS: Final[dict[str, frozenset[str]]] = {
     "GKT-112": frozenset({"GKT-110", "GKT-111", "GKT-113", "GKT-115", "GKT-303", "GKT-318"}),
     "GKT-107": frozenset({"GKT-101"}),
     "GKT-106": frozenset({"GKT-105"}),
+    "GKT-117": frozenset({"GKT-111"}),
     "GKT-205": frozenset({"GKT-204"}),
     "GKT-317": frozenset({"GKT-316"}),
+    "GKT-318": frozenset({"GKT-208"}),
     "GKT-321": frozenset({"GKT-303"}),
 }
 

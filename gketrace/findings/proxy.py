@@ -30,31 +30,32 @@ def drift(world: World) -> Iterator[Finding]:
     for sight in world.sights.values():
         if not sight.by_rules or sight.programme.unreadable:
             continue
-        if not sight.programme.present:
-            if wanted:
-                yield _absent(sight, wanted)
-            continue
+        for family in (4, 6):
+            ports = [one for one in wanted if family in one.families and one.addresses(family)]
+            if ports and not sight.programme.present_for(family):
+                yield _absent(sight, ports, family)
         yield from _node_drift(world, sight)
 
 
-def _absent(sight: Sight, wanted: list[Expected]) -> Finding:
+def _absent(sight: Sight, wanted: list[Expected], family: int) -> Finding:
     bases = [
         f"{one.backend} {one.source}"
         for one in sight.host.rulesets
-        if not isinstance(one, Unavailable)
+        if not isinstance(one, Unavailable) and one.family in (family, 0)
     ]
     text = "no chain KUBE-SERVICES and no table kube-proxy"
     text += f" in {', '.join(bases)}" if bases else "; there are no rules at all"
     return finding(
         "GKT-112",
-        f"Node {sight.node} has none of kube-proxy's rules: none of {len(wanted)} Service ports "
-        "works there",
+        f"Node {sight.node} has none of kube-proxy's rules for IPv{family}: none of "
+        f"{len(wanted)} Service ports works there",
         [cited(Citation(source=Source.RULE, text=text), sight.node)],
         remedy="see why kube-proxy does not run or write its rules on this node",
         command="kubectl -n kube-system get pods -o wide "
         f"--field-selector spec.nodeName={sight.node}",
         subjects=[f"node {sight.node}"],
         nodes=[sight.node],
+        cause=f"kube-proxy {sight.node} {family}",
     )
 
 

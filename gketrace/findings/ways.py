@@ -17,6 +17,7 @@ from gketrace.findings.making import cited, finding
 from gketrace.findings.model import Confidence, Evidence, Finding, Severity
 from gketrace.findings.world import Way, World
 from gketrace.packet import IPAddress
+from gketrace.snapshot import Unavailable
 from gketrace.trace import (
     FAILURE,
     Citation,
@@ -231,8 +232,8 @@ def _refused(world: World, stop: _Stop) -> Finding | None:
         return None
     if packet.dst in {ip for one in world.expected.values() for ip in _door_ips(one)}:
         return _not_translated(stop)
-    if world.sights:
-        return None  # listeners.py looked into every endpoint
+    if _looked_into(world, stop):
+        return None  # listeners.py says it
     where = f"{packet.dst}:{packet.dport}"
     loopback = "127.0.0.1:" in stop.citation.text or "[::1]:" in stop.citation.text
     pod = stop.outcome.netns.pod
@@ -251,6 +252,13 @@ def _refused(world: World, stop: _Stop) -> Finding | None:
         nodes=[stop.node],
         cause=f"listener {stop.node} {where}",
     )
+
+
+def _looked_into(world: World, stop: _Stop) -> bool:
+    """Whether the namespace's sockets were read, so that every endpoint in it was judged."""
+    sight = world.sights.get(stop.node)
+    shot = sight.snapshot(stop.outcome.netns) if sight is not None else None
+    return shot is not None and not isinstance(shot, Unavailable)
 
 
 def _door_ips(one: Expected) -> Iterator[IPAddress]:
@@ -341,7 +349,11 @@ def _unreachable(world: World, stop: _Stop) -> Finding | None:
     if stop.citation.source is Source.OBJECT and "clusterIP" in text:
         nodes = [hop.netns.node for hop in stop.path.hops if hop.netns.node]
         sight = world.sights.get(nodes[-1]) if nodes else None
-        absent = sight is not None and not sight.programme.present
+        absent = (
+            sight is not None
+            and not sight.programme.present_for(stop.outcome.packet.family)
+            and not sight.programme.unreadable
+        )
         if absent:
             return None  # proxy.drift says that the node has no rules at all
         return finding(

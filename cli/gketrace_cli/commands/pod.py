@@ -11,7 +11,9 @@ from gketrace.errors import (
     GoneError,
     NotFoundError,
     UnavailableError,
+    UsageError,
 )
+from gketrace_cli.follow import options as following
 from gketrace_cli.options import Options
 
 if TYPE_CHECKING:
@@ -25,11 +27,43 @@ __all__ = ["find_pod", "pod"]
 def pod(
     options: Options,
     name: Annotated[str, typer.Argument(metavar="NAME", help="NAME, pod/NAME or NAMESPACE/NAME.")],
+    follow: following.FollowOption = False,
+    sources: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--from", metavar="SOURCE", help="With --follow: only of this pod, node or address."
+        ),
+    ] = None,
+    to: following.ToOption = None,
+    since: following.SinceOption = None,
+    state: following.StateOption = None,
+    failed: following.FailedOption = False,
+    duration: following.DurationOption = None,
+    events: following.EventsOption = False,
+    output: following.OutputOption = None,
 ) -> None:
     """Show how a pod is wired: container, PID, namespace, veth, bridge or host route, next hops.
 
+    With --follow: its live connections on all nodes, each with rules, NAT, endpoint and end.
+
     For example:  gketrace pod web-0 -n shop
     """
+    typed = following.Followed(
+        follow=follow,
+        sources=tuple(sources or ()),
+        targets=tuple(to or ()),
+        since=since,
+        states=tuple(state or ()),
+        failed=failed,
+        duration=duration,
+        events=events,
+        output=output,
+    )
+    if follow:
+        following.follow_pod(options, typed, name)
+    if sources:
+        raise UsageError("--from goes with --follow only")
+    options = following.plain_output(options, typed)
     from gketrace_cli.names import parse_pod_name
     from gketrace_cli.session import Session
 
@@ -42,17 +76,23 @@ def pod(
             found = find_pod(session, namespace, wanted)
         report = _report(session, found)
         session.progress.clear()
+    from gketrace_cli.checking.single import pod_findings
     from gketrace_cli.render.documents import dump
+    from gketrace_cli.render.findings import draw_findings, finding_documents
     from gketrace_cli.render.layout import Page, write
     from gketrace_cli.render.pod import draw_pod, pod_document
     from gketrace_cli.verdict import judge_pod
 
     verdict = judge_pod(report)
+    findings = pod_findings(report)
     if options.format.machine:
-        write(dump(pod_document(report, verdict), options.format))
+        document = pod_document(report, verdict)
+        document["findings"] = finding_documents(findings)
+        write(dump(document, options.format))
     else:
         page = Page.of(options)
         draw_pod(page, report, verdict)
+        draw_findings(page, findings, heading="Findings")
         write(page.text())
     raise typer.Exit(int(verdict.code))
 
@@ -77,7 +117,6 @@ def find_pod(session: Session, namespace: str, name: str) -> Pod:
 
 
 def _find_everywhere(session: Session, name: str) -> Pod:
-    from gketrace.errors import UsageError
     from gketrace_cli.names import close_names
 
     listed = session.cluster.pods()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from gketrace.errors import NotFoundError, UsageError
+from gketrace_cli.follow import options as following
 from gketrace_cli.options import Options
 
 if TYPE_CHECKING:
@@ -60,11 +61,40 @@ def service(
         str | None,
         typer.Option("--port", metavar="PORT", help="Only this port, by name or number."),
     ] = None,
+    follow: following.FollowOption = False,
+    to: following.ToOption = None,
+    since: following.SinceOption = None,
+    state: following.StateOption = None,
+    failed: following.FailedOption = False,
+    duration: following.DurationOption = None,
+    events: following.EventsOption = False,
+    output: following.OutputOption = None,
 ) -> None:
     """Follow a packet through each front door of a Service to each endpoint, and back.
 
+    With --follow: its live connections on all nodes, each with rules, NAT, endpoint and end.
+
     For example:  gketrace service hello-server --via nodeport --node 2jdh
     """
+    typed = following.Followed(
+        follow=follow,
+        sources=tuple(sources or ()),
+        targets=tuple(to or ()),
+        since=since,
+        states=tuple(state or ()),
+        failed=failed,
+        duration=duration,
+        events=events,
+        output=output,
+    )
+    if follow:
+        if via or node or port:
+            raise UsageError(
+                "--via, --node and --port choose packets to trace, not connections to follow",
+                hint="--from, --to, --state and --failed choose connections",
+            )
+        following.follow_service(options, typed, name)
+    options = following.plain_output(options, typed)
     from gketrace_cli.asking import Asker, assumed_port
     from gketrace_cli.commands.pod import find_pod
     from gketrace_cli.frontdoors import Door, Selection, questions
@@ -106,8 +136,10 @@ def service(
         session.progress.say("reading live connections")
         live = reading.result() if reading is not None else look()
         session.progress.clear()
+    from gketrace_cli.checking.single import service_findings
     from gketrace_cli.render.connections import draw_live
     from gketrace_cli.render.documents import dump
+    from gketrace_cli.render.findings import draw_findings
     from gketrace_cli.render.layout import Page, write
     from gketrace_cli.render.trace import draw_trace
     from gketrace_cli.render.trace_document import trace_document
@@ -116,6 +148,7 @@ def service(
     notes = [*_notes(asked, len(nodes)), *skipped, *assumed_port(asked)]
     verdict = judge_service(f"Service {found.key}", result.answers, result.missing)
     verdict = with_live(verdict, live)
+    findings = service_findings(found, endpoints, nodes, session.pods.known, result.answers, live)
     if options.format.machine:
         query = {
             "service": found.key,
@@ -132,12 +165,14 @@ def service(
             missing=result.missing,
             notes=notes,
             live=live_document(live),
+            findings=findings,
         )
         write(dump(document, options.format))
     else:
         page = Page.of(options, short_names(n.name for n in nodes))
         draw_trace(page, verdict, result.answers, missing=result.missing, notes=notes)
         draw_live(page, live)
+        draw_findings(page, findings, heading="Findings")
         write(page.text())
     raise typer.Exit(int(verdict.code))
 

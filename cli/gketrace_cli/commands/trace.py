@@ -46,6 +46,7 @@ def trace(
     For example:  gketrace trace pod/web-0 svc/hello-server:80
     """
     from gketrace_cli.asking import Asker, assumed_port
+    from gketrace_cli.checking.single import trace_findings
     from gketrace_cli.commands.pod import find_pod
     from gketrace_cli.names import find_node, parse_named, short_names
     from gketrace_cli.senders import sender_of
@@ -62,9 +63,17 @@ def trace(
         if sender.pod is not None:
             session.pods.add(sender.pod)
         result = Asker(session, services=services).ask((question,))
+        findings = trace_findings(
+            result.answers,
+            session.nodes,
+            session.pods.known,
+            services.result(),
+            lambda found: session.cluster.endpoints(found.namespace, service=found.name),
+        )
         short = short_names(n.name for n in session.nodes)
         session.progress.clear()
     from gketrace_cli.render.documents import dump
+    from gketrace_cli.render.findings import draw_findings
     from gketrace_cli.render.layout import Page, write
     from gketrace_cli.render.trace import draw_trace
     from gketrace_cli.render.trace_document import trace_document
@@ -74,12 +83,19 @@ def trace(
     if options.format.machine:
         query = {"from": sender.text, "to": destination, "target": target_text(question)}
         document = trace_document(
-            "Trace", verdict, result.answers, query=query, missing=result.missing, notes=notes
+            "Trace",
+            verdict,
+            result.answers,
+            query=query,
+            missing=result.missing,
+            notes=notes,
+            findings=findings,
         )
         write(dump(document, options.format))
     else:
         page = Page.of(options, short)
         draw_trace(page, verdict, result.answers, missing=result.missing, notes=notes)
+        draw_findings(page, findings, heading="Findings")
         write(page.text())
     raise typer.Exit(int(verdict.code))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gketrace.findings.model import Finding
 from gketrace.trace import Missing, Path
 from gketrace_cli.render.documents import (
     envelope,
@@ -12,6 +13,7 @@ from gketrace_cli.render.documents import (
     path_document,
     probability,
 )
+from gketrace_cli.render.findings import finding_documents
 from gketrace_cli.verdict import Answer, Standing, Verdict, outcome_text, path_standing
 
 __all__ = ["trace_document"]
@@ -26,6 +28,7 @@ def trace_document(
     missing: Sequence[Missing] = (),
     notes: Sequence[str] = (),
     live: Mapping[str, Any] | None = None,
+    findings: Sequence[Finding] = (),
 ) -> dict[str, Any]:
     """What docs/schema/trace.json describes."""
     paths = []
@@ -57,6 +60,7 @@ def trace_document(
             "notes": list(notes),
             "paths": paths,
             "liveConnections": live,
+            "findings": finding_documents(findings),
         },
     )
 
