@@ -40,7 +40,10 @@ _AT_ONCE: Final = 16
 
 
 def request_token(api: ApiServer, account: Account, audience: str) -> str:
-    """A new token (TokenRequest).  Raises `GketraceError`."""
+    """A new token (TokenRequest), for this audience, or for the API server where it is empty.
+
+    Raises `GketraceError`.
+    """
     namespace, name = (urllib.parse.quote(t, safe="") for t in (account.namespace, account.name))
     try:
         answer = api.request(
@@ -49,7 +52,8 @@ def request_token(api: ApiServer, account: Account, audience: str) -> str:
             body={
                 "apiVersion": "authentication.k8s.io/v1",
                 "kind": "TokenRequest",
-                "spec": {"audiences": [audience], "expirationSeconds": _TOKEN_SECONDS},
+                "spec": {"expirationSeconds": _TOKEN_SECONDS}
+                | ({"audiences": [audience]} if audience else {}),
             },
         )
     except NotFoundError as error:

@@ -11,7 +11,18 @@ from typing import Annotated, Final
 import typer
 
 from gketrace_cli import __version__
-from gketrace_cli.commands import check, connections, conntrack, install, pod, rules, service, trace
+from gketrace_cli.commands import (
+    auth,
+    check,
+    connections,
+    conntrack,
+    install,
+    pod,
+    rules,
+    service,
+    status,
+    trace,
+)
 from gketrace_cli.options import Options, with_options
 
 __all__ = ["app"]
@@ -56,6 +67,9 @@ app: Final = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
 )
 app.callback()(_root)
+_auth: Final = typer.Typer(help="What you may do.", rich_markup_mode=None)
+_auth.command("can-i", epilog=EPILOG)(with_options(auth.can_i))
+app.add_typer(_auth, name="auth")
 app.command("check", epilog=EPILOG)(with_options(check.check))
 app.command("connections", epilog=EPILOG)(with_options(connections.connections))
 app.command("conntrack", cls=conntrack.ConntrackCommand, epilog=EPILOG)(
@@ -66,5 +80,6 @@ app.command("install", epilog=EPILOG)(with_options(install.install))
 app.command("pod", epilog=EPILOG)(with_options(pod.pod))
 app.command("rules", epilog=EPILOG)(with_options(rules.rules))
 app.command("service", epilog=EPILOG)(with_options(service.service))
+app.command("status", epilog=EPILOG)(with_options(status.status))
 app.command("trace", epilog=EPILOG)(with_options(trace.trace))
 app.command("uninstall", epilog=EPILOG)(with_options(install.uninstall))

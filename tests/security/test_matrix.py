@@ -161,3 +161,11 @@ def test_one_line_of_audit(bed: Bed, stub: AgentStub, log: Path) -> None:
     assert first["duration_ms"] >= 0
     assert (second["verdict"], second["code"]) == ("refused", "PERMISSION_DENIED")
     assert "may not delete nodes/conntrack.gketrace.dev of node node-a" in second["error"]
+
+
+def test_a_kept_connection_that_was_closed_is_made_anew(bed: Bed, stub: AgentStub) -> None:
+    for _ in range(2):
+        assert _info(stub, bed.token("default/viewer")).node == "node-a"
+        for connection in bed.server._api._idle:  # type: ignore[union-attr]
+            connection.sock.shutdown(2)  # as after the server's own time-out
+    assert _info(stub, bed.token("default/viewer")).node == "node-a"

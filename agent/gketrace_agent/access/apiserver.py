@@ -69,8 +69,11 @@ class KubeApi:
             if connection is not None:
                 try:
                     return self._send(connection, method, path, body, headers)
-                except (http.client.RemoteDisconnected, ConnectionError):
-                    connection.close()  # an idle one, closed meanwhile: once more on a new one
+                except (OSError, http.client.HTTPException):
+                    # An idle one that was closed meanwhile, and the others most likely too: once
+                    # more on a new one.  A review may be asked twice.
+                    connection.close()
+                    self.close()
             connection = self._connect()
             return self._send(connection, method, path, body, headers)
         except (OSError, http.client.HTTPException) as error:
