@@ -72,7 +72,7 @@ class CaptureReader:
             self._file = sys.stdin.buffer
             return
         try:
-            self._file = self._stack.enter_context(open(self.source, "rb"))
+            self._file = self._stack.enter_context(open(self.source, "rb"))  # noqa: SIM115
         except OSError as error:
             raise UsageError(f"cannot read {self.source}: {error.strerror}") from None
 

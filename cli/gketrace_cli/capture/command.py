@@ -1,0 +1,292 @@
+"""``gketrace capture`` at work: targets → taps → packets → lines or files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from gketrace.errors import ExitCode, GketraceError, UsageError
+from gketrace.packet import IPAddress
+from gketrace_cli.capture.lines import Lines, LineStyle
+from gketrace_cli.capture.planning import (
+    NodeTaps,
+    Planning,
+    draw_plan,
+    names_of,
+    node_taps,
+    pids_of,
+    plan_document,
+    plan_service,
+    plan_trace,
+)
+from gketrace_cli.capture.report import (
+    JsonSink,
+    LineSink,
+    announce,
+    summary_document,
+    tell_outcome,
+)
+from gketrace_cli.capture.running import Outcome, Sink, keep_memory, run_capture, tell
+from gketrace_cli.capture.stream import CaptureStream, Event, Started
+from gketrace_cli.capture.targets import ParsedTarget, plain_taps
+from gketrace_cli.commands.capture import CaptureOutput
+from gketrace_cli.names import short_names
+from gketrace_cli.options import Options, Output
+from gketrace_cli.render.documents import dump, envelope
+from gketrace_cli.render.layout import Page
+from gketrace_cli.render.layout import write as write_text
+from gketrace_cli.session import Session
+from gketrace_proto.v1alpha1 import capture_pb2 as pb
+
+if TYPE_CHECKING:
+    from gketrace_cli.capture.files import FileSink
+
+__all__ = ["Wish", "run"]
+
+_ALL: Final = 262_144
+"""tcpdump's snap length for whole packets."""
+_DIRECTIONS: Final = {
+    "in": pb.CAPTURE_DIRECTION_IN,
+    "out": pb.CAPTURE_DIRECTION_OUT,
+    "inout": pb.CAPTURE_DIRECTION_UNSPECIFIED,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """The command line."""
+
+    targets: tuple[ParsedTarget, ...]
+    trace: tuple[str, str] | None
+    sources: tuple[str, ...]
+    port: str
+    filter: str
+    interfaces: tuple[str, ...]
+    count: int
+    seconds: float
+    most: int
+    snap: int | None
+    ring_bytes: int
+    direction: str
+    include_own: bool
+    hardware: bool
+    write: str
+    per_node: bool
+    dry_run: bool
+
+    @property
+    def snap_length(self) -> int:
+        """As requests have it; 0: the agent's choice, headers."""
+        return 0 if self.snap is None else self.snap or _ALL
+
+
+def run(wish: Wish, options: Options, form: CaptureOutput, style: LineStyle) -> ExitCode:
+    """Raises `GketraceError`."""
+    _check(wish, form)
+    with Session(options) as session:
+        planning = _plan(session, wish)
+        taps = _taps(session, wish, planning)
+        session.progress.clear()
+        if wish.dry_run:
+            return _show_plan(session, wish, options, form, planning, taps)
+        for gap in () if planning is None else planning.missing:
+            tell(f"not seen: {gap}")
+        for note in () if planning is None else planning.notes:
+            tell(note)
+        session.reach(list(taps))
+        return _capture(session, wish, options, form, style, taps)
+
+
+def _check(wish: Wish, form: CaptureOutput) -> None:
+    if not wish.targets and wish.trace is None:
+        raise UsageError(
+            "what is to be captured?", hint="pod/NAME, node/NAME, service/NAME or --trace FROM TO"
+        )
+    if wish.per_node and not wish.write:
+        raise UsageError("--per-node is about files", hint="give -w FILE")
+    if wish.write == "-" and form is not CaptureOutput.TEXT:
+        raise UsageError("-w - and -o both want standard output")
+    services = [one for one in wish.targets if one.kind == "service"]
+    if (wish.sources or wish.port) and not services:
+        raise UsageError("--from and --port are about a service")
+    if services and (len(wish.targets) > 1 or wish.trace is not None):
+        raise UsageError("a service is captured by itself", hint="leave the other targets out")
+    if (services or wish.trace is not None) and wish.interfaces:
+        raise UsageError("where a path is captured its walk says", hint="leave -i out")
+    if wish.trace is not None and wish.targets:
+        raise UsageError("a trace is captured by itself", hint="leave the other targets out")
+
+
+def _plan(session: Session, wish: Wish) -> Planning | None:
+    """For what is captured along its paths; None: named places."""
+    if wish.trace is not None:
+        return plan_trace(session, *wish.trace)
+    first = wish.targets[0]
+    if first.kind != "service":
+        return None
+    return plan_service(session, first.name, sources=wish.sources, port=wish.port)
+
+
+def _taps(session: Session, wish: Wish, planning: Planning | None) -> dict[str, NodeTaps]:
+    direction = _DIRECTIONS[wish.direction]
+    if planning is None:
+        found = plain_taps(
+            session,
+            wish.targets,
+            interfaces=wish.interfaces,
+            text=wish.filter,
+            snap_length=wish.snap_length,
+            direction=direction,
+        )
+        by_node: dict[str, list[int]] = {}
+        for place, tap in enumerate(found):
+            by_node.setdefault(tap.node, []).append(place)
+        return {
+            node: NodeTaps(
+                planned=(),
+                taps=tuple(found[place].request for place in places),
+                descriptions=tuple(found[place].description for place in places),
+            )
+            for node, places in by_node.items()
+        }
+    taps = node_taps(session, planning.plan)
+    for planned in taps.values():
+        for request in planned.taps:
+            request.snap_length, request.direction = wish.snap_length, direction
+            if wish.filter:
+                request.filter = f"({request.filter}) and ({wish.filter})"
+    return taps
+
+
+def _show_plan(
+    session: Session,
+    wish: Wish,
+    options: Options,
+    form: CaptureOutput,
+    planning: Planning | None,
+    taps: Mapping[str, NodeTaps],
+) -> ExitCode:
+    if planning is not None:
+        pids = pids_of(session, planning.plan)
+        documents: Any = plan_document(planning, pids, wish.snap_length)
+    else:
+        documents = [
+            {"node": node, "target": text, "interface": tap.interface, "filter": tap.filter}
+            for node, one in taps.items()
+            for tap, text in zip(one.taps, one.descriptions, strict=True)
+        ]
+    if form in (CaptureOutput.JSON, CaptureOutput.JSONL, CaptureOutput.YAML):
+        output = Output.YAML if form is CaptureOutput.YAML else Output.JSON
+        write_text(dump(envelope("CapturePlan", {"taps": documents}), output))
+        return ExitCode.OK
+    page = Page.of(options, short_names(node.name for node in session.nodes))
+    if planning is not None:
+        draw_plan(page, planning, pids, wish.snap_length)
+    else:
+        for one in documents:
+            what = one["filter"] or "all packets"
+            page.line(f"{one['interface']} of {one['target']} on node {one['node']}: {what}")
+    write_text(page.text())
+    return ExitCode.PARTIAL if planning is not None and planning.missing else ExitCode.OK
+
+
+def _requests(wish: Wish, taps: Mapping[str, NodeTaps]) -> dict[str, pb.CaptureRequest]:
+    limits = pb.CaptureLimits(seconds=wish.seconds, packets=wish.count, bytes=wish.most)
+    return {
+        node: pb.CaptureRequest(
+            taps=one.taps,
+            limits=limits,
+            ring_bytes=wish.ring_bytes,
+            include_own=wish.include_own,
+            hardware_timestamps=wish.hardware,
+        )
+        for node, one in taps.items()
+    }
+
+
+def _capture(
+    session: Session,
+    wish: Wish,
+    options: Options,
+    form: CaptureOutput,
+    style: LineStyle,
+    taps: Mapping[str, NodeTaps],
+) -> ExitCode:
+    names = _names(session)
+    kept: list[dict[str, Any]] = []
+    file: FileSink | None = None
+    sinks: list[Sink] = []
+    if wish.write:
+        from gketrace_cli.capture.files import FileSink
+
+        keep_memory()
+        texts = {address: (name,) for address, name in names.items()}
+        file = FileSink(wish.write, per_node=wish.per_node, names=texts)
+        sinks.append(file)
+    else:
+        sinks.append(_printer(session, form, style, names, kept))
+
+    def watch(event: Event) -> None:
+        if isinstance(event, Started):
+            for tap in event.taps:
+                announce(tap, asked_snap=wish.snap is not None)
+
+    descriptions = {node: one.descriptions for node, one in taps.items()}
+    stream = CaptureStream(session.fleet, _requests(wish, taps), descriptions=descriptions)
+    try:
+        with stream:
+            outcome = run_capture(stream, sinks, count=wish.count, watch=watch)
+    except GketraceError:
+        if file is not None:
+            file.abandon()
+        raise
+    return _finish(outcome, file, options, form, kept)
+
+
+def _printer(
+    session: Session,
+    form: CaptureOutput,
+    style: LineStyle,
+    names: Mapping[IPAddress, str],
+    kept: list[dict[str, Any]],
+) -> Sink:
+    short = short_names(node.name for node in session.nodes)
+    if form in (CaptureOutput.TEXT, CaptureOutput.WIDE):
+        wide = form is CaptureOutput.WIDE
+        lines = Lines(
+            style=style,
+            short=str if wide else lambda name: short.get(name, name),
+            names={} if style.numeric else names,
+        )
+        return LineSink(lines)
+    plain = Lines(style=style, names={} if style.numeric else names, place=False)
+    return JsonSink(plain, None if form is CaptureOutput.JSONL else kept.append)
+
+
+def _finish(
+    outcome: Outcome,
+    file: FileSink | None,
+    options: Options,
+    form: CaptureOutput,
+    kept: Sequence[dict[str, Any]],
+) -> ExitCode:
+    tell_outcome(outcome)
+    if form in (CaptureOutput.JSON, CaptureOutput.YAML):
+        body = summary_document(outcome, () if file is None else file.paths)
+        if file is None:
+            body["packets"] = list(kept)
+        write_text(dump(envelope("Capture", body), options.format))
+    if outcome.failures and not outcome.taps:
+        raise next(iter(outcome.failures.values()))
+    return outcome.code
+
+
+def _names(session: Session) -> dict[IPAddress, str]:
+    """What addresses are called.  Without permission to list some of it, the rest."""
+    try:
+        services = session.cluster.services()
+    except GketraceError as error:
+        tell(f"Services are not named: {error.message}")
+        services = ()
+    return names_of(session.nodes, session.pods.known, services)
