@@ -236,6 +236,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("destinations are not rewritten", nat, "rewrite", _no_rewrite(nat.Manip.DST)),
     Fault("nat rules are asked for every packet", nat, "initialized", _never_settled),
     Fault("existing connections are taken for new", tracking, "track", _forgetful),
+    Fault("CT attaches no template", passing, "template", lambda right: lambda family, zone: None),
 )  # fmt: skip
 """At least 30; the first ones negate a match, the others are mistakes that peers really make."""
 
