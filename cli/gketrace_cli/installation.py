@@ -7,7 +7,6 @@ import copy
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any, Final, TypeAlias
 
 import yaml
@@ -16,6 +15,7 @@ from gketrace.access import AGENT_NAMESPACE, CA_CONFIGMAP, CA_KEY, server_name
 from gketrace.errors import NotFoundError, UnavailableError
 
 from .apiserver import ApiServer
+from .packaged import packaged
 
 __all__ = ["TLS_SECRET", "Change", "apply_object", "certificate_objects", "manifests", "remove"]
 
@@ -61,11 +61,15 @@ class Change:
 
 
 def manifests(*, namespace: str = AGENT_NAMESPACE, image: str = "") -> list[Object]:
-    """Everything but the certificate, in the order in which it is to be made."""
-    folder = resources.files("gketrace_cli") / "manifests"
+    """Everything but the certificate, in the order in which it is to be made.
+
+    Raises: UnavailableError when this installation lacks the files.
+    """
     found: list[Object] = []
     for name in _FILES:
-        text = (folder / name).read_text()
+        text = packaged(f"manifests/{name}", f"deploy/{name}")
+        if text is None:
+            raise UnavailableError(f"{name} is not part of this installation")
         if namespace != AGENT_NAMESPACE:
             text = text.replace(AGENT_NAMESPACE, namespace)
         found += [one for one in yaml.load_all(text, _LOADER) if one]
