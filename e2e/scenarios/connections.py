@@ -18,7 +18,7 @@ def _stale_udp(stage: Stage) -> None:
     stage.do(
         "node/2jdh",
         f"conntrack -I -p udp -s 10.40.0.10 -d {_DNS} --sport 45353 --dport 53 "
-        "-r 10.40.0.99 -q 10.40.0.10 --reply-port-src 5353 --reply-port-dst 45353 "
+        "--dst-nat 10.40.0.99:5353 "
         "-t 600 -u SEEN_REPLY,ASSURED",
         f"conntrack -D -p udp -s 10.40.0.10 -d {_DNS} --sport 45353",
     )
@@ -36,7 +36,7 @@ def _stale_tcp(stage: Stage) -> None:
     stage.do(
         "node/2jdh",
         f"conntrack -I -p tcp -s 10.40.0.10 -d {_WEB} --sport 45354 --dport 80 "
-        "-r 10.40.1.99 -q 10.40.0.10 --reply-port-src 8080 --reply-port-dst 45354 "
+        "--dst-nat 10.40.1.99:8080 "
         "-t 3600 --state ESTABLISHED -u SEEN_REPLY,ASSURED",
         f"conntrack -D -p tcp -s 10.40.0.10 -d {_WEB} --sport 45354",
     )
@@ -183,6 +183,7 @@ SCENARIOS: Final = (
     ),
     Scenario(
         code="GKT-208",
+        own=True,
         title="a NodePort's answers bypass the node that translated",
         fault=_one_sided,
         proof=("no answer seen", "answered"),

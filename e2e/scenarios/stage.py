@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import subprocess
 import time
 import urllib.error
@@ -32,7 +34,6 @@ class Stage:
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
         self._undo = ExitStack()
-        self._background: list[subprocess.Popen[str]] = []
 
     @property
     def bridge(self) -> bool:
@@ -41,10 +42,6 @@ class Stage:
     def undo(self) -> None:
         """Everything back, in reverse order."""
         self._undo.close()
-        for process in self._background:
-            process.kill()
-            process.wait()
-        self._background = []
         # What the probes left behind is not the fixture's.
         for node in NODES:
             self.run(f"node/{node}", "conntrack -F", check=False)
@@ -77,6 +74,7 @@ class Stage:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            start_new_session=True,  # nsenter forks when it enters a PID namespace
         )
         self._undo.callback(self._end, process)
         assert process.stdout is not None
@@ -84,7 +82,7 @@ class Stage:
         return process
 
     def _end(self, process: subprocess.Popen[str]) -> None:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         if process.stdout is not None:
             process.stdout.close()
