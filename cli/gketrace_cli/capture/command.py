@@ -227,10 +227,12 @@ def _capture(
     else:
         sinks.append(_printer(session, form, style, names, kept))
 
+    said: set[str] = set()
+
     def watch(event: Event) -> None:
         if isinstance(event, Started):
             for tap in event.taps:
-                announce(tap, asked_snap=wish.snap is not None)
+                announce(tap, said, asked_snap=wish.snap is not None)
 
     descriptions = {node: one.descriptions for node, one in taps.items()}
     stream = CaptureStream(session.fleet, _requests(wish, taps), descriptions=descriptions)

@@ -7,7 +7,7 @@ chunks follow each other in time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -76,10 +76,12 @@ class Chunk:
 class Merge:
     """`feed` it all events in order, then `finish`.
 
-    `offsets`: nanoseconds to add to the times of a node's packets; may change at any time.
+    `nodes` are those that will start, or fail: until then all is held.  `offsets`: nanoseconds to
+    add to the times of a node's packets; may change at any time.
     """
 
-    def __init__(self, offsets: Mapping[str, int] | None = None) -> None:
+    def __init__(self, nodes: Iterable[str] = (), offsets: Mapping[str, int] | None = None) -> None:
+        self._awaited = set(nodes)
         self.offsets: Final[dict[str, int]] = dict(offsets or {})
         self.late = 0
         """Packets that were handed on after later ones."""
@@ -94,6 +96,7 @@ class Merge:
     def feed(self, event: Event) -> Iterator[Chunk]:
         """What can be handed on after this event."""
         if isinstance(event, Started):
+            self._awaited.discard(event.node)
             self._lags[event.node] = int(event.reply.latency_seconds * _LAG * 1e9)
             for tap in event.taps:
                 self._known[tap] = -(1 << 62)
@@ -103,7 +106,7 @@ class Merge:
             batch = _sorted(event.batch.shifted(offset))
             if not len(batch):
                 return
-            if len(self._known) == 1 and not self._held:
+            if len(self._known) == 1 and not self._held and not self._awaited:
                 yield self._chunk([batch])
                 return
             self._held.append(batch)
@@ -115,7 +118,10 @@ class Merge:
         elif isinstance(event, TapsEnded | AgentFailed):
             for tap in event.taps:
                 self._known.pop(tap, None)
-        yield from self._release(min(self._known.values(), default=1 << 62))
+            if isinstance(event, AgentFailed):
+                self._awaited.discard(event.node)
+        if not self._awaited:
+            yield from self._release(min(self._known.values(), default=1 << 62))
         if sum(len(batch.buffer) for batch in self._held) > _MOST:
             self.forced += 1
             yield from self._release(max(int(batch.times[0]) for batch in self._held))

@@ -36,14 +36,17 @@ def link_name(link_type: int) -> str:
     return _LINKS.get(link_type, f"LINKTYPE {link_type}")
 
 
-def announce(tap: Tap, *, asked_snap: bool) -> None:
-    """What is captured there, and what is not, on standard error."""
+def announce(tap: Tap, said: set[str], *, asked_snap: bool) -> None:
+    """What is captured there, and what is not, on standard error.  What was `said` is not said
+    again."""
     snap = f"snapshot length {tap.snap_length} bytes"
     if not asked_snap:
         snap += " (headers; -s 0 for all)"
     tell(f"listening on {tap}, link-type {link_name(tap.link_type)}, {snap}")
     for text, why in tap.excluded:
-        tell(f"not captured there: {text} ({why}; --include-own captures it)")
+        if text not in said:
+            said.add(text)
+            tell(f"not captured: {text} ({why}; --include-own captures it)")
 
 
 def tell_outcome(outcome: Outcome) -> None:

@@ -104,14 +104,14 @@ def run_capture(
     """
     sinks = tuple(sinks)
     outcome = Outcome()
-    merge = Merge(offsets)
+    merge = Merge(stream.nodes, offsets)
     left = count or sys.maxsize
+    stopped = False
 
     def hand_on(chunks: Iterator[Chunk]) -> None:
         nonlocal left
-        for chunk in chunks:
-            if len(chunk) > left:
-                chunk = chunk.first(left)
+        for whole in chunks:
+            chunk = whole.first(left)
             if not len(chunk):
                 continue
             left -= len(chunk)
@@ -126,8 +126,10 @@ def run_capture(
                 watch(event)
             _note(event, outcome, sinks)
             hand_on(merge.feed(event))
-            if left <= 0:
-                break
+            if left <= 0 and not stopped:
+                # Not a break: the last statistics are still to come.
+                stopped = True
+                stream.stop()
         hand_on(merge.finish())
     outcome.late = merge.late
     if merge.forced:
@@ -163,7 +165,7 @@ def _note(event: Event, outcome: Outcome, sinks: tuple[Sink, ...]) -> None:
         outcome.failures[event.node] = event.error
         for tap in event.taps:
             outcome.taps[tap].end = event.error.message
-        tell(f"not captured: node {event.node}: {event.error}")
+        tell(f"not captured: {event.error}")
     else:
         assert isinstance(event, Batch)
 

@@ -164,6 +164,11 @@ class CaptureStream:
     ) -> None:
         self.close()
 
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Those that are asked."""
+        return tuple(self._requests)
+
     def stop(self) -> None:
         """Lets `events` end after each agent's next statistics, which have all that was captured
         until now.  May be called by a signal's handler."""
