@@ -83,6 +83,7 @@ def _run(lab: Lab, scenario: Scenario) -> Outcome:
             new, gone = beyond(stage.check(scenario.alter), known)
             _judge(scenario, outcome, new)
             outcome.why += [f"baseline lost {line}" for line in sorted(gone)]
+            outcome.why += [f"not seen: {text}" for text in stage.missing]
     if scenario.ask:
         outcome.removed = True
     else:

@@ -34,6 +34,8 @@ class Stage:
     def __init__(self, lab: Lab) -> None:
         self.lab = lab
         self._undo = ExitStack()
+        self.missing: tuple[str, ...] = ()
+        """What the last check did not see."""
 
     @property
     def bridge(self) -> bool:
@@ -267,6 +269,7 @@ class Stage:
     def check(self, alter: Callable[[World], World] | None = None) -> tuple[Finding, ...]:
         """What `gketrace check` finds."""
         world = self.read()
+        self.missing = tuple(map(str, world.missing))
         return find(world if alter is None else alter(world))
 
     # traffic

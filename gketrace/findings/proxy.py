@@ -283,7 +283,7 @@ def health(world: World) -> Iterator[Finding]:
         if proxy is None:
             text = f"no TCP socket listens on port {_HEALTHZ} of node {sight.node}"
             silent.append((sight, evidence(Source.SOCKET, text, node=sight.node)))
-        elif proxy.queue is not None and proxy.backlog and proxy.queue > proxy.backlog:
+        elif proxy.queue is not None and proxy.backlog and proxy.queue >= proxy.backlog:
             text = f"port {_HEALTHZ}: {proxy.queue} connections wait, room for {proxy.backlog}"
             silent.append((sight, evidence(Source.SOCKET, text, node=sight.node)))
         yield from _check_ports(world, sight, set(ports))

@@ -221,7 +221,9 @@ def local_routes(world: World) -> Iterator[Finding]:
             hidden = [
                 pod
                 for address, pod in world.pod_by_address.items()
-                if address.version == route.dst.version and address in route.dst
+                if address.version == route.dst.version
+                and address in route.dst
+                and _taken_in(sight, address)
             ]
             if not hidden:
                 continue
@@ -238,6 +240,13 @@ def local_routes(world: World) -> Iterator[Finding]:
                 nodes=[sight.node],
                 cause=f"route {sight.node} {route.text}",
             )
+
+
+def _taken_in(sight: Sight, address: IPAddress) -> bool:
+    """Whether the look-up ends here.  While a namespace has its three usual rules, the kernel keeps
+    local and main in one trie (fib_trie.c, fib_trie_unmerge), so a pod's own /32 route wins over a
+    local route of a shorter prefix."""
+    return any(d.kind is RouteKind.LOCAL for d in sight.fib.output(address))
 
 
 def pod_routes(world: World) -> Iterator[Finding]:

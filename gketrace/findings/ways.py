@@ -54,7 +54,11 @@ class _Stop:
 
     @property
     def node(self) -> str:
-        return self.outcome.netns.node or self.way.sender_node
+        if self.outcome.netns.node:
+            return self.outcome.netns.node
+        # It ended between the nodes: the last one that sent it on.
+        sent = [hop.netns.node for hop in self.path.hops if hop.netns.node]
+        return sent[-1] if sent else self.way.sender_node
 
     @property
     def netns(self) -> str:

@@ -43,9 +43,9 @@ def find_arrival(host: NetnsSnapshot, packet: Packet) -> Arrival:
     names = {w.interface if w.kind is RouteKind.FORWARD else w.kind.value for w in ways}
     if len(names) == 1 and ways[0].kind is RouteKind.FORWARD:
         name = ways[0].interface
-        if not _leads_to_pods(links.get(name)):
+        if not _leads_inside(links.get(name)):
             return _arrival(name, back, ways[0].route)
-        tried.append(f"{back}: {name}, which leads to pods of this node")
+        tried.append(f"{back}: {name}, which leads into this node")
     else:
         tried.append(f"{back}: {' or '.join(sorted(names))}")
     default = _default_route(host, packet.family)
@@ -81,13 +81,14 @@ def _default_route(host: NetnsSnapshot, family: int) -> Route | None:
     return min(defaults, key=lambda route: route.priority, default=None)
 
 
-def _leads_to_pods(link: Link | None) -> bool:
+def _leads_inside(link: Link | None) -> bool:
+    """Nothing comes from the network through a bridge of pods, a dummy, or a veth of the node."""
     if link is None:
         return False
-    if link.kind == "bridge":
+    if link.kind in ("bridge", "dummy"):
         return True
     return (
         link.peer is not None
         and link.peer.netns is not None
-        and link.peer.netns.kind is NetnsKind.POD
+        and link.peer.netns.kind in (NetnsKind.POD, NetnsKind.HOST)
     )
