@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, Final
 
+from gketrace.ruleset.nft_json import with_tests
 from gketrace.snapshot import Maybe, Unavailable
 from gketrace_agent.observe.iptables import IptablesDump, IptablesDumps
 from gketrace_agent.observe.nftables import NftablesDump
@@ -101,7 +102,9 @@ def rule_chunks(
                 head.unavailable = text.reason
                 yield head
             else:
-                yield from _chunks(head, cut_nftables(text, chain))
+                tests = nftables.tests.get(one, {})
+                whole = with_tests(text, one.family, one.name, tests)
+                yield from _chunks(head, cut_nftables(whole, chain))
 
 
 def _chunks(head: agent_pb2.GetRulesReply, text: bytes) -> Iterator[agent_pb2.GetRulesReply]:

@@ -17,11 +17,11 @@ from typing import Final
 from gketrace.errors import ParseError
 from gketrace.ruleset.nft import NO_TESTS, Json, NftRuleset, NftTest, Span, TableText
 
-__all__ = ["NftTables", "parse_nft_json"]
+__all__ = ["NftTables", "parse_nft_json", "with_tests"]
 
 _KINDS: Final = (
     "table|chain|rule|set|map|element|counter|quota|limit|flowtable|secmark|synproxy"
-    "|ct helper|ct timeout|ct expectation|meter"
+    "|ct helper|ct timeout|ct expectation|meter|kernel tests"
 )
 _STRING: Final = rb'"(?:[^"\\]|\\.)*+"'
 _OBJECT: Final = re.compile(
@@ -49,6 +49,7 @@ class _Table:
     chains: dict[str, Span] = field(default_factory=dict)
     rules: dict[str, list[Span]] = field(default_factory=dict)
     sets: dict[str, Span] = field(default_factory=dict)
+    tests: Span | None = None
 
 
 def parse_nft_json(
@@ -59,6 +60,7 @@ def parse_nft_json(
     tests: Mapping[int, tuple[NftTest, ...]] = NO_TESTS,
 ) -> NftTables:
     """`tests`: rule handle → what nft may have left out; then the text must be of one table.
+    A text that `with_tests` made brings its own.
 
     Raises `ParseError` with `source` and the offending text, in any kind of wrong input.
 
@@ -92,8 +94,9 @@ def parse_nft_json(
                 rules={chain: _runs(spans) for chain, spans in found.rules.items()},
                 sets=found.sets,
             )
+            own = tests if found.tests is None else _tests(text, found.tests, source)
             ruleset = NftRuleset(
-                text=text, index=index, source=source, taken_at=taken_at, tests=tests
+                text=text, index=index, source=source, taken_at=taken_at, tests=own
             )
             made.append(ruleset)
             unmodelled += ruleset.unmodelled
@@ -133,7 +136,40 @@ def _index(text: bytes) -> dict[tuple[str, str], _Table] | None:
             table.chains[own] = (start, stop)
         elif kind in (b"set", b"map"):
             table.sets[own] = (start, stop)
+        elif kind == b"kernel tests":
+            table.tests = start, stop
     return tables
+
+
+def with_tests(
+    text: bytes, family: str, table: str, tests: Mapping[int, tuple[NftTest, ...]]
+) -> bytes:
+    """nft's listing of one table with `tests` as one more object, for readers elsewhere."""
+    end = text.rstrip()
+    if not tests or not end.endswith(b"]}"):
+        return text
+    listed = {
+        str(handle): [[test.statement, test.after] for test in own] for handle, own in tests.items()
+    }
+    body = {"family": family, "table": table, "tests": listed}
+    return end[:-2] + b", " + json.dumps({"kernel tests": body}).encode() + b"]}\n"
+
+
+def _tests(text: bytes, span: Span, source: str) -> Mapping[int, tuple[NftTest, ...]]:
+    piece = text[slice(*span)]
+    try:
+        listed = json.loads(piece)["kernel tests"]["tests"]
+        return {
+            int(handle): tuple(NftTest(statement=one, after=int(after)) for one, after in own)
+            for handle, own in listed.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ParseError(
+            f"no tests: {error!r}",
+            source=source,
+            line=0,
+            text=piece[:200].decode("utf-8", "replace"),
+        ) from error
 
 
 def _name(raw: bytes) -> str:

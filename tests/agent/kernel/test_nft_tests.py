@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
+
+from gketrace.errors import ParseError
 from gketrace.ruleset.nft import NftTest
-from gketrace.ruleset.nft_json import parse_nft_json
+from gketrace.ruleset.nft_json import parse_nft_json, with_tests
 from gketrace_agent.kernel.netlink import NETLINK_NETFILTER, NetlinkSocket
 from gketrace_agent.kernel.nfnetlink import NftTable
 from gketrace_agent.kernel.nft_tests import nft_tests
@@ -77,16 +80,27 @@ def test_they_stand_behind_what_changes_something_before_them() -> None:
     rule = {**own, "chain": "c", "handle": 3, "expr": [{"notrack": None}, {"accept": None}]}
     text = json.dumps({"nftables": [{"chain": {**own, "name": "c", "handle": 2}}, {"rule": rule}]})
     first, second, third = (NftTest(statement={"n": n}, after=n) for n in range(3))
-    tables = parse_nft_json(
-        text.encode(), source="s", taken_at=0.0, tests={3: (first, second, third)}
-    )
-    chain = tables.rulesets[0].chain("c")
-    assert chain is not None
-    # nft shows one change; a test after a second one is not understood.
-    assert [list(s.items()) for s in chain.rules[0].statements] == [
-        [("unlisted", {"n": 2})],
-        [("n", 0)],
-        [("notrack", None)],
-        [("n", 1)],
-        [("accept", None)],
-    ]
+    tests = {3: (first, second, third)}
+    for tables in (
+        parse_nft_json(text.encode(), source="s", taken_at=0.0, tests=tests),
+        # As it goes over the wire.
+        parse_nft_json(with_tests(text.encode(), "ip", "t", tests), source="s", taken_at=0.0),
+    ):
+        chain = tables.rulesets[0].chain("c")
+        assert chain is not None
+        # nft shows one change; a test after a second one is not understood.
+        assert [list(s.items()) for s in chain.rules[0].statements] == [
+            [("unlisted", {"n": 2})],
+            [("n", 0)],
+            [("notrack", None)],
+            [("n", 1)],
+            [("accept", None)],
+        ]
+
+
+@pytest.mark.parametrize("tests", ["3", '{"x": []}', '{"3": [[1]]}', '{"3": 4}'])
+def test_tests_of_another_shape_are_refused(tests: str) -> None:
+    own = f'{{"family": "ip", "table": "t", "tests": {tests}}}'
+    text = f'{{"nftables": [{{"kernel tests": {own}}}]}}'
+    with pytest.raises(ParseError, match="no tests"):
+        parse_nft_json(text.encode(), source="s", taken_at=0.0)
