@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,7 @@ __all__ = [
     "lab_with_metrics",
     "load",
     "prometheus",
+    "scraped_text",
 ]
 
 METRICS_PORT = 9411
@@ -135,6 +137,21 @@ def _configuration(lab: Lab, folder: Path) -> Path:
     path = folder / "prometheus.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+def scraped_text(lab: Lab, node: str) -> str:
+    """What one agent serves now."""
+    files = AgentFiles(Path(lab.state["kubeconfig"]).parent / "agents")
+    context = ssl.create_default_context(cafile=str(files.authority))
+    context.check_hostname = False  # the certificate is for a name, and this asks an address
+    url = f"https://{lab.node(node)['ip']}:{METRICS_PORT}/metrics"
+
+    def fetch() -> str:
+        with urllib.request.urlopen(url, timeout=10, context=context) as reply:
+            return str(reply.read().decode())
+
+    with open_pid(HostPaths(), resolve(lab.state, "client").pid) as handle:
+        return run_in_netns(handle, fetch)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import pytest
 
 from e2e.answers import COMMAND, run_cli
 from e2e.netlab import Lab
-from e2e.prometheus import empty_panels, figures, lab_with_metrics, load, prometheus
+from e2e.prometheus import empty_panels, figures, lab_with_metrics, load, prometheus, scraped_text
 from gketrace_agent.kernel.hostpaths import HostPaths
 from gketrace_agent.kernel.netns import open_pid, run_in_netns
 from tests.agent.observe.bed import wait_until
@@ -97,6 +97,22 @@ def test_a_node_port_over_two_nodes_is_one_connection(own_lab: Lab) -> None:
         assert [e["state"] for e in mine[0]["entries"]] == ["ESTABLISHED"] * 2
 
 
+def test_a_pod_that_tracks_is_part_of_the_connection(own_lab: Lab) -> None:
+    pod = "hello-server-579859fb5b-szrwh"
+    rule = "INPUT -m conntrack --ctstate NEW -j ACCEPT"
+    for verb in ("-A", "-D"):
+        done = own_lab.exec(f"pod/{pod}", ["iptables-nft", verb, *rule.split()])
+        assert done.returncode == 0, done.stderr
+        if verb == "-D":
+            break
+        with own_lab.hold("node/m69d", "10.142.0.8", 31830) as held:
+            assert held.result.source is not None
+            client = f"10.142.0.6:{held.result.source[1]}"
+            found = document(own_lab, "connections", "--from", "10.142.0.6", "--pods")
+            mine = next(c for c in found["connections"] if c["client"] == client)
+            assert [e["netns"] for e in mine["entries"]] == ["host", "host", f"pod/default/{pod}"]
+
+
 def test_filters_and_untracked_pods(own_lab: Lab) -> None:
     result = own_lab.connect("pod/web-2", *DNS, "UDP")
     assert result.kind == "delivered"
@@ -113,7 +129,8 @@ def test_filters_and_untracked_pods(own_lab: Lab) -> None:
 
 
 def test_events_as_they_come(own_lab: Lab) -> None:
-    words = ["conntrack", "2jdh", "-E", "-p", "tcp", "--dport", "31830", "-o", "jsonl"]
+    words = ["conntrack", "2jdh", "-E", "-p", "tcp", "--dport", "31830"]
+    words += ["-e", "new", "-o", "jsonl"]
     environment = {**os.environ, "KUBECONFIG": str(own_lab.kubeconfig)}
     with subprocess.Popen(
         [*COMMAND, *words], stdout=PIPE, stderr=PIPE, text=True, env=environment
@@ -203,6 +220,14 @@ def test_prometheus_scrapes_three_agents(own_lab: Lab) -> None:
             assert len(rules) == 11
             assert not [rule for rule in rules if rule.get("lastError")]
             found = figures(running)
+        checked = subprocess.run(
+            ["promtool", "check", "metrics"],
+            input=scraped_text(own_lab, "2jdh"),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
     print(found)
     assert set(found["series"]) == {"2jdh", "33fg", "m69d"}
     assert all(0 < count < 500 for count in found["series"].values())

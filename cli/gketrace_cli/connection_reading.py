@@ -11,6 +11,7 @@ from gketrace.connections import Connection, Doubt, PlaceEntries, join_connectio
 from gketrace.connections import Place as JoinPlace
 from gketrace.conntrack import ConntrackEntry
 from gketrace.conntrack_records import Record, records_from_bytes
+from gketrace.errors import GketraceError
 from gketrace.packet import Protocol
 from gketrace.trace import Missing
 from gketrace_cli.addressbook import AddressBook
@@ -89,8 +90,11 @@ def read_connections(
     endpoints: Sequence[Endpoint],
     pod: Pod | None,
     clients: IPv4Network | IPv6Network | None,
+    all_pods: bool = False,
 ) -> JoinedReading:
-    """Raises: `GketraceError` when no table at all can be read."""
+    """`all_pods`: also the tables of all pods' own network namespaces.
+
+    Raises: `GketraceError` when no table at all can be read."""
     node_ips = [
         str(ip)
         for node in session.nodes
@@ -115,7 +119,10 @@ def read_connections(
             for ip, port, protocol in ends
         )
         filters = (*doors, *endpoint_filters(endpoints), *gone)
-    if pod is not None and not pod.host_network:
+    if all_pods:
+        of_pods, unread = _tracking_pods(session, places)
+        places, gaps = [*places, *of_pods], (*gaps, *unread)
+    elif pod is not None and not pod.host_network:
         places = [*places, Place(node=pod.node, pod=pod)]
     reading = Reading(fleet=session.fleet, places=places, filters=dict.fromkeys(places, filters))
     held: dict[Place, list[ConntrackEntry | Record]] = {place: [] for place in places}
@@ -217,6 +224,32 @@ _SEVERITY: Final = {
     Agreement.REFUSED: 4,
     Agreement.DESTINATION: 5,
 }
+
+
+def _tracking_pods(
+    session: Session, places: Sequence[Place]
+) -> tuple[list[Place], tuple[Missing, ...]]:
+    """The pods of these nodes in whose own namespace there are entries; most track nothing."""
+    asked = [
+        Place(node=place.node, pod=pod)
+        for place in places
+        for pod in session.pods.of_node(place.node)
+        if not pod.host_network
+    ]
+    calls = {
+        place: (place.node, "GetConntrackStats", pb.GetConntrackStatsRequest(target=place.target))
+        for place in asked
+    }
+    session.progress.say(f"asking which of {len(asked)} pods track connections")
+    found: list[Place] = []
+    missing: list[Missing] = list(session.pods.missing)
+    for place, answer in session.fleet.ask(calls).items():
+        if isinstance(answer, GketraceError):
+            why = answer.message
+            missing.append(Missing(what="conntrack", why=why, node=place.node, netns=place.netns))
+        elif answer.entries:
+            found.append(place)
+    return found, tuple(missing)
 
 
 def _owners(session: Session) -> dict[str, str]:

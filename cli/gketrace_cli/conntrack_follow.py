@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NoReturn
 
 import typer
@@ -32,8 +32,11 @@ def follow(
     gaps: Sequence[Missing],
     filters: Mapping[Place, tuple[pb.ConntrackFilter, ...]],
     form: ConntrackOutput,
+    kinds: Collection[str] = (),
 ) -> NoReturn:
     """Ends when every table's events have ended.  Losses are told on standard error.
+
+    `kinds`: of news, updates and destroys; none: all.
 
     Raises: `UsageError`, `GketraceError`, `typer.Exit`.
     """
@@ -51,6 +54,9 @@ def follow(
             pb.FollowConntrackRequest(
                 target=place.target,
                 any=a,
+                news="news" in kinds,
+                updates="updates" in kinds,
+                destroys="destroys" in kinds,
                 format=pb.CONNTRACK_FORMAT_UNSPECIFIED
                 if form is ConntrackOutput.JSONL
                 else pb.CONNTRACK_FORMAT_TEXT,

@@ -434,6 +434,8 @@ def test_an_agent_that_changes_nothing_is_told_before_anything(
         (["-D", "-p", "udp", "--limit", "1", "--yes"], 2, "-D deletes all that fit"),
         (["-D", "-L", "-p", "udp"], 2, "exclude each other"),
         (["--yes"], 2, "belong to -D"),
+        (["-e", "NEW"], 2, "belongs to -E"),
+        (["-E", "-e", "NEWS"], 2, "no such event: 'NEWS'"),
         (["--src-nat", "1.2.3.4:x"], 2, "no node '1.2.3.4:x'"),
         (["-s", "1.2.3"], 2, "not an address or network: '1.2.3'"),
         (["-p", "tpc"], 2, "no such protocol: 'tpc'"),

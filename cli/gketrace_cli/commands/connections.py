@@ -30,6 +30,10 @@ def connections(
         str | None,
         typer.Option("--from", metavar="ADDRESS[/LENGTH]", help="Only those of these clients."),
     ] = None,
+    pods: Annotated[
+        bool,
+        typer.Option("--pods", help="Also the tables of all pods' own network namespaces."),
+    ] = False,
 ) -> None:
     """List connections, each from its first client to its last pod, over all nodes.
 
@@ -65,11 +69,12 @@ def connections(
             endpoints=endpoints or (),
             pod=of_pod,
             clients=clients,
+            all_pods=pods,
         )
         nodes = session.nodes
         session.progress.clear()
     if options.format.machine:
-        query = {"service": service, "pod": pod, "from": sender}
+        query = {"service": service, "pod": pod, "from": sender, "pods": pods}
         write(dump(connections_document(found, query), options.format))
     else:
         page = Page.of(options, short_names(node.name for node in nodes))

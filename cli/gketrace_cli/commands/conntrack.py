@@ -89,6 +89,15 @@ def conntrack(
     events: Annotated[
         bool, typer.Option("--event", "-E", help="Follow events, until interrupted.")
     ] = False,
+    event_mask: Annotated[
+        str | None,
+        typer.Option(
+            "--event-mask",
+            "-e",
+            metavar="NEW,UPDATES,DESTROY",
+            help="With -E: only these (default: all).",
+        ),
+    ] = None,
     delete: Annotated[
         bool,
         typer.Option("--delete", "-D", help="Delete entries that fit the filters; asks first."),
@@ -194,6 +203,8 @@ def conntrack(
         raise UsageError("-L, -C, -S, -E and -D exclude each other")
     if (yes or dry_run) and not delete:
         raise UsageError("--yes and --dry-run belong to -D")
+    if event_mask and not events:
+        raise UsageError("--event-mask belongs to -E")
     typed = typed_filter(
         family=family,
         protocol=proto,
@@ -219,6 +230,7 @@ def conntrack(
     if stats and fitting:
         raise UsageError("-S is about the whole table", hint="leave the filters out")
     form = _form(output, options)
+    kinds = _kinds(event_mask)
     if delete:
         from gketrace_cli.conntrack_delete import require_confirmation, require_filter
 
@@ -237,7 +249,7 @@ def conntrack(
             from gketrace_cli.conntrack_follow import follow
 
             session.progress.clear()
-            follow(session, gaps, filters, form)
+            follow(session, gaps, filters, form, kinds)
         asked = {
             "where": where,
             "node": node,
@@ -272,6 +284,25 @@ def conntrack(
         if count:
             listing.show_count(form)
         listing.show(form)
+
+
+def _kinds(text: str | None) -> frozenset[str]:
+    """``-e``: of news, updates and destroys; empty: all."""
+    kinds = set()
+    for word in (text or "ALL").upper().split(","):
+        if word not in _KINDS:
+            raise UsageError(f"no such event: {word!r}", hint="NEW, UPDATES, DESTROY or ALL")
+        kinds.add(_KINDS[word])
+    return frozenset() if "" in kinds else frozenset(kinds)
+
+
+_KINDS: Final = {
+    "ALL": "",
+    "NEW": "news",
+    "UPDATE": "updates",
+    "UPDATES": "updates",
+    "DESTROY": "destroys",
+}
 
 
 def _form(output: ConntrackOutput | None, options: Options) -> ConntrackOutput:
