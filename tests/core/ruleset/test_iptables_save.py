@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gketrace.errors import ParseError
@@ -229,12 +229,14 @@ def test_what_is_no_rule() -> None:
         parse_rule("*filter")
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(codec="utf-8", exclude_characters="\n\r\x0b\x0c\x1c\x1d\x1e\x85  ")))
 def test_quoting_goes_there_and_back(text: str) -> None:
     (token,) = tokenize(quote(text))
     assert token.text == text
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_bytes_give_rules_or_a_parse_error(noise: bytes) -> None:
     try:
@@ -254,6 +256,7 @@ WORDS = st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(st.lists(WORDS, max_size=14))
 def test_any_words_make_a_rule(words: list[str]) -> None:
     rule = parse_rule("-A X " + " ".join(words))

@@ -11,7 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gketrace.errors import ParseError
@@ -143,6 +143,7 @@ def test_a_broken_rule_is_refused_when_it_is_read() -> None:
         list(chain)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=400), st.integers(0, 40_000), st.integers(0, 200))
 def test_damaged_text_is_read_or_refused(noise: bytes, at: int, cut: int) -> None:
     whole = dump("2jdh")
