@@ -94,10 +94,10 @@ class Captures:
             self._counts.open -= 1
 
     def take_memory(self, wanted: int, most: int) -> int:
-        """Grants at most a quarter of what is left of `most`.  Raises `ExhaustedError`."""
+        """Grants at most an eighth of what is left of `most`.  Raises `ExhaustedError`."""
         with self._lock:
             left = most - self._counts.ring_bytes
-            granted = max(min(wanted, left // 4), _LEAST_RING) // BLOCK_SIZE * BLOCK_SIZE
+            granted = max(min(wanted, left // 8), _LEAST_RING) // BLOCK_SIZE * BLOCK_SIZE
             if granted > left:
                 self._counts.refused += 1
                 raise ExhaustedError(
