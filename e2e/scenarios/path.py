@@ -375,6 +375,7 @@ SCENARIOS: Final = (
     ),
     Scenario(
         code="GKT-320",
+        own=True,
         title="NodeLocal DNS: the address is there, the cache is not",
         fault=_dns_cache_gone,
         proof=("169.254.20.10",),

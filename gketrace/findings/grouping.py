@@ -27,6 +27,9 @@ _EXPLAINS: Final[dict[str, frozenset[str]]] = {
     "GKT-205": frozenset({"GKT-204"}),
     # Without its route a packet goes back by the default route, and comes again.
     "GKT-305": frozenset({"GKT-306"}),
+    "GKT-308": frozenset({"GKT-306", "GKT-312"}),
+    "GKT-309": frozenset({"GKT-306", "GKT-312"}),
+    "GKT-310": frozenset({"GKT-306"}),
     "GKT-313": frozenset({"GKT-305", "GKT-306", "GKT-312"}),
     "GKT-317": frozenset({"GKT-316"}),
     "GKT-318": frozenset({"GKT-208"}),

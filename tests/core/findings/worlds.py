@@ -118,8 +118,8 @@ class Bench:
         """A Service of the world, changed."""
         self.services = [replace(s, **changes) if s.name == name else s for s in self.services]
 
-    def world(self) -> World:
-        """Read, with its ways traced."""
+    def world(self, *, trace: bool = True) -> World:
+        """Read, with its ways traced, which takes a second."""
         sights = {}
         for name, node in self.cluster.nodes.items():
             table, later = self.tables.get(name, (TableState(entries=1, limit=262144),) * 2)
@@ -140,6 +140,8 @@ class Bench:
             endpoints=tuple(self.endpoints),
             sights=sights,
         )
+        if not trace:
+            return world
         asked, _ = probes(self.nodes, self.pods, self.services, self.endpoints)
         topology = make_topology(self.nodes, self.pods, self.services, {})
         traced = trace_offline(topology, sights, [inquiry(question) for question, _ in asked])
@@ -150,9 +152,9 @@ class Bench:
         ways = ways_of(answers, {n: service for n, (_, service) in enumerate(asked)})
         return replace(world, ways=ways)
 
-    def found(self) -> tuple[Finding, ...]:
+    def found(self, *, trace: bool = False) -> tuple[Finding, ...]:
         """What is found beyond the world's own."""
-        return beyond(find(self.world()))
+        return beyond(find(self.world(trace=trace)))
 
 
 def beyond(findings: tuple[Finding, ...]) -> tuple[Finding, ...]:
