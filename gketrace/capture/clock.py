@@ -82,14 +82,15 @@ class Clocks:
         width = self.width(one, other)
         return width is not None and (one == other or abs(time_one - time_other) > width)
 
-    def text(self) -> str:
-        """For the section header: the correction of each node, and its bound."""
+    def text(self, nodes: Iterable[str] | None = None) -> str:
+        """For the section header: the correction of each node (None: all), and its bound."""
         if self.contradiction:
             return f"clocks not corrected: {self.contradiction}"
+        wanted = None if nodes is None else frozenset(nodes)
         others = [
             str(offset)
             for node, offset in sorted(self.offsets.items())
-            if node not in (self.reference, HERE)
+            if node not in (self.reference, HERE) and (wanted is None or node in wanted)
         ]
         if not others:
             return ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -41,6 +41,7 @@ from gketrace_proto.v1alpha1 import capture_pb2 as pb
 
 if TYPE_CHECKING:
     from gketrace_cli.capture.files import FileSink
+    from gketrace_cli.capture.planned import PlannedCapture
 
 __all__ = ["Wish", "run"]
 
@@ -74,6 +75,9 @@ class Wish:
     write: str
     per_node: bool
     dry_run: bool
+    connections: bool
+    """Only the connections that packets make, no lines of packets."""
+    numeric: bool
 
     @property
     def snap_length(self) -> int:
@@ -95,13 +99,17 @@ def run(wish: Wish, options: Options, form: CaptureOutput, style: LineStyle) -> 
         for note in () if planning is None else planning.notes:
             tell(note)
         session.reach(list(taps))
-        return _capture(session, wish, options, form, style, taps)
+        return _capture(session, wish, options, form, style, taps, planning)
 
 
 def _check(wish: Wish, form: CaptureOutput) -> None:
     if not wish.targets and wish.trace is None:
         raise UsageError(
             "what is to be captured?", hint="pod/NAME, node/NAME, service/NAME or --trace FROM TO"
+        )
+    if wish.connections and wish.targets and wish.targets[0].kind != "service":
+        raise UsageError(
+            "connections are of a service or a trace", hint="capture a service, or --trace FROM TO"
         )
     if wish.per_node and not wish.write:
         raise UsageError("--per-node is about files", hint="give -w FILE")
@@ -212,24 +220,37 @@ def _capture(
     form: CaptureOutput,
     style: LineStyle,
     taps: Mapping[str, NodeTaps],
+    planning: Planning | None,
 ) -> ExitCode:
     names = _names(session)
     kept: list[dict[str, Any]] = []
     file: FileSink | None = None
     sinks: list[Sink] = []
+    planned: PlannedCapture | None = None
+    if planning is not None:
+        from gketrace_cli.capture.planned import PlannedCapture
+
+        planned = PlannedCapture(planning.plan)
     if wish.write:
         from gketrace_cli.capture.files import FileSink
 
         keep_memory()
         texts = {address: (name,) for address, name in names.items()}
-        file = FileSink(wish.write, per_node=wish.per_node, names=texts)
-        sinks.append(file)
-    else:
+
+        def make(comments: Callable[[], Sequence[str]]) -> FileSink:
+            nonlocal file
+            file = FileSink(wish.write, per_node=wish.per_node, comments=comments, names=texts)
+            return file
+
+        sinks.append(make(tuple) if planned is None else planned.files(wish.write, make))
+    elif not wish.connections:
         sinks.append(_printer(session, form, style, names, kept))
 
     said: set[str] = set()
 
     def watch(event: Event) -> None:
+        if planned is not None:
+            planned.collector.feed(event)
         if isinstance(event, Started):
             for tap in event.taps:
                 announce(tap, said, asked_snap=wish.snap is not None)
@@ -243,7 +264,9 @@ def _capture(
         if file is not None:
             file.abandon()
         raise
-    return _finish(outcome, file, options, form, kept)
+    short = short_names(node.name for node in session.nodes)
+    page = Page.of(options, short)
+    return _finish(outcome, file, planned, names, page, wish, form, kept)
 
 
 def _printer(
@@ -269,19 +292,35 @@ def _printer(
 def _finish(
     outcome: Outcome,
     file: FileSink | None,
-    options: Options,
+    planned: PlannedCapture | None,
+    names: Mapping[IPAddress, str],
+    page: Page,
+    wish: Wish,
     form: CaptureOutput,
     kept: Sequence[dict[str, Any]],
 ) -> ExitCode:
     tell_outcome(outcome)
-    if form in (CaptureOutput.JSON, CaptureOutput.YAML):
-        body = summary_document(outcome, () if file is None else file.paths)
-        if file is None:
-            body["packets"] = list(kept)
-        write_text(dump(envelope("Capture", body), options.format))
     if outcome.failures and not outcome.taps:
         raise next(iter(outcome.failures.values()))
-    return outcome.code
+    shown = {} if wish.numeric else names
+    code = ExitCode.OK
+    body = summary_document(outcome, () if file is None else file.paths)
+    if planned is not None:
+        from gketrace_cli.capture.planned import connections_of, print_connections
+
+        if form in (CaptureOutput.TEXT, CaptureOutput.WIDE):
+            if wish.write != "-":
+                code = print_connections(page, planned.collection, shown)
+        else:
+            lines = form is CaptureOutput.JSONL
+            found, code = connections_of(planned.collection, shown, lines=lines)
+            body |= found
+    if form in (CaptureOutput.JSON, CaptureOutput.YAML):
+        if file is None:
+            body["packets"] = list(kept)
+        output = Output.YAML if form is CaptureOutput.YAML else Output.JSON
+        write_text(dump(envelope("Capture", body), output))
+    return outcome.code if outcome.code is not ExitCode.OK else code
 
 
 def _names(session: Session) -> dict[IPAddress, str]:

@@ -19,7 +19,7 @@ from gketrace_cli.options import Output
 from gketrace_cli.render.documents import dump, envelope
 from gketrace_cli.render.layout import write as write_text
 
-__all__ = ["read_back"]
+__all__ = ["read_back", "wanted"]
 
 _TOGETHER = 512
 """Packets that are handed on together."""
@@ -40,7 +40,7 @@ def read_back(
     outcome = Outcome()
     sink: Sink | None = None
     try:
-        for packets in _runs(_wanted(reader, text, count)):
+        for packets in _runs(wanted(reader, text, count)):
             tap = packets[0].tap
             if sink is None:
                 tell(f"reading from file {source}, link-type {link_name(tap.link_type)}")
@@ -69,7 +69,7 @@ def read_back(
     return ExitCode.PARTIAL if outcome.failures else ExitCode.OK
 
 
-def _wanted(reader: CaptureReader, text: str, count: int) -> Iterator[CapturedPacket]:
+def wanted(reader: CaptureReader, text: str, count: int) -> Iterator[CapturedPacket]:
     filters: dict[int, OfflineFilter] = {}
     taken = 0
     for packet in reader:

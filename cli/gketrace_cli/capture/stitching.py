@@ -7,7 +7,8 @@ of corrected times, each with its comment, and the connections that they make.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -24,17 +25,13 @@ from gketrace.conntrack import ConntrackEntry
 from gketrace.packet import Packet
 from gketrace_cli.capture.batch import batch_from_packets
 from gketrace_cli.capture.connections import cited, packet_comments, span
-from gketrace_cli.capture.files import FileSink
 from gketrace_cli.capture.merge import Chunk
-from gketrace_cli.capture.running import Outcome
 from gketrace_cli.capture.stream import AgentFailed, Batch, Event, Started, Statistics, TapsEnded
 
 __all__ = [
     "Collection",
     "Collector",
-    "Commented",
     "PlanComments",
-    "StitchedFiles",
     "chunk_of",
     "collect_packets",
 ]
@@ -58,7 +55,7 @@ class Collection:
     @property
     def section_comments(self) -> tuple[str, ...]:
         """What a file's section header says of clocks."""
-        text = self.clocks.text()
+        text = self.clocks.text({packet.tap.node for packet in self.packets})
         return (text,) if text else ()
 
 
@@ -66,7 +63,7 @@ class Collector:
     """`feed` it all events, then `result`."""
 
     def __init__(self, *, reference: str = "", most: int = _MOST) -> None:
-        """`reference`: the node whose clock is taken as it is; by default the first to start."""
+        """`reference`: the node whose clock is taken as it is; by default that of most packets."""
         self.bounds = ClockBounds()
         self._begun = time.time_ns()
         self._reference = reference
@@ -78,7 +75,6 @@ class Collector:
 
     def feed(self, event: Event) -> None:
         if isinstance(event, Started):
-            self._reference = self._reference or event.node
             begin = event.reply.wall_ns
             # The node's clock was read after this machine asked, and before it had the answer.
             self.bounds.before(HERE, self._begun, event.node, begin)
@@ -141,10 +137,10 @@ def collect_packets(
     """
     bounds = bounds or ClockBounds()
     observe(bounds, sightings(packets)[0])
-    clocks = bounds.clocks(
-        {packet.tap.node for packet in packets},
-        reference or min((packet.tap.node for packet in packets), default=""),
-    )
+    nodes = Counter(packet.tap.node for packet in packets)
+    if not reference and nodes:
+        reference = max(sorted(nodes), key=nodes.__getitem__)
+    clocks = bounds.clocks(nodes, reference)
     if not corrected:
         packets = [replace(p, time_ns=clocks.corrected(p.tap.node, p.time_ns)) for p in packets]
     ordered = sorted(packets, key=lambda packet: packet.time_ns)
@@ -196,38 +192,6 @@ def _weak_orders(
         known = f"± {span(width)}" if width is not None else "not known"
         weak[number] = f"order against the packet before is not certain (clocks {known})"
     return weak
-
-
-class StitchedFiles:
-    """A sink that writes its files at the end: with corrected times, comments on packets, and what
-    is known of clocks in the section header."""
-
-    def __init__(
-        self,
-        collector: Collector,
-        routes: Sequence[Route],
-        make: Callable[[Sequence[str]], FileSink],
-    ) -> None:
-        """`make`: section comments → the sink that writes them."""
-        self._collector = collector
-        self._routes = routes
-        self._make = make
-        self.collection: Collection | None = None
-
-    def started(self, taps: tuple[Tap, ...]) -> None:
-        """Nothing is written yet."""
-
-    def write(self, chunk: Chunk) -> None:
-        """The collector has it."""
-
-    def finish(self, outcome: Outcome) -> None:
-        collection = self._collector.result(routes=self._routes)
-        self.collection = collection
-        files = self._make(collection.section_comments)
-        files.started(tuple(outcome.taps))
-        if collection.packets:
-            files.write(chunk_of(collection.packets))
-        files.finish(outcome)
 
 
 def chunk_of(packets: Sequence[CapturedPacket]) -> Chunk:
@@ -286,20 +250,3 @@ class PlanComments:
                 done = "".join(f"; {cited(rewrite)}" for rewrite in crossing.rewrites)
                 texts[f"hop {crossing.hop}{' back' if crossing.back else ''}{done}"] = None
         return " | ".join(texts)
-
-
-class Commented:
-    """A sink in front of another one, which gets packets with `PlanComments`."""
-
-    def __init__(self, plan: Plan, inner: FileSink) -> None:
-        self._comments = PlanComments(plan)
-        self._inner = inner
-
-    def started(self, taps: tuple[Tap, ...]) -> None:
-        self._inner.started(taps)
-
-    def write(self, chunk: Chunk) -> None:
-        self._inner.write(self._comments.chunk(chunk))
-
-    def finish(self, outcome: Outcome) -> None:
-        self._inner.finish(outcome)

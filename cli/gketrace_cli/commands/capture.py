@@ -120,6 +120,10 @@ def capture(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only show what would be captured where.")
     ] = False,
+    connections: Annotated[
+        bool,
+        typer.Option("--connections", help="Only the connections that packets make, no lines."),
+    ] = False,
     numeric: Annotated[bool, typer.Option("--numeric", help="No names (tcpdump's -n).")] = False,
     link: Annotated[bool, typer.Option("--link", "-e", help="Show the link header.")] = False,
     verbose: Annotated[
@@ -163,6 +167,10 @@ def capture(
             raise UsageError("-r reads a file; it has no targets", hint="leave them out")
         from gketrace_cli.capture.reading import read_back
 
+        if connections:
+            from gketrace_cli.capture.restitch import restitch
+
+            raise typer.Exit(int(restitch(read, text, form, options, numeric=numeric)))
         raise typer.Exit(int(read_back(read, text, form, style, write=write, count=count or 0)))
     from gketrace_cli.capture.command import Wish, run
 
@@ -184,6 +192,8 @@ def capture(
         write=write or "",
         per_node=per_node,
         dry_run=dry_run,
+        connections=connections,
+        numeric=numeric,
     )
     raise typer.Exit(int(run(wish, options, form, style)))
 
