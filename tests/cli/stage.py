@@ -30,6 +30,7 @@ from gketrace_proto.v1alpha1 import agent_pb2 as pb
 from gketrace_proto.v1alpha1 import snapshot_pb2
 from gketrace_proto.v1alpha1.agent_pb2_grpc import AgentServicer, add_AgentServicer_to_server
 from tests.core.clusters import Cluster
+from tests.core.simulate.nodes import Space
 
 __all__ = ["Stage", "WorldAgent", "stage"]
 
@@ -104,6 +105,37 @@ class WorldAgent(AgentServicer):
         )
         return pb.GetNetnsReply(snapshot=message, pod=resolved)
 
+    def Snapshot(
+        self, request: pb.SnapshotRequest, context: grpc.ServicerContext
+    ) -> Iterator[pb.SnapshotReply]:
+        self._begin("Snapshot", context)
+        node = self.cluster.nodes[self.node]
+        stats = pb.GetConntrackStatsReply(entries=len(self.entries), limit=262144, tracked=True)
+        first = pb.SnapshotReply(snapshot=snapshot_to_proto(_shot(node.host)), conntrack=stats)
+        yield first
+        for ruleset in node.host.rulesets:
+            for start in range(0, max(len(ruleset.text), 1), 1 << 16):
+                yield pb.SnapshotReply(
+                    rules=pb.GetRulesReply(
+                        backend=ruleset.backend,
+                        family=ruleset.family,
+                        source=ruleset.source,
+                        text=ruleset.text[start : start + (1 << 16)],
+                    )
+                )
+        for pod in request.pods:
+            if pod.name in node.pods:
+                shot = snapshot_to_proto(_shot(node.pods[pod.name]))
+                yield pb.SnapshotReply(pod=pod, snapshot=shot)
+            else:
+                yield pb.SnapshotReply(pod=pod, unavailable="no process of it was found")
+
+    def GetConntrackStats(
+        self, request: pb.GetConntrackStatsRequest, context: grpc.ServicerContext
+    ) -> pb.GetConntrackStatsReply:
+        self._begin("GetConntrackStats", context)
+        return pb.GetConntrackStatsReply(entries=len(self.entries), limit=262144, tracked=True)
+
     def GetRules(
         self, request: pb.GetRulesRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GetRulesReply]:
@@ -154,6 +186,12 @@ class WorldAgent(AgentServicer):
         )
         assert not isinstance(walked, Unavailable)
         return pb.WalkReply(walk=encode(walked))
+
+
+def _shot(space: Space) -> NetnsSnapshot:
+    shot = space.snapshot()
+    assert isinstance(shot, NetnsSnapshot)
+    return shot
 
 
 def _abort(context: grpc.ServicerContext, code: grpc.StatusCode, message: str) -> NoReturn:
