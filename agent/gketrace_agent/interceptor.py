@@ -27,6 +27,7 @@ from gketrace.errors import (
     TimeoutExceeded,
     UsageError,
 )
+from gketrace_agent.access.edge import check_request
 from gketrace_agent.access.guard import IN_NODE, Granted, Guard
 from gketrace_agent.access.identity import LOCAL, Caller
 from gketrace_agent.calls import CALLS
@@ -179,6 +180,7 @@ class _Entered:
         self._slot = slot
         try:
             request = self._receive()
+            check_request(request)
             audit.target = describe_request(request)
             named = "".join(
                 value

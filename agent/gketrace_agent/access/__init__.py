@@ -6,6 +6,7 @@
 * ``permission``  `Caller`, call and target → allowed or not, by SubjectAccessReview.
 * ``scope``       what of a reply a caller may see who has permission for some namespaces only.
 * ``masking``     the addresses and names of other namespaces out of messages.
+* ``edge``        what a request may be made of.
 * ``bounds``      calls at once, by class and by user; memory.
 * ``guard``       all of the above around one call.
 

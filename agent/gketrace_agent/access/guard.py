@@ -15,6 +15,7 @@ from gketrace.access import METHODS, CallClass, Need
 from gketrace.errors import ForbiddenError, NotFoundError
 from gketrace.packet import IPAddress
 from gketrace_agent.access.bounds import Bounds
+from gketrace_agent.access.edge import is_namespace
 from gketrace_agent.access.identity import LOCAL, Caller, Identities
 from gketrace_agent.access.masking import Masker
 from gketrace_agent.access.permission import Action, Permissions, refusal
@@ -190,7 +191,7 @@ class Guard:
         found = [pod.namespace for pod in pods]
         found += [one.strip() for one in named.split(",")]
         found.append(caller.namespace)
-        return [one for one in dict.fromkeys(found) if one][:_NAMED]
+        return [one for one in dict.fromkeys(found) if is_namespace(one)][:_NAMED]
 
     def _verified(
         self, caller: Caller, pod: target_pb2.PodRef, scope: Scope, on_node: Action
