@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -573,3 +573,24 @@ def test_an_entry_without_the_masquerade_that_rules_ask_for(
     assert found["model"]["agreement"] == "source"
     assert found["model"]["olderThanRules"] is True
     assert "translate its source 203.0.113.9 to" in found["model"]["why"]
+
+
+ANSWERED = replace(DNS, status=int(CtStatus.DST_NAT | CtStatus.SEEN_REPLY | CtStatus.CONFIRMED))
+BEHIND = entry(Protocol.UDP, ("10.40.2.10", 5555, "10.40.1.10", 5353))
+
+
+def test_service_says_what_the_endpoints_node_has_no_entry_of(
+    world: Stage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["service", "dns", "--via", "clusterip", "--from", "pod/web-2", "--port", "dns"]
+    world.agents["33fg"].entries = [ANSWERED]
+    for there, absent in (([], ["m69d"]), ([BEHIND], [])):
+        world.agents["m69d"].entries = there
+        run(world.arguments(*words, "-o", "json"))
+        document = json.loads(capsys.readouterr().out)
+        jsonschema.validate(document, json.loads((SCHEMAS / "trace.json").read_text()))
+        one_sided = document["liveConnections"]["oneSided"]
+        assert [one["absentOn"] for one in one_sided] == absent
+    world.agents["m69d"].entries = []
+    run(world.arguments(*words))
+    assert "missing: m69d has no entry of it" in capsys.readouterr().out
