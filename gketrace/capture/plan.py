@@ -24,6 +24,7 @@ from gketrace.trace import (
     Citation,
     Hop,
     NetnsKind,
+    Outcome,
     Path,
     Source,
     Step,
@@ -121,6 +122,8 @@ class Route:
     back: tuple[Crossing, ...]
     endpoint: str
     """Who takes it; empty: nobody does."""
+    outcome: Outcome
+    """How the way there ends, by the trace."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +169,14 @@ def make_plan(wanted: Sequence[Wanted]) -> Plan:
         reply = one.path.reply
         back = reader.read(reply.hops, len(one.path.hops), back=True) if reply is not None else ()
         title = f"{one.path.front_door} {one.path.target} from {one.path.source}"
-        route = Route(path=number, title=title, there=there, back=back, endpoint=one.path.endpoint)
+        route = Route(
+            path=number,
+            title=title,
+            there=there,
+            back=back,
+            endpoint=one.path.endpoint,
+            outcome=one.path.outcome,
+        )
         routes.append(route)
     crossings: dict[Spot, list[Crossing]] = {}
     for route in routes:

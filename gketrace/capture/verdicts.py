@@ -169,6 +169,13 @@ def deaths_of(connection: StitchedConnection) -> tuple[Death, ...]:
                     certain=all(unit.fate is Fate.LOST for unit in lost),
                 )
             )
+    there = connection.there
+    if not found and there.stations and state_of(connection) is State.UNANSWERED:
+        last = len(there.stations) - 1
+        units = tuple(unit for unit in there.units if unit.last.station == last)
+        found.append(
+            Death(back=False, station=there.stations[last], next=None, units=units, certain=True)
+        )
     return tuple(found)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 from gketrace.capture.clock import Clocks
 from gketrace.capture.packets import Tap
 from gketrace.capture.passages import Flow, Repeat, Station
-from gketrace.capture.plan import Crossing, Rewrite
+from gketrace.capture.plan import Crossing, Rewrite, rule_text
 from gketrace.capture.segments import tuple5_of
 from gketrace.capture.stitch import IcmpError, Stitched, StitchedConnection
 from gketrace.capture.verdicts import (
@@ -29,6 +29,7 @@ from gketrace.capture.verdicts import (
 )
 from gketrace.errors import ExitCode
 from gketrace.packet import IPAddress, Tuple5, protocol_name
+from gketrace.trace import SUCCESS
 from gketrace_cli.render.layout import Page
 
 __all__ = [
@@ -138,6 +139,8 @@ def draw_connection(
         page.entry("error", page.short(_error_text(error)), "red")
     for death in deaths_of(connection):
         page.entry("died" if death.certain else "unseen", page.short(_death(death)), "red")
+    for text in _foreseen(connection):
+        page.entry("trace", page.short(text), "red")
     if not connection.client_known:
         page.entry("unsure", "its beginning was not captured: who asked whom is not known")
     if connection.contested:
@@ -283,6 +286,22 @@ def _death(death: Death) -> str:
     return text if death.certain else f"{text}; the capture ended or lost packets there"
 
 
+def _foreseen(connection: StitchedConnection) -> list[str]:
+    """What the trace says of a way that does not arrive."""
+    route = connection.route
+    if route is None or not failed(state_of(connection)):
+        return []
+    outcome = route.outcome
+    if outcome.disposition in SUCCESS:
+        return []
+    text = f"{outcome.disposition.value} in {outcome.netns} of node {outcome.netns.node}"
+    if outcome.detail:
+        text += f": {outcome.detail}"
+    if outcome.citation is not None:
+        text += f"; {rule_text(outcome.citation)} {outcome.citation.text}"
+    return [text]
+
+
 def _station(station: Station) -> str:
     tap = station.tap
     return f"{tap.node} {f'{tap.pod}:' if tap.pod else ''}{tap.interface}"
@@ -352,6 +371,7 @@ def connection_document(
             }
             for error in connection.errors
         ],
+        "trace": next(iter(_foreseen(connection)), None),
         "deaths": [
             {
                 "back": death.back,

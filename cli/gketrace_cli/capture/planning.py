@@ -218,15 +218,15 @@ def draw_plan(page: Page, planning: Planning, pids: dict[str, int], snap: int = 
         if tap.spot.pod:
             where = f"pod {tap.spot.pod} on {where}"
         page.line(f"{number}. {tap.spot.interface}, {where}", "cyan", hang=3)
-        shown: dict[str, None] = {}
-        for crossing in tap.crossings:
-            if page.wide or not crossing.back:
-                shown[_crossing(crossing, page.wide)] = None
-        if not shown:
-            shown = dict.fromkeys(_crossing(crossing, page.wide) for crossing in tap.crossings)
-        for text in shown:
-            label, _, rest = text.partition(": ")
-            page.entry(label, page.short(rest), column=13)
+        shown = [c for c in tap.crossings if page.wide or not c.back] or tap.crossings
+        hops: dict[tuple[str, str], dict[str, None]] = {}
+        for crossing in shown:
+            way = f"{crossing.direction.value}{' back' if crossing.back else ''}"
+            hop = f"{crossing.path + 1}.{crossing.hop}" if page.wide else str(crossing.hop)
+            hops.setdefault((way, _crossing(crossing)), {})[hop] = None
+        for (way, text), numbers in hops.items():
+            plural = "s" if len(numbers) > 1 else ""
+            page.entry(way, page.short(f"{text} (hop{plural} {', '.join(numbers)})"))
         # Not wrapped: it is there to be copied.
         page.lines.append(f"   {tcpdump_command(tap, pids, snap)}")
     for missing in planning.missing:
@@ -234,13 +234,11 @@ def draw_plan(page: Page, planning: Planning, pids: dict[str, int], snap: int = 
         page.entry("not seen", page.short(str(missing)), "yellow")
 
 
-def _crossing(crossing: Crossing, wide: bool) -> str:
-    path = f"[{crossing.path + 1}] " if wide else ""
-    way = f"{crossing.direction.value}{' back' if crossing.back else ''}"
-    text = f"{path}hop {crossing.hop} {way}: {open_packet(crossing)}"
+def _crossing(crossing: Crossing) -> str:
+    text = open_packet(crossing)
     if crossing.rewrites:
         done = ", ".join(f"{rewrite.kind} by {rewrite.by}" for rewrite in crossing.rewrites)
-        text += f"; {done}"
+        text += f", after {done}"
     return text
 
 
