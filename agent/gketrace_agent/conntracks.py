@@ -115,13 +115,14 @@ def follow_entries(
 ) -> Iterator[agent_pb2.FollowConntrackReply]:
     """What follows, for ever; `base` is what its caller knows of each status."""
     sent = told = 0
+    heard = follower.heard
     for one in follower.changes():
         at = time.time()
         if one is None:
             LOSSES.add("conntrack_events", follower.lost - told)
             told = follower.lost
             status = agent_pb2.FollowConntrackStatus(
-                at=at,
+                at=follower.heard,
                 sent=sent,
                 overruns=follower.overruns,
                 lost=follower.lost,
@@ -134,13 +135,14 @@ def follow_entries(
         elif isinstance(one, Polled):
             sent += len(one.records)
             reply = _polled(one, form)
-            reply.at = at
+            reply.at, reply.after = at, heard
             yield reply
         else:
             sent += len(one.batch)
             reply = _changed(one, form)
-            reply.at = at
+            reply.at, reply.after = at, heard
             yield reply
+        heard = follower.heard
 
 
 def _changed(one: Changes, form: int) -> agent_pb2.FollowConntrackReply:

@@ -88,6 +88,8 @@ class EventSocket:
         """Times that the kernel said that it dropped events."""
         self.caught_up = True
         """The last `read` took all that there was."""
+        self.heard = time.time()
+        """Every event from before then was read; seconds since the epoch."""
         self._buffer = bytearray(_BUFFER)
         self._view = memoryview(self._buffer)
         self._layouts = Layouts()
@@ -127,7 +129,12 @@ class EventSocket:
         kinds: list[int] = []
         filled, overrun = 0, False
         self.caught_up = True
-        if self._poll.poll(timeout * 1000):
+        came = self._poll.poll(timeout * 1000)
+        if not came:
+            looked = time.time()
+            came = self._poll.poll(0)
+            self.heard = self.heard if came else looked
+        if came:
             filled, overrun = self._gather(starts, kinds)
         if overrun:
             self.overruns += 1
@@ -140,10 +147,11 @@ class EventSocket:
         receive, view = self._socket.recv_into, self._view
         header = struct.Struct("=IHH").unpack_from
         while filled + _DATAGRAM <= _BUFFER:
+            looked = time.time()
             try:
                 size = receive(view[filled:], _DATAGRAM)
             except BlockingIOError:
-                self.caught_up = True
+                self.caught_up, self.heard = True, looked
                 left = end - time.monotonic()
                 if left <= 0 or not self._poll.poll(left * 1000):
                     break

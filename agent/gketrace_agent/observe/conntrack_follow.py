@@ -123,6 +123,12 @@ class Follower:
         return self._events.lost
 
     @property
+    def heard(self) -> float:
+        """All events from before then have been yielded, once what is yielded now has been taken;
+        seconds since the epoch."""
+        return self._events.heard
+
+    @property
     def mode(self) -> str:
         if self._setting == 0:
             return "poll"

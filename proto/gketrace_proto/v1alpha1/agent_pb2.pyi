@@ -873,6 +873,7 @@ class FollowConntrackReply(_message.Message):
     RECORDS_FIELD_NUMBER: _builtins.int
     KINDS_FIELD_NUMBER: _builtins.int
     AT_FIELD_NUMBER: _builtins.int
+    AFTER_FIELD_NUMBER: _builtins.int
     text: _builtins.bytes
     """With CONNTRACK_FORMAT_TEXT; whole lines."""
     records: _builtins.bytes
@@ -881,6 +882,8 @@ class FollowConntrackReply(_message.Message):
     """A byte for each record: its ConntrackEventKind, plus 128 where it was polled."""
     at: _builtins.float
     """When these were read from the kernel, seconds since the epoch by the node's clock."""
+    after: _builtins.float
+    """All events from before then were sent before: these happened between then and `at`."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConntrackEvent]: ...
     @_builtins.property
@@ -896,10 +899,11 @@ class FollowConntrackReply(_message.Message):
         records: _builtins.bytes = ...,
         kinds: _builtins.bytes = ...,
         at: _builtins.float = ...,
+        after: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_status", b"_status", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_status", b"_status", "at", b"at", "events", b"events", "kinds", b"kinds", "records", b"records", "status", b"status", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_status", b"_status", "after", b"after", "at", b"at", "events", b"events", "kinds", b"kinds", "records", b"records", "status", b"status", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__status: _TypeAlias = _typing.Literal["status"]  # noqa: Y015
     _WhichOneofArgType__status: _TypeAlias = _typing.Literal["_status", b"_status"]  # noqa: Y015
@@ -922,7 +926,7 @@ class FollowConntrackStatus(_message.Message):
     ACCOUNTING_FIELD_NUMBER: _builtins.int
     NETNS_FIELD_NUMBER: _builtins.int
     at: _builtins.float
-    """Seconds since the epoch."""
+    """Every event from before then has been sent; seconds since the epoch, by the node's clock."""
     sent: _builtins.int
     """Events sent to this client since the call began."""
     overruns: _builtins.int
