@@ -69,6 +69,7 @@ class Seen:
         "over_at",
         "place",
         "record",
+        "since",
         "states",
         "taken",
     )
@@ -81,7 +82,10 @@ class Seen:
         record: Record,
         at: float,
         began: float | None,
+        since: float | None = None,
     ) -> None:
+        """`began`: when its beginning was read, None if it was not; `since`: what is surely before
+        that."""
         self.place = place
         self.key = key
         self.taken = key[1]
@@ -89,6 +93,7 @@ class Seen:
         self.record = record
         self.states = 1 << record.state
         self.began = record.started / 1e9 if record.has & HAS_STARTED else began
+        self.since = self.began if since is None or self.began is None else min(since, self.began)
         self.changed = at
         self.ended: float | None = None
         self.left: float | None = None

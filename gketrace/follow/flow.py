@@ -36,6 +36,11 @@ class Flow:
         return min(one.began if one.began is not None else one.changed for one in self.seen)
 
     @property
+    def earliest(self) -> float:
+        """It surely did not begin before."""
+        return min(one.since if one.since is not None else one.changed for one in self.seen)
+
+    @property
     def over_at(self) -> float | None:
         """When the first place saw its end; None: none has."""
         return min((one.over_at for one in self.seen if one.over_at is not None), default=None)

@@ -48,11 +48,21 @@ class Generations:
 
     def _choose(self, found: list[Flow], one: Seen, at: float) -> Flow:
         """The one that was there when this began; of several, the youngest."""
+        same = [flow for flow in found if self._together(flow, one)]
+        if same:  # read together after a while: within one place they came in their order
+            return min(same, key=_age)
         begun = [flow for flow in found if flow.first_heard <= at + self._skew]
         if one.began is None:  # when it began is not known: those that are as far as it is
             over = one.over_at is not None
             begun = [flow for flow in begun if (flow.over_at is not None) == over] or begun
         return max(begun, key=_age) if begun else min(found, key=_age)
+
+    def _together(self, flow: Flow, one: Seen) -> bool:
+        """Whether both may have begun at the same time."""
+        if one.since is None or one.began is None:
+            return False
+        begun = flow.earliest - self._skew, flow.first_heard + self._skew
+        return begun[0] <= one.began and one.since <= begun[1]
 
     def _around(self, one: Seen) -> list[Flow]:
         keys = {_either_way(one.taken), _either_way(one.let_out)}
@@ -63,7 +73,7 @@ class Generations:
         if flow.rival(one) is not None:
             return False
         over = flow.over_at
-        return over is None or one.began is None or one.began <= over + self._skew
+        return over is None or one.since is None or one.since <= over + self._skew
 
     def _same_time(self, one: Flow, other: Flow) -> bool:
         """Whether two connections that an entry has shown to be on one way are one."""
@@ -71,7 +81,7 @@ class Generations:
             return False
         first, second = sorted((one, other), key=_age)
         over = first.over_at
-        return over is None or second.first_heard <= over + self._skew
+        return over is None or second.earliest <= over + self._skew
 
     def _adopt(self, flow: Flow, one: Seen, around: Iterable[Flow]) -> None:
         """Takes entries over that came before this one and were put to the connection that used the

@@ -58,7 +58,9 @@ class Limits:
     settle: float = 0.3
     """From the end of a connection to its record, at least: other places' events come later."""
     settle_at_most: float = 3.0
-    """… and at most, when a place is silent or has missed the end."""
+    """… and at most, when a place has missed the end, or its counters are not to be had."""
+    behind_at_most: float = 15.0
+    """… and when a place is behind with its events."""
     late: float = 5.0
     """How long after its record a connection still takes in what comes of it."""
     opened_after: float = 1.0
@@ -99,9 +101,11 @@ class Step:
 class _Here:
     """One place."""
 
-    __slots__ = ("complete", "counts", "heard", "live", "met", "recovering")
+    __slots__ = ("after", "complete", "counts", "heard", "live", "met", "recovering")
 
     def __init__(self) -> None:
+        self.after = 0.0
+        """What is fed now happened after that."""
         self.counts = False
         """Its kernel counts packets and bytes."""
         self.recovering = False
@@ -145,13 +149,22 @@ class Joiner:
 
     # what comes in
 
-    def feed(self, place: Place, at: float, kinds: bytes, records: Iterable[Record]) -> None:
+    def feed(
+        self,
+        place: Place,
+        at: float,
+        kinds: bytes,
+        records: Iterable[Record],
+        *,
+        after: float | None = None,
+    ) -> None:
         """Events of one place, a byte of `kinds` for each of `records`: `EventKind`, plus `POLLED`.
 
+        They were read at `at`, and happened after `after` (None: just before).
         Raises ValueError for a kind that is none.
         """
         here = self._here(place)
-        here.heard = max(here.heard, at)
+        here.after = at if after is None else after
         for kind, record in zip(kinds, records, strict=True):
             taken, let_out = record_keys(record)
             key = (place, taken, record.zone)
@@ -183,13 +196,12 @@ class Joiner:
         """From here on until `read_whole` all entries of the place come as EXISTING."""
         self._here(place).met = set()
 
-    def lose(self, place: Place, at: float) -> None:
+    def lose(self, place: Place) -> None:
         """Events of the place were lost: what is open there may have changed or ended."""
         here = self._here(place)
         here.complete = False
         here.recovering = True
         here.met = set()
-        here.heard = max(here.heard, at)
         for one in here.live.values():
             one.lossy = True
 
@@ -229,6 +241,10 @@ class Joiner:
             self._tell(oldest, Phase.STILL_OPEN, now)
         news, self._told = self._told, []
         return news
+
+    def heard_all(self, until: float) -> bool:
+        """Whether no place that is followed has more to say of what was before `until`."""
+        return all(here.recovering or here.heard >= until for here in self._places.values())
 
     def finish(self, now: float) -> list[Followed]:
         """The records of all that is not over, after those that are."""
@@ -293,7 +309,8 @@ class Joiner:
                 self._over.pop(token, None)
             elif token in self._over:
                 return None
-            known = Seen(key[0], key, let_out, record, at, at if kind == EventKind.NEW else None)
+            began = at if kind == EventKind.NEW else None
+            known = Seen(key[0], key, let_out, record, at, began, here.after)
             known.old = (
                 kind == EventKind.EXISTING and not here.recovering and known.over_at is not None
             )
@@ -368,8 +385,13 @@ class Joiner:
         over_at = flow.over_at
         if over_at is not None:
             since = now - max(one.over_at or 0.0 for one in flow.seen)
-            settled = flow.over and since >= limits.settle and self._all_told(flow, over_at)
-            if settled or now - over_at >= limits.settle_at_most:
+            waited = now - over_at
+            whole = flow.over and not any(map(self._counters_due, flow.seen))
+            if waited >= limits.behind_at_most or (
+                since >= limits.settle
+                and self.heard_all(over_at + limits.skew)
+                and (whole or waited >= limits.settle_at_most)
+            ):
                 self._tell(flow, Phase.CLOSED, now)
             else:
                 self._wait(flow, now + limits.settle)
@@ -380,13 +402,6 @@ class Joiner:
         elif not flow.opened and now - flow.first_heard >= limits.opened_after:
             flow.opened = True
             self._told += self._records(flow, Phase.OPENED, now)
-
-    def _all_told(self, flow: Flow, until: float) -> bool:
-        """Whether no place can have more to say of what was before `until`, and every entry whose
-        counters can be had has them."""
-        return all(
-            here.heard >= until + self._limits.skew for here in self._places.values()
-        ) and not any(map(self._counters_due, flow.seen))
 
     def _tell(self, flow: Flow, phase: Phase, now: float) -> None:
         """Its record; from then on it is only remembered."""

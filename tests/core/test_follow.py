@@ -137,6 +137,7 @@ def play(
     doubled: float = 0.0,
     lost: tuple[Place, float, float] | None = None,
     until: float = 300.0,
+    stalls: bool = False,
     limits: Limits | None = None,
 ) -> list[Followed]:
     """Feeds a joiner; `delay`: of each place at most, `lost`: nothing comes from it in between."""
@@ -150,7 +151,7 @@ def play(
         table: dict[int, Record] = {}
         arriving.append((0.0, -1, place, 0.0, "whole", []))
         resync = None if lost is None or lost[0] != place else lost[2] + 0.5
-        number = 0
+        number, arrives = 0, 0.0
         for at, kind, one in script.ordered(place):
             if resync is not None and at > resync:
                 arriving.append(_table(place, resync, late, number, table))
@@ -164,7 +165,9 @@ def play(
                 continue
             number += 1
             times = 2 if rng.random() < doubled else 1
-            arriving.append((at + late, number, place, at, "", [(kind, one)] * times))
+            # In their order, whatever floating point makes of two sums.
+            arrives = max(arrives, (stalled(place, at)[0] if stalls else at) + late)
+            arriving.append((arrives, number, place, at, "", [(kind, one)] * times))
         if resync is not None:
             arriving.append(_table(place, resync, late, number, table))
         arriving += [(t + late, 1 << 30, place, float(t), "heard", []) for t in range(int(end))]
@@ -172,13 +175,24 @@ def play(
     for arrives, _, place, at, what, events in sorted(arriving, key=lambda one: one[:2]):
         if arrives > until:
             break
+        if what == "heard":
+            joiner.heard(place, stalled(place, at)[1] if stalls else at)
         if what == "lose":
-            joiner.lose(place, at)
-        joiner.feed(place, at, bytes(kind for kind, _ in events), [one for _, one in events])
+            joiner.lose(place)
+        read_at, after = stalled(place, at) if stalls and not what else (at, at - 0.02)
+        kinds = bytes(kind for kind, _ in events)
+        joiner.feed(place, read_at, kinds, [one for _, one in events], after=after)
         if what == "whole":
             joiner.read_whole(place, at)
         told += joiner.told(arrives)
     return [*told, *joiner.finish(until)]
+
+
+def stalled(place: Place, at: float) -> tuple[float, float]:
+    """A reader that now and then stands still for two seconds: when it reads what happened at `at`,
+    and until when it has read all before that."""
+    into = (at + 2.0 * (A, B, C).index(place)) % 7
+    return (at - into + 2.0, at - into) if into < 2.0 else (at, at - 0.02)
 
 
 def _table(
@@ -191,10 +205,11 @@ def connections_of(script: Script, one: Followed) -> list[int]:
     return [script.truth[half.place, half.entry.id or 0] for half in one.connection.halves]
 
 
-def random_script(rng: random.Random, count: int) -> Script:
-    """Connections from few ports, so that tuples are used again, though not at once."""
+def random_script(rng: random.Random, count: int, gap: float = 1.0) -> Script:
+    """Connections from few ports: tuples are used again, though not before `gap` seconds."""
     script = Script()
     used: dict[tuple[Place, Tuple5], float] = {}
+    held: dict[tuple[Place, Tuple5], tuple[Tuple5, float]] = {}
     at = 1.0
     for _ in range(count):
         at += rng.uniform(0, 0.5)
@@ -206,13 +221,19 @@ def random_script(rng: random.Random, count: int) -> Script:
             ways = cluster_ip(first, port, last)
         keys = [(place, t) for place, *ends in ways for t in ends]
         free = max((used.get(key, 0.0) for key in keys), default=0.0)
+        # What a node lets out is one entry's alone, as long as that is there.
+        for place, taken, let_out in ways:
+            owner_of = held.get((place, let_out))
+            if owner_of is not None and owner_of[0] != taken:
+                free = max(free, owner_of[1])
         at = max(at, free)
         fate = rng.choice(("closed", "closed", "closed", "reset", "refused", "unanswered"))
         length = rng.choice((0.01, 0.2, 3.0))
         # A client that gave up may use its port again while its entry waits for an answer: that
         # would be the same entry.
-        rest = {"unanswered": 125.0, "refused": 1.0}.get(fate, length + 1.0)
+        rest = {"unanswered": 125.0, "refused": gap}.get(fate, length + gap)
         used |= dict.fromkeys(keys, at + rest)
+        held |= {(place, out): (taken, at + length + 130.0) for place, taken, out in ways}
         script.connect(
             at, ways, fate, length, died=rng.choice((1, 9)) if fate == "unanswered" else 9
         )
@@ -223,10 +244,11 @@ def random_script(rng: random.Random, count: int) -> Script:
 @given(seed=st.integers(0, 1 << 32))
 def test_each_connection_is_one_record(seed: int) -> None:
     rng = random.Random(seed)
-    script = random_script(rng, 40)
+    stalls = rng.random() < 0.5
+    script = random_script(rng, 40, gap=4.0 if stalls else 1.0)
     found = [
         one
-        for one in play(script, rng=rng, delay=1.5, doubled=0.2, until=3000.0)
+        for one in play(script, rng=rng, delay=1.5, doubled=0.2, stalls=stalls, until=3000.0)
         if one.phase in RECORDS
     ]
     numbers = [connections_of(script, one) for one in found]
@@ -337,8 +359,9 @@ def test_a_reading_after_a_loss_tells_what_ended_meanwhile() -> None:
     _, taken, let_out = node_port("203.0.113.9", 40000, A, A)[0]
     joiner.feed(A, 1.0, bytes([NEW]), [record(taken, let_out, "SYN_SENT", id=1, replied=False)])
     joiner.feed(A, 1.1, bytes([UPDATE]), [record(taken, let_out, "ESTABLISHED", id=1)])
-    joiner.lose(A, 2.0)
+    joiner.lose(A)
     joiner.read_whole(A, 4.0)
+    joiner.heard(A, 5.0)
     (one,) = (f for f in joiner.told(10.0) if f.phase is Phase.CLOSED)
     assert one.judgement.outcome is Outcome.UNSEEN
     assert not one.sights[0].complete

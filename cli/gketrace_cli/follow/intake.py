@@ -25,6 +25,9 @@ __all__ = ["Intake"]
 
 _TWICE_SECONDS: Final = 3.0
 """For so long after a change of filters an event may come from both calls."""
+_APART_SECONDS: Final = 1.0
+_SETTLED: Final = 4
+"""Statuses, one a second, after which a node's offset is taken for known."""
 
 
 class _Feed:
@@ -39,7 +42,7 @@ class _Feed:
         self.lost = (0, 0)
         self.resyncs = 0
         self.offset: float | None = None
-        """Seconds from the node's clock to ours, with the least delay that was seen."""
+        """Seconds from the node's clock to ours, the least that was seen."""
         self.away: float | None = None
         """Since when no call is under way."""
         self.why = ""
@@ -73,6 +76,11 @@ class Intake:
         away = {place.node for place, feed in self._feeds.items() if feed.away is not None}
         return frozenset(away | {item.node for item in missing if item.node})
 
+    @property
+    def ready(self) -> int:
+        """Places of which all is known that is there now."""
+        return sum(feed.statuses >= 2 for feed in self._feeds.values())
+
     def switch(self) -> None:
         """The next call to each place replaces one: for a while events come twice."""
         self._switched_at = time.monotonic()
@@ -92,16 +100,32 @@ class Intake:
             if not reply.HasField("status"):
                 return
             self._begin(place, feed, arrived)
-        told = reply.at or reply.status.at
-        if told:
-            least = arrived.at - told
-            feed.offset = least if feed.offset is None else min(feed.offset, least)
-        at = (told or arrived.at) + (feed.offset or 0.0)
+        told = reply.at or reply.status.at or arrived.at
+        least = arrived.at - told
+        feed.offset = least if feed.offset is None else min(feed.offset, least)
+        at = told + self._correction(feed)
         if reply.HasField("status"):
             self._status(place, feed, reply.status, at)
         records, kinds = self._events(reply)
         if records:
-            self._joiner.feed(place, at, kinds, records)
+            after = reply.after + self._correction(feed) if reply.after else None
+            self._joiner.feed(place, at, kinds, records, after=after)
+
+    def now(self, ours: float) -> float:
+        """Our time by the nodes' clocks."""
+        return ours - self._delay()
+
+    def _delay(self) -> float:
+        """From the nodes' clocks to ours, with the least delay on the way that was seen."""
+        known = (feed.offset for feed in self._feeds.values() if feed.offset is not None)
+        return min(known, default=0.0)
+
+    def _correction(self, feed: _Feed) -> float:
+        """For a node whose clock is not the others': delays alone do not differ as much."""
+        if feed.statuses < _SETTLED or feed.offset is None:
+            return 0.0
+        apart = feed.offset - self._delay()
+        return apart if apart > _APART_SECONDS else 0.0
 
     def _begin(self, place: Place, feed: _Feed, arrived: Arrived) -> None:
         self._streams.settle(place, arrived.turn)
@@ -117,14 +141,14 @@ class Intake:
             "ended there in between was not seen"
         )
         feed.away = None
-        self._joiner.lose(place, arrived.at)
+        self._joiner.lose(place)
 
     def _end(self, place: Place, feed: _Feed, arrived: Arrived) -> None:
         feed.statuses = 0
         if feed.away is None:
             feed.away, feed.why = arrived.at, arrived.error
             self._say(f"{place} is not followed any more: {arrived.error}; trying again")
-            self._joiner.lose(place, arrived.at)
+            self._joiner.lose(place)
 
     def _status(
         self, place: Place, feed: _Feed, status: pb.FollowConntrackStatus, at: float
@@ -136,7 +160,7 @@ class Intake:
             number = status.lost - feed.lost[0]
             self.lost[str(place)] += max(number, 1)
             feed.lost = lost
-            self._joiner.lose(place, at)
+            self._joiner.lose(place)
             self._say(f"{place}: its kernel dropped {number} events: they came too fast")
         if feed.statuses == 2 or status.resyncs != feed.resyncs:
             feed.resyncs = status.resyncs

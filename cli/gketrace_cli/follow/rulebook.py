@@ -34,6 +34,8 @@ _AT_MOST: Final = 256
 """Ways that are walked; later ones take a way of the same door and node."""
 _AGE: Final = 30.0
 """Seconds that an answer holds."""
+_TOGETHER: Final = 32
+"""Walks that are asked for at the same time."""
 _DEATHS_AGE: Final = 10.0
 
 
@@ -112,8 +114,6 @@ class RuleBook:
         self._deaths: dict[Hashable, tuple[float, str | None]] = {}
         self._similar: dict[Hashable, Hashable] = {}
         self._lock = threading.Lock()
-        self.failed = ""
-        """Why the last walk failed; empty: it did not."""
         threading.Thread(target=self._run, name="rulebook", daemon=True).start()
 
     def close(self) -> None:
@@ -183,20 +183,26 @@ class RuleBook:
         return ""
 
     def _run(self) -> None:
-        while (asked := self._asked.get()) is not None:
-            key, question, dying = asked
-            paths: tuple[Path, ...] = ()
-            error = ""
-            try:
-                result = Asker(self._session).ask([question])
-                paths = result.answers[0].paths
-                if not paths and result.missing:
-                    error = str(result.missing[0])
-            except GketraceError as failure:
-                error = failure.message
-            self.failed = error
-            with self._lock:
-                now = time.monotonic()
+        while (first := self._asked.get()) is not None:
+            batch = [first]
+            while len(batch) < _TOGETHER and not self._asked.empty():
+                more = self._asked.get()
+                if more is None:
+                    return
+                batch.append(more)
+            self._walk(batch)
+
+    def _walk(self, batch: list[tuple[Hashable, Question, bool]]) -> None:
+        error = ""
+        found: list[tuple[Path, ...]] = [()] * len(batch)
+        try:
+            result = Asker(self._session).ask([question for _, question, _ in batch])
+            found = [answer.paths for answer in result.answers]
+        except GketraceError as failure:
+            error = failure.message
+        with self._lock:
+            now = time.monotonic()
+            for (key, _, dying), paths in zip(batch, found, strict=True):
                 if dying:
                     self._deaths[key] = now, _death(paths, error)
                 else:

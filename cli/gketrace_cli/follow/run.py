@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import Empty, SimpleQueue
 from types import FrameType
@@ -49,8 +49,10 @@ __all__ = ["Request", "follow"]
 
 _REREAD_SECONDS: Final = 2.0
 _COUNT_SECONDS: Final = 1.0
-_WALK_SECONDS: Final = 5.0
+_WALK_SECONDS: Final = 15.0
 """For which a record waits for the rules that it is to cite."""
+_LAST_SECONDS: Final = 5.0
+"""For which the last events are waited for."""
 _LINES: Final = 12
 """On a terminal, in a second: of those that ended well, and as many that failed."""
 _RECORDS: Final = (Phase.CLOSED, Phase.STILL_OPEN)
@@ -122,6 +124,7 @@ class _Follow:
         self._warned: set[int] = set()
         """Connections of which a failure was shown before their end."""
         self._counting = False
+        self._ready = False
         self._began = time.time()
 
     # the loop
@@ -157,6 +160,10 @@ class _Follow:
                 return
             self._take(0.1)
             self._show(time.time())
+            if not self._ready and self._intake.ready >= len(self._targets):
+                self._ready = True
+                nodes = "the node is" if len(self._targets) == 1 else "all nodes are"
+                self._say(f"{nodes} followed from now on")
             if now >= next_count:
                 next_count = now + _COUNT_SECONDS
                 self._count()
@@ -182,7 +189,7 @@ class _Follow:
         if self._request.steps:
             for step in self._joiner.steps():
                 self._output.write(_line(step_document(step)))
-        for followed in self._joiner.told(now):
+        for followed in self._joiner.told(self._intake.now(now)):
             self._consider(followed, now)
         waiting, self._pending = self._pending, []
         for deadline, followed in waiting:
@@ -350,7 +357,14 @@ class _Follow:
     # the end
 
     def _finish(self) -> ExitCode:
-        seconds = time.time() - self._began
+        stopped = time.time()
+        seconds = stopped - self._began
+        # What was under way when it was stopped has events that are still to come.
+        while time.time() < stopped + _LAST_SECONDS and not self._output.broken.is_set():
+            if self._joiner.heard_all(self._intake.now(stopped)):
+                break
+            self._take(0.1)
+            self._show(time.time())
         if not self._output.broken.is_set():
             places = self._joiner.uncounted()
             if places:
@@ -358,9 +372,9 @@ class _Follow:
                 for place, records in read_counters(self._session.fleet, places, filters):
                     self._joiner.count(place, records)
         now = time.time()
-        for followed in self._joiner.finish(now):
+        for followed in self._joiner.finish(self._intake.now(now)):
             self._consider(followed, now)
-        deadline = now + 3.0
+        deadline = now + 8.0
         while self._pending and time.time() < deadline:
             time.sleep(0.05)
             waiting, self._pending = self._pending, []
@@ -422,10 +436,24 @@ def _read_world(session: Session, request: Request, before: Scope | None) -> _Wo
     }
     for pod in read["pods"]:
         session.pods.add(pod)
+    by_key = {pod.key: pod for pod in read["pods"] if not pod.host_network}
+    for end in scope.endpoints:  # often the only one that knows a pod's second address
+        owner = by_key.get(f"{end.namespace}/{end.pod}")
+        if owner is not None and end.address_type != "FQDN":
+            pods.setdefault(end.address, owner)
     node_of = {ip: pod.node for ip, pod in pods.items()}
     for node in session.nodes:
         node_of.update(dict.fromkeys((*node.internal_ips, *node.external_ips), node.name))
         seen = session.fleet.addresses(node.name)
         node_of.update((str(one.address), node.name) for one in seen)
-    book = AddressBook(nodes=session.nodes, pods=read["pods"], services=read["services"])
+    book = AddressBook(nodes=session.nodes, pods=_with_addresses(pods), services=read["services"])
     return _World(scope=scope, book=book, node_of=node_of, pods=pods, missing=missing)
+
+
+def _with_addresses(pods: dict[str, Pod]) -> list[Pod]:
+    """The pods, each with all of the addresses that it is known by."""
+    known: dict[str, tuple[str, ...]] = {}
+    for ip, pod in pods.items():
+        known[pod.key] = (*known.get(pod.key, ()), ip)
+    by_key = {pod.key: pod for pod in pods.values()}
+    return [replace(pod, pod_ips=known[key]) for key, pod in by_key.items()]

@@ -1,0 +1,246 @@
+"""`--follow` against real connections: what clients and servers logged, and the kernels' tables.
+
+GKETRACE_FOLLOW_SECONDS=30 makes the loops as long.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from subprocess import PIPE
+from typing import Any
+
+import jsonschema
+import pytest
+
+from e2e.answers import COMMAND
+from e2e.conftest import LabFactory
+from e2e.netlab import Lab
+
+SECONDS = float(os.environ.get("GKETRACE_FOLLOW_SECONDS", "6"))
+SCHEMA = json.loads((Path(__file__).parents[1] / "docs/schema/follow.json").read_text())
+LOOP = """
+end=$(($(date +%s%N) + $1 * 1000000000 / 1000)); shift
+while [ $(date +%s%N) -lt $end ]; do
+  for url in "$@"; do
+    curl -s -m 3 -w '%{local_ip} %{local_port} %{http_code}\\n' "http://$url/json" || echo failed
+  done
+done
+"""
+
+
+@dataclass
+class Following:
+    """One run of the program."""
+
+    process: subprocess.Popen[str]
+    documents: list[dict[str, Any]] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+    threads: list[threading.Thread] = field(default_factory=list)
+    code: int | None = None
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        found = [one for one in self.documents if one["kind"] == "FollowedConnection"]
+        return [one for one in found if one["phase"] in ("closed", "still open")]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        assert self.documents, self.said
+        assert self.documents[-1]["kind"] == "FollowSummary"
+        return self.documents[-1]
+
+    def wait_said(self, text: str, seconds: float = 30.0) -> None:
+        end = time.monotonic() + seconds
+        while not any(text in line for line in self.said):
+            assert time.monotonic() < end, (text, self.said)
+            assert self.process.poll() is None, self.said
+            time.sleep(0.05)
+
+    def end(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+        self.code = self.process.wait(30)
+        for thread in self.threads:
+            thread.join(10)
+
+
+@contextmanager
+def following(lab: Lab, *words: str) -> Iterator[Following]:
+    """The program from when all nodes are followed; interrupted at the end."""
+    environment = {**os.environ, "KUBECONFIG": str(lab.kubeconfig)}
+    with subprocess.Popen(
+        [*COMMAND, *words, "--follow", "-o", "jsonl"],
+        stdout=PIPE,
+        stderr=PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        one = Following(process)
+
+        def read_out() -> None:
+            assert process.stdout is not None
+            for line in process.stdout:
+                one.documents.append(json.loads(line))
+
+        def read_err() -> None:
+            assert process.stderr is not None
+            one.said.extend(iter(process.stderr.readline, ""))
+
+        one.threads = [threading.Thread(target=read) for read in (read_out, read_err)]
+        for thread in one.threads:
+            thread.start()
+        try:
+            one.wait_said("followed from now on")
+            yield one
+            one.end()
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+@dataclass(frozen=True)
+class Logged:
+    """One connection as its client and its server saw it."""
+
+    client: str
+    door: str
+    pod: str
+    peer: str
+    local: str
+
+
+def ends(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def curl_loop(lab: Lab, source: str, doors: list[str], seconds: float) -> list[Logged]:
+    argv = ["bash", "-c", LOOP, "loop", str(int(seconds * 1000)), *doors]
+    done = lab.exec(source, argv, timeout=seconds + 60)
+    lines = done.stdout.splitlines()
+    assert "failed" not in lines, (source, doors, lines[-3:])
+    found = []
+    for number in range(0, len(lines), 2):
+        seen = json.loads(lines[number])
+        ip, port, status = lines[number + 1].split()
+        assert status == "200"
+        found.append(
+            Logged(
+                client=ends(ip.strip("[]"), int(port)),
+                door=doors[len(found) % len(doors)],
+                pod=seen["pod"],
+                peer=ends(*seen["peer"]),
+                local=ends(*seen["local"]),
+            )
+        )
+    return found
+
+
+def tables(lab: Lab) -> dict[str, set[tuple[str, ...]]]:
+    """Node → original and reply tuples of its entries, as conntrack(8) prints them."""
+    found: dict[str, set[tuple[str, ...]]] = {}
+    for node in lab.world.nodes:
+        rows = set()
+        for family in ("ipv4", "ipv6"):
+            done = lab.exec(f"node/{node.short}", ["conntrack", "-L", "-p", "tcp", "-f", family])
+            for line in done.stdout.splitlines():
+                halves = re.findall(r"src=(\S+) dst=(\S+) sport=(\d+) dport=(\d+)", line)
+                rows.add(tuple(part for half in halves for part in half))
+        found[node.name] = rows
+    return found
+
+
+def tuples_of(entry: dict[str, Any]) -> tuple[str, ...]:
+    """An entry of a record in the form of `tables`."""
+
+    def split(end: str) -> tuple[str, str]:
+        host, _, port = end.rpartition(":")
+        return str(ipaddress.ip_address(host.strip("[]"))), port
+
+    source, destination = split(entry["source"]), split(entry["destination"])
+    answers = split(entry["destinationNat"] or entry["destination"])
+    to = split(entry["sourceNat"] or entry["source"])
+    return (
+        *(source[0], destination[0], source[1], destination[1]),
+        *(answers[0], to[0], answers[1], to[1]),
+    )
+
+
+def check_truth(lab: Lab, one: Following, logged: list[Logged]) -> None:
+    """Exactly one record for each logged connection, and it tells the truth."""
+    by_ends: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in one.records:
+        by_ends.setdefault((record["client"], record["door"]), []).append(record)
+    again = Counter((log.client, log.door) for log in logged)
+    real = tables(lab)
+    for log in logged:
+        found = by_ends.get((log.client, log.door), [])
+        assert len(found) == again[log.client, log.door], (log, found)
+        record = found[0]
+        assert not record["failed"], record
+        assert record["endpointName"] == f"pod/{log.pod}", (log, record)
+        assert (record["endpoint"], record["sourceSeen"]) == (log.local, log.peer), (log, record)
+        assert record["remarks"] == [], json.dumps(record)
+        entries = record["entries"]
+        assert (entries[0]["source"], entries[0]["destination"]) == (log.client, log.door)
+        for entry in entries:
+            assert tuples_of(entry) in real[entry["node"]], (log, entry)
+        translating = [e for e in entries if e["destinationNat"]]
+        assert [e["destinationNat"] for e in translating] == [log.local]
+        rules = " ".join(rule["text"] for rule in translating[0]["rules"])
+        assert log.local.rpartition(":")[0].strip("[]") in rules, (log, translating)
+    assert len(one.records) == len(logged)
+    assert one.summary["connections"] == len(logged)
+    assert one.summary["failed"] == 0
+    assert one.summary["lostEvents"] == {}
+    counted: Counter[str] = Counter()
+    for end in one.summary["endpoints"]:
+        counted[end["name"]] += end["connections"]
+    assert counted == Counter(log.pod.split("/")[1] for log in logged)
+    for document in one.documents:
+        jsonschema.validate(document, SCHEMA)
+
+
+@pytest.mark.parametrize("topology", ["bridge", "ptp"])
+def test_each_connection_that_clients_logged_is_one_record(labs: LabFactory, topology: str) -> None:
+    lab = labs(topology)
+    having, without, other = lab.world.nodes[0], lab.world.nodes[1], lab.world.nodes[2]
+    hello = [f"{having.ip}:31830", f"{without.ip}:31830", "35.231.121.11:80"]
+    dual = [f"{other.ip}:30084", f"[{having.ip6}]:30084", f"[{without.ip6}]:30084"]
+    inside = "10.43.246.223:80"
+    with (
+        following(lab, "service", "hello-server") as first,
+        following(lab, "service", "web6") as second,
+        ThreadPoolExecutor(5) as pool,
+    ):
+        loops = {
+            "client": hello,
+            f"node/{without.short}": [*hello, inside],
+            "pod/web-2": [inside, "35.231.121.11:80", f"{without.ip}:31830"],
+        }
+        of_first = [pool.submit(curl_loop, lab, s, d, SECONDS) for s, d in loops.items()]
+        loops6 = {
+            "client": dual,
+            f"node/{other.short}": [*dual, "10.43.240.21:80", "[fd00:43::21]:80"],
+        }
+        of_second = [pool.submit(curl_loop, lab, s, d, SECONDS) for s, d in loops6.items()]
+        logged = [log for loop in of_first for log in loop.result()]
+        logged6 = [log for loop in of_second for log in loop.result()]
+    assert len(logged) > 15
+    assert len(logged6) > 10
+    check_truth(lab, first, logged)
+    check_truth(lab, second, logged6)
+    assert (first.code, second.code) == (0, 0)
+    # By the rules, each of web6's endpoints gets a third.
+    assert {end["expectedShare"] for end in second.summary["endpoints"]} <= {0.3333, 0.3334}
