@@ -37,8 +37,6 @@ _PROTOCOL: Final = ring.SLL // 4
 _IFINDEX: Final = ring.IFINDEX // 4
 _HATYPE: Final = ring.HATYPE // 4
 _SECOND: Final = 1_000_000_000
-_FAMILY: Final = np.uint64(0xFFFF)
-_FAMILY_AND_INTERFACE: Final = np.uint64(0xFFFFFFFF0000FFFF)
 _MACS: Final = 12
 """Bytes before the place of a VLAN tag."""
 _TAG: Final = 4
@@ -245,12 +243,14 @@ def _places(tap: Tap, buffer: Array, counts: Array, lengths: Array) -> Array:
         nexts = buffer.view("<u4")[:: step // 4]
         if _is_chain(places, nexts, counts, lengths, ends):
             return places
-    words = buffer.view("<u8")[ring.SLL // 8 :]
+    halves = buffer.view("<u4")
     if tap.ifindex:
-        found = (words & _FAMILY_AND_INTERFACE) == np.uint64(tap.ifindex << 32 | ring.AF_PACKET)
+        found = halves[_IFINDEX::2] == tap.ifindex
     else:
-        found = (words & _FAMILY) == np.uint64(ring.AF_PACKET)
+        found = (halves[_PROTOCOL::2] & 0xFFFF) == ring.AF_PACKET
     places = np.flatnonzero(found) * ring.ALIGNMENT
+    if len(places) != total:
+        places = places[(halves[(places >> 2) + _PROTOCOL] & 0xFFFF) == ring.AF_PACKET]
     if len(places) != total or not _is_chain(
         places, buffer.view("<u4")[places >> 2], counts, lengths, ends
     ):
