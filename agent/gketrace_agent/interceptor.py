@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import grpc
@@ -27,6 +27,7 @@ from gketrace.errors import (
     TimeoutExceeded,
     UsageError,
 )
+from gketrace_agent.access.alarms import Alarms
 from gketrace_agent.access.edge import check_request
 from gketrace_agent.access.guard import IN_NODE, Granted, Guard
 from gketrace_agent.access.identity import LOCAL, Caller
@@ -40,6 +41,9 @@ _DETAILS: Final = 2000
 """Characters of an error's text; HTTP/2 trailers are bounded to 8 KiB, percent-encoded."""
 _REQUEST_SECONDS: Final = 10.0
 """A request must have come whole by then."""
+_ALARMS: Final = Alarms(_REQUEST_SECONDS)
+_RENEW_SECONDS: Final = 5.0
+"""A stream's permission, and whose an address is, are looked at again so often (`Guard.renew`)."""
 _AGENT: Final = "/gketrace."
 _OPEN: Final = "/grpc.health.v1.Health/Check"
 """For probes: it says only that the agent serves."""
@@ -64,7 +68,9 @@ class _Audit:
     peer: str
     started: float
     caller: Caller | None = None
-    granted: Granted | None = None
+    granted: Granted = field(default_factory=Granted)
+    asked: bool = False
+    """Whether it came as far as to be granted or refused by its permission."""
     target: str = ""
     bytes: int = 0
     drops: int = 0
@@ -122,7 +128,11 @@ class CallInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]  # not 
             audit = _Audit(method=method, peer=context.peer(), started=time.monotonic())
             try:
                 with self._enter(audit, requests, context, handler) as request:
+                    renewed = time.monotonic()
                     for reply in handler.unary_stream(request, context):
+                        if time.monotonic() - renewed > _RENEW_SECONDS:
+                            audit.granted = self._guard.renew(audit.granted)
+                            renewed = time.monotonic()
                         yield self._reply(audit, handler, reply)
             except Exception as error:  # noqa: BLE001 - the boundary: every error becomes a status
                 context.abort(*_failed(audit, context, error))
@@ -142,8 +152,7 @@ class CallInterceptor(grpc.ServerInterceptor):  # type: ignore[type-arg]  # not 
         if isinstance(reply, bytes):  # encoded where it was made: a capture's packets
             audit.bytes += len(reply)
             return reply
-        if audit.granted is not None:
-            audit.granted.filter(reply)
+        audit.granted.filter(reply)
         audit.drops = max(audit.drops, _drops(reply))
         raw: bytes = handler.response_serializer(reply)
         if len(raw) > self._reply_bytes:
@@ -188,6 +197,7 @@ class _Entered:
                 if key == access.NAMESPACES_HEADER and isinstance(value, str)
             )
             granted = audit.granted = guard.grant(caller, audit.call, request, named)
+            audit.asked = True
             IN_NODE.set(lambda: guard.in_node(caller, granted))
             if granted.hidden:
                 hidden = (access.HIDDEN_HEADER, granted.hidden.encode())
@@ -208,9 +218,7 @@ class _Entered:
             late.set()
             self._context.cancel()  # type: ignore[no-untyped-call]
 
-        timer = threading.Timer(_REQUEST_SECONDS, end)
-        timer.daemon = True
-        timer.start()
+        call_off = _ALARMS.set(end)
         try:
             raw = next(self._requests)
         except StopIteration:
@@ -222,7 +230,7 @@ class _Entered:
                 ) from None
             raise UsageError(f"the request did not come whole: {error}") from None
         finally:
-            timer.cancel()
+            call_off()
         try:
             return self._handler.request_deserializer(raw)
         except DecodeError:
@@ -272,7 +280,7 @@ def _drops(reply: Any) -> int:
 def _verdict(code: grpc.StatusCode, error: Exception | None, audit: _Audit) -> str:
     if error is None:
         return "allowed"
-    if isinstance(error, ForbiddenError) or audit.granted is None:
+    if isinstance(error, ForbiddenError) or not audit.asked:
         return "refused" if code is not grpc.StatusCode.RESOURCE_EXHAUSTED else "bounded"
     return "bounded" if isinstance(error, ExhaustedError) else "allowed"
 
@@ -301,9 +309,9 @@ def _log(
         "peer": audit.peer,
     }
     granted = audit.granted
-    if granted is not None and granted.scope is not None:
+    if granted.scope is not None:
         fields["namespaces"] = list(granted.scope.namespaces)
-    if granted is not None and granted.masker is not None:
+    if granted.masker is not None:
         fields["masked"] = granted.masker.masked
         fields["withheld"] = granted.masker.withheld
     if details:

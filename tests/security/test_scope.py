@@ -137,6 +137,27 @@ class TestWhatIsShown:
         assert not any(reply.records for reply in replies)
 
 
+def test_a_stream_ends_when_its_permission_does(
+    bed: Bed, stub: AgentStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked at again while it goes on, not only when it begins."""
+    monkeypatch.setattr("gketrace_agent.interceptor._RENEW_SECONDS", 0.2)
+    path = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings"
+    bed.api.call("POST", path, binding("gketrace-viewer", "default/nobody"))
+    extra = metadata(bed.token("default/nobody"))
+    call = stub.FollowConntrack(pb.FollowConntrackRequest(target=HOST), metadata=extra, timeout=60)
+    try:
+        assert next(call).HasField("status")
+        bed.api.call("DELETE", f"{path}/nobody-gketrace-viewer")
+        bed.server._guard._permissions._cache._kept.clear()  # as after five minutes
+        with pytest.raises(grpc.RpcError) as caught:
+            list(call)
+    finally:
+        call.cancel()
+    assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+    assert "may not get nodes/conntrack.gketrace.dev of node node-a" in caught.value.details()
+
+
 def _masker() -> Masker:
     visible = OWN | {ip_address("10.142.0.6"), ip_address("8.8.8.8")}
     return Masker(visible.__contains__, ("shop",))

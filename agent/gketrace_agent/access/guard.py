@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, Final
 
@@ -47,6 +47,8 @@ class Granted:
     in_node: Action | None = None
     """What else is needed if a pod turns out to be in the node's own network."""
     filters: list[Callable[[Message], None]] = field(default_factory=list)
+    again: Callable[[Masker | None], Granted] | None = None
+    """Grants it again, as things are now; None: there is nothing to ask."""
 
     @property
     def hidden(self) -> str:
@@ -103,12 +105,35 @@ class Guard:
         need = METHODS.get(method)
         return self.bounds.admit(caller.user, CallClass.QUICK if need is None else need.call_class)
 
-    def grant(self, caller: Caller, method: str, request: Message, named: str) -> Granted:
+    def renew(self, granted: Granted) -> Granted:
+        """For a stream that goes on: permission may be gone, pods may have come and gone, and an
+        address may have become another's.  Raises as `grant`."""
+        return granted if granted.again is None else granted.again(granted.masker)
+
+    def grant(
+        self,
+        caller: Caller,
+        method: str,
+        request: Message,
+        named: str,
+        before: Masker | None = None,
+    ) -> Granted:
         """Whether the call may go on, and with how much of its reply.  `request` may be narrowed.
 
-        `named`: the namespaces that the caller asks about, comma-separated.
+        `named`: the namespaces that the caller asks about, comma-separated.  `before`: of the same
+        call, whose stand-ins stay.
         Raises `ForbiddenError`, `UnavailableError`.
         """
+        granted = self._grant(caller, method, request, named, before)
+        if caller.local or self._permissions is None:
+            return granted
+        return replace(
+            granted, again=lambda masker: self.grant(caller, method, request, named, masker)
+        )
+
+    def _grant(
+        self, caller: Caller, method: str, request: Message, named: str, before: Masker | None
+    ) -> Granted:
         need = METHODS.get(method)
         if need is None:
             raise ForbiddenError(f"{method} is not in the table of calls; nobody may make it")
@@ -130,7 +155,8 @@ class Guard:
             if pods and any(pod.host_network for pod in pods):
                 permissions.require(caller, on_node)
             return Granted(in_node=on_node if pods and not hosts else None)
-        return self._narrow(caller, method, need, request, pods, hosts and not the_node, named)
+        no_node = hosts and not the_node
+        return self._narrow(caller, method, need, request, pods, no_node, named, before)
 
     def _narrow(
         self,
@@ -141,6 +167,7 @@ class Guard:
         pods: list[target_pb2.PodRef],
         no_node: bool,
         named: str,
+        before: Masker | None,
     ) -> Granted:
         """For whoever has permission in some namespaces only."""
         assert self._permissions is not None
@@ -179,7 +206,7 @@ class Guard:
             return Granted(scope=scope, in_node=on_node)
         visible = scope.own | scope.common | addresses_of(self._node_addresses())
         visible |= _said(request)
-        masker = Masker(visible.__contains__, scope.namespaces)
+        masker = Masker(visible.__contains__, scope.namespaces, before)
         filters: list[Callable[[Message], None]] = []
         if no_node:
             filters.append(lambda reply: _leave_out(reply, scope.own, masker))

@@ -47,12 +47,18 @@ def is_masked(address: IPAddress) -> bool:
 class Masker:
     """For one call."""
 
-    def __init__(self, visible: Callable[[IPAddress], bool], namespaces: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        visible: Callable[[IPAddress], bool],
+        namespaces: tuple[str, ...],
+        before: Masker | None = None,
+    ) -> None:
+        """`before`: of the same call, whose stand-ins and counts stay."""
         self._visible = visible
         self._namespaces = namespaces
-        self._key = secrets.token_bytes(16)
-        self._made: dict[IPAddress, IPAddress] = {}
-        self.withheld = 0
+        self._key: bytes = secrets.token_bytes(16) if before is None else before._key
+        self._made: dict[IPAddress, IPAddress] = {} if before is None else before._made
+        self.withheld: int = 0 if before is None else before.withheld
         """Entries left out whole; counted by who leaves them out."""
 
     @property
