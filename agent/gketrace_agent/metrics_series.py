@@ -178,6 +178,16 @@ class Collector:
             lost.add_metric((kind,), count)
         yield lost
         yield _gauge("gketrace_agent_captures", "Captures that are running.", captured.open)
+        yield CounterMetricFamily(
+            "gketrace_agent_capture_packets",
+            "Captured packets that were sent to clients.",
+            value=captured.packets,
+        )
+        yield CounterMetricFamily(
+            "gketrace_agent_capture_bytes",
+            "Bytes of them, with the kernel's headers.",
+            value=captured.bytes,
+        )
         yield _gauge(
             "gketrace_agent_open_namespaces",
             "Network namespaces that the agent holds open.",

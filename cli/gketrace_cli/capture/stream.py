@@ -42,6 +42,8 @@ _METHOD: Final = "/gketrace.v1alpha1.Agent/Capture"
 _AHEAD: Final = 8
 """Replies of all agents, of 4 MiB at most, that are read before they are wanted; beyond that, the
 agents wait, and then their rings fill."""
+_LOOK: Final = 0.5
+"""Seconds between looks at whether to stop, when nothing comes."""
 _GRACE: Final = 3.0
 """Seconds that the last statistics may take after `stop`."""
 
@@ -195,7 +197,7 @@ class CaptureStream:
                 yield AgentFailed(node=node, taps=(), error=error)
         while self._calls:
             try:
-                node, reply = self._arrived.get(timeout=0.1)
+                node, reply = self._arrived.get(timeout=_LOOK)
             except Empty:
                 if self._stop_by and time.monotonic() > self._stop_by:
                     return
