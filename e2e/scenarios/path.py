@@ -114,6 +114,8 @@ def _link_down(stage: Stage) -> None:
         for line in stage.run("node/m69d", f"ip {family} route show dev {veth}").splitlines():
             if "proto kernel" not in line:
                 back.append(f"ip {family} route replace {line.strip()} dev {veth}")
+    # What was asked for meanwhile, and did not answer, would be known as FAILED for a while.
+    back.append(f"ip neigh flush dev {veth}")
     stage.do("node/m69d", f"ip link set {veth} down", "; ".join(back))
 
 

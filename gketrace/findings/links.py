@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ipaddress import ip_address
 from typing import Final
 
-from gketrace.findings.making import cited, finding, sysctl
+from gketrace.findings.making import cited, finding, rules_like, sysctl
 from gketrace.findings.model import Confidence, Evidence, Finding, Severity, evidence
 from gketrace.findings.world import Sight, World
 from gketrace.packet import IPAddress
@@ -20,9 +20,7 @@ __all__ = ["bridge_switches", "duplicates", "hairpin", "links_down", "mtus", "ne
 
 _NF: Final = "net.bridge.bridge-nf-call-iptables"
 _DEAD: Final = frozenset({"FAILED", "INCOMPLETE"})
-_ICMP_DROP: Final = re.compile(
-    rb"^(?:\[\d+:\d+\] )?-A (\S+) [^\n]*-p icmp\b[^\n]*-j (?:DROP|REJECT)\b[^\n]*$", re.M
-)
+_ICMP_DROP: Final = re.compile(rb" -p icmp\b[^\n]*-j (?:DROP|REJECT)\b")
 
 
 def _links(shot: NetnsSnapshot) -> tuple[Link, ...]:
@@ -363,12 +361,8 @@ def _silenced(sight: Sight) -> Evidence | None:
     for one in sight.host.rulesets:
         if not isinstance(one, IptablesRuleset) or one.family != 4:
             continue
-        for found in _ICMP_DROP.finditer(one.text):
-            name = found[1].decode()
-            for table in one.tables:
-                for rule in one.chain(table, name) or ():
-                    if rule.text in found[0].decode():
-                        return cited(rule.citation, sight.node)
+        for rule in rules_like(one, _ICMP_DROP):
+            return cited(rule.citation, sight.node)
     return None
 
 

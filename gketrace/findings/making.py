@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from typing import Final
 
 from gketrace.findings.model import Confidence, Evidence, Finding, Severity, evidence
 from gketrace.findings.registry import code_of
 from gketrace.objects import Endpoint, Service
+from gketrace.ruleset import Rule
+from gketrace.ruleset.iptables import IptablesRuleset
 from gketrace.snapshot import NetnsSnapshot
 from gketrace.trace import Citation, Source
 
-__all__ = ["cited", "finding", "of_endpoint", "of_service", "sysctl"]
+__all__ = ["cited", "finding", "of_endpoint", "of_service", "rules_like", "sysctl"]
+
+_CHAIN: Final = re.compile(rb"(?:\[\d+:\d+\] )?-A (\S+) ")
 
 
 def finding(
@@ -69,3 +75,20 @@ def sysctl(shot: NetnsSnapshot, name: str, value: str, note: str = "") -> Eviden
         netns=str(shot.netns),
         note=note,
     )
+
+
+def rules_like(one: IptablesRuleset, pattern: re.Pattern[bytes]) -> Iterator[Rule]:
+    """The rules whose text `pattern` finds; only the chains that hold one are parsed."""
+    lines: dict[str, set[str]] = {}
+    for found in pattern.finditer(one.text):
+        start = one.text.rfind(b"\n", 0, found.start()) + 1
+        chain = _CHAIN.match(one.text, start)
+        if chain is not None:
+            end = one.text.index(b"\n", start)
+            text = one.text[start:end].decode("utf-8", "replace")
+            lines.setdefault(chain[1].decode("utf-8", "replace"), set()).add(text)
+    for name, texts in lines.items():
+        for table in one.tables:
+            for rule in one.chain(table, name) or ():
+                if any(text.endswith(rule.text) for text in texts):
+                    yield rule

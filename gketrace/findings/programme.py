@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final
 
 from gketrace.kubenames import ChainRole, ServicePort, nft_service_chain, service_chain
@@ -81,11 +82,11 @@ class Programme:
         for one in self.iptables:
             if one.rules.family != family:
                 continue
-            chains = [service_chain(role, name) for role in ChainRole if role.value != "SEP"]
-            if not one.entries.isdisjoint(chains):
+            doors, lists = _chains(name)
+            if not one.entries.isdisjoint(doors):
                 known = True
-            for role in _ROLES:
-                for chain in one.endpoints.get(service_chain(role, name), ()):
+            for service in lists:
+                for chain in one.endpoints.get(service, ()):
                     if chain in one.targets:
                         found.add(one.targets[chain])
         for table in self.nft:
@@ -143,6 +144,13 @@ class Programme:
                         if f"{host} . {port}" in rule.text or f"__{host}/{port}" in rule.text:
                             return rule.citation
         return None
+
+
+@lru_cache(maxsize=65536)
+def _chains(name: ServicePort) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(all chains of a Service port, those that list endpoints): the same on every node."""
+    doors = tuple(service_chain(role, name) for role in ChainRole if role.value != "SEP")
+    return doors, tuple(service_chain(role, name) for role in _ROLES)
 
 
 def _nft_endpoints(table: NftRuleset, name: str) -> set[str] | None:

@@ -133,7 +133,7 @@ def named_ports(world: World) -> Iterator[Finding]:
     the Service's endpoints lack it.
     """
     for service in world.services:
-        if not service.selector:
+        if not service.selector or all(isinstance(p.target_port, int) for p in service.ports):
             continue
         chosen = [pod for pod in world.pods if _selected(service, pod)]
         if not chosen:
@@ -170,9 +170,9 @@ def named_ports(world: World) -> Iterator[Finding]:
 
 
 def _selected(service: Service, pod: Pod) -> bool:
-    alive = pod.phase not in ("Succeeded", "Failed")
-    mine = all(pod.labels.get(key) == value for key, value in service.selector.items())
-    return pod.namespace == service.namespace and alive and mine
+    if pod.namespace != service.namespace or pod.phase in ("Succeeded", "Failed"):
+        return False
+    return all(pod.labels.get(key) == value for key, value in service.selector.items())
 
 
 def _has_port(pod: Pod, name: str, protocol: str) -> bool:

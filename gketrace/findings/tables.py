@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from gketrace.conntrack import ConntrackEntry
-from gketrace.findings.making import cited, finding, sysctl
+from gketrace.findings.making import cited, finding, rules_like, sysctl
 from gketrace.findings.model import Confidence, Evidence, Finding, Severity, evidence
 from gketrace.findings.world import Sight, TableState, World
 from gketrace.packet import IPAddress, protocol_name
@@ -27,6 +27,7 @@ _RANGE: Final = (1024, 65535)
 net/netfilter/nf_nat_core.c)."""
 _SCARCE: Final = 0.8
 _TO_PORTS: Final = re.compile(r"-j (?:MASQUERADE --to-ports|SNAT --to-source \S+:)\s?(\d+)-(\d+)")
+_RANGED: Final = re.compile(rb"-j (?:MASQUERADE --to-ports|SNAT --to-source \S+:)\s?\d+-\d+")
 _STATS: Final = "/proc/net/stat/nf_conntrack"
 
 
@@ -163,13 +164,12 @@ def _narrow(sight: Sight) -> list[tuple[tuple[int, int], Evidence]]:
     """Rules that translate to a range of ports of their own."""
     found = []
     for one in sight.host.rulesets:
-        if isinstance(one, IptablesRuleset) and b"--to-" in one.text:
-            for name in one.chain_names("nat"):
-                for rule in one.chain("nat", name) or ():
-                    match = _TO_PORTS.search(rule.text)
-                    if match:
-                        pair = (int(match[1]), int(match[2]))
-                        found.append((pair, cited(rule.citation, sight.node)))
+        if isinstance(one, IptablesRuleset):
+            for rule in rules_like(one, _RANGED):
+                match = _TO_PORTS.search(rule.text)
+                if match:
+                    pair = (int(match[1]), int(match[2]))
+                    found.append((pair, cited(rule.citation, sight.node)))
     return found
 
 

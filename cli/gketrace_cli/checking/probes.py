@@ -21,7 +21,7 @@ from gketrace_cli.objects import Endpoint, Node, Pod, Service
 
 __all__ = ["AT_MOST", "OUTSIDE_PORT", "probes"]
 
-AT_MOST: Final = 150
+AT_MOST: Final = 90
 """Ways that are traced."""
 OUTSIDE_PORT: Final = 443
 _PUBLIC: Final = {4: ip_address("8.8.8.8"), 6: ip_address("2001:4860:4860::8888")}
