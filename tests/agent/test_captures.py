@@ -323,7 +323,7 @@ def test_limits_are_exact_and_the_servers(fleet: Fleet, wire: Wire) -> None:
         (request(tap("any", "link[14] == 0")), UsageError, "reads link addresses"),
         (request(), UsageError, "the request names no tap"),
         (request(*[tap()] * 33), UsageError, "32 taps at most"),
-        (request(tap(text="x" * 40_000)), UsageError, "longer than 32768 characters"),
+        (request(tap(text="x" * 40_000)), UsageError, "40000 characters, more than 32768"),
     ],
 )
 def test_what_is_refused(

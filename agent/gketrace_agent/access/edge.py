@@ -29,8 +29,8 @@ _PODREF: Final = {
     "container_ids": _IDENTIFIER,
     "config_hash": _IDENTIFIER,
 }
-_STRING: Final = 4096
-"""Characters of any string: filters are the longest."""
+_STRING: Final = 32 << 10
+"""Characters of any string: the longest are the filters of captures, with all endpoints in them."""
 _LIST: Final = 20_000
 """Elements of any list: pods of a node, entries to delete."""
 _DEPTH: Final = 16
