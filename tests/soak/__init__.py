@@ -1,0 +1,1 @@
+"""Long runs of mixed calls against the lab's agents, and what they leave behind."""
