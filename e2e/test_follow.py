@@ -27,7 +27,7 @@ import pytest
 
 from e2e.answers import COMMAND
 from e2e.conftest import LabFactory
-from e2e.netlab import Lab
+from e2e.netlab import Lab, Probe
 
 SECONDS = float(os.environ.get("GKETRACE_FOLLOW_SECONDS", "6"))
 SCHEMA = json.loads((Path(__file__).parents[1] / "docs/schema/follow.json").read_text())
@@ -244,3 +244,113 @@ def test_each_connection_that_clients_logged_is_one_record(labs: LabFactory, top
     assert (first.code, second.code) == (0, 0)
     # By the rules, each of web6's endpoints gets a third.
     assert {end["expectedShare"] for end in second.summary["endpoints"]} <= {0.3333, 0.3334}
+
+
+def break_ptp(lab: Lab) -> dict[str, tuple[str, list[str], list[str]]]:
+    """What is broken → where, how it is broken, how it is mended; for web's three pods."""
+    web = {n: lab.pod(f"web-{n}") for n in range(3)}
+    short = {n: lab.node(web[n]["node"])["short"] for n in range(3)}
+    route = [f"{web[2]['ip']}/32", "dev", web[2]["veth"]]
+    drop = ["FORWARD", "-d", web[1]["ip"], "-p", "tcp", "--dport", "8080", "-j", "DROP"]
+    comment = ["-m", "comment", "--comment", "broken on purpose"]
+    return {
+        "drop": (
+            f"node/{short[1]}",
+            ["iptables-nft", "-I", *drop, *comment],
+            ["iptables-nft", "-D", *drop, *comment],
+        ),
+        "veth": (
+            f"node/{short[2]}",
+            ["ip", "link", "set", web[2]["veth"], "down"],
+            ["sh", "-c", f"ip link set {web[2]['veth']} up && ip route replace {' '.join(route)}"],
+        ),
+        "route": (
+            f"node/{short[2]}",
+            ["ip", "route", "del", *route],
+            ["ip", "route", "replace", *route],
+        ),
+        "forward": (
+            f"node/{short[1]}",
+            ["sysctl", "-qw", "net.ipv4.ip_forward=0"],
+            ["sysctl", "-qw", "net.ipv4.ip_forward=1"],
+        ),
+        "reset": (
+            "pod/web-0",
+            ["iptables-nft", "-I", "INPUT", *RESET],
+            ["iptables-nft", "-F", "INPUT"],
+        ),
+        "gone": (
+            "pod/web-0",
+            ["iptables-nft", "-I", "INPUT", *REFUSE],
+            ["iptables-nft", "-F", "INPUT"],
+        ),
+    }
+
+
+# The pod's kernel answers with a RST: to the SYN, as where nothing listens; to the request.
+REFUSE = ["-p", "tcp", "--dport", "8080", "-j", "REJECT", "--reject-with", "tcp-reset"]
+RESET = ["-p", "tcp", "--dport", "8080", "--tcp-flags", "PSH", "PSH", *REFUSE[4:]]
+
+
+@contextmanager
+def broken(lab: Lab, *what: str) -> Iterator[None]:
+    ways = break_ptp(lab)
+    try:
+        for name in what:
+            target, argv, _ = ways[name]
+            done = lab.exec(target, argv)
+            assert done.returncode == 0, (name, done.stderr)
+        yield
+    finally:
+        for name in what:
+            target, _, argv = ways[name]
+            done = lab.exec(target, argv)
+            assert done.returncode == 0, (name, done.stderr)
+
+
+def fail(lab: Lab, count: int, seconds: float) -> list[str]:
+    """Opens connections to web-nodeport, all at once; waits; the clients' ends."""
+    probe = Probe(source="client", address=lab.world.nodes[0].ip, port=30080)
+    results = lab.connect_all([probe] * count, timeout=0.5)
+    time.sleep(seconds)
+    return [ends(*result.source) for result in results if result.source]
+
+
+def walks(one: Following, clients: list[str]) -> dict[str, set[tuple[str, str]]]:
+    """Pod → outcome and what the walk said, of the failures among these clients' connections."""
+    found: dict[str, set[tuple[str, str]]] = {}
+    for record in one.records:
+        if record["client"] in clients and record["failed"]:
+            said = record["died"]["walk"] or ""
+            pod = (record["endpointName"] or "").removeprefix("pod/default/")
+            found.setdefault(pod, set()).add((record["outcome"], said))
+    return found
+
+
+def test_what_is_broken_is_named_where_it_dies(labs: LabFactory) -> None:
+    lab = labs("ptp")
+    with following(lab, "service", "web-nodeport") as one:
+        with broken(lab, "drop", "veth", "gone"):
+            first = fail(lab, 18, 6.0)
+        with broken(lab, "forward", "route", "reset"):
+            second = fail(lab, 18, 6.0)
+    assert one.code == 1, one.said
+    died = walks(one, first)
+    assert {outcome for outcome, _ in died["web-0"]} == {"refused"}
+    assert {outcome for outcome, _ in died["web-1"]} == {"unanswered"}
+    assert all("dropped by filter FORWARD:1" in w and "m69d" in w for _, w in died["web-1"]), died
+    assert {outcome for outcome, _ in died["web-2"]} == {"unanswered"}
+    assert all("33fg" in w for _, w in died["web-2"]), died
+    died = walks(one, second)
+    assert {outcome for outcome, _ in died["web-0"]} == {"reset"}
+    assert all("forwarding is off" in w and "m69d" in w for _, w in died["web-1"]), died
+    assert all("33fg" in w for _, w in died["web-2"]), died
+    # SYNs that were dropped behind the first node: the second was read, and has no entry.
+    dropped = [r for r in one.records if r["client"] in first and "web-1" in r["endpointName"]]
+    assert dropped
+    for record in dropped:
+        assert record["died"]["lastSeen"].endswith("2jdh")
+        assert record["died"]["notSeenOn"].endswith("m69d")
+        assert [entry["node"][-4:] for entry in record["entries"]] == ["2jdh"]
+    told = {failure["outcome"] for failure in one.summary["failures"]}
+    assert told == {"refused", "unanswered", "reset"}

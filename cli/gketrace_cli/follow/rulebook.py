@@ -146,20 +146,25 @@ class RuleBook:
         self._asked.put((key, self._question(first, entry, existing=False), False))
         return known[1] if known is not None else None
 
-    def death(self, connection: Connection) -> str | None:
-        """What a walk of its packet says, one sentence, ``""`` for nothing; None: not known yet."""
+    def death(self, connection: Connection, after: float) -> str | None:
+        """What a walk of its packet says, one sentence, ``""`` for nothing; None: not known yet.
+
+        The walk is of a moment later than `after`, seconds since the epoch: what was so before the
+        connection began says nothing of it.
+        """
         first, last = connection.first, connection.last
         entry = connection.halves[0].place.node
         key: Hashable = (first.src, first.dst, first.dport, first.protocol, entry, last.dst)
+        now = time.time()
         with self._lock:
             known = self._deaths.get(key)
-            if known is not None and time.monotonic() - known[0] < _DEATHS_AGE:
+            if known is not None and known[0] >= after and now - known[0] < _DEATHS_AGE:
                 return known[1]
-            if len(self._deaths) >= _AT_MOST:
+            if known is None and len(self._deaths) >= _AT_MOST:
                 return ""
-            self._deaths[key] = (time.monotonic(), known[1] if known is not None else None)
+            self._deaths[key] = now, None
         self._asked.put((key, self._question(first, entry, existing=True), True))
-        return known[1] if known is not None else None
+        return None
 
     def _question(self, first: Tuple5, entry: str, *, existing: bool) -> Question:
         pod = self._pod_of(str(first.src))
@@ -193,7 +198,7 @@ class RuleBook:
             self._walk(batch)
 
     def _walk(self, batch: list[tuple[Hashable, Question, bool]]) -> None:
-        error = ""
+        error, begun = "", time.time()
         found: list[tuple[Path, ...]] = [()] * len(batch)
         try:
             result = Asker(self._session).ask([question for _, question, _ in batch])
@@ -204,7 +209,7 @@ class RuleBook:
             now = time.monotonic()
             for (key, _, dying), paths in zip(batch, found, strict=True):
                 if dying:
-                    self._deaths[key] = now, _death(paths, error)
+                    self._deaths[key] = begun, _death(paths, error)
                 else:
                     self._ways[key] = now, Way(paths=paths, error=error)
 
@@ -218,14 +223,20 @@ def _death(paths: tuple[Path, ...], error: str) -> str:
             if one is not None and one.outcome.disposition in FAILURE:
                 share = _share(path.chance) if len(paths) > 1 else ""
                 where = one.outcome.netns
-                place = f"in {where} on {where.node}" if where.pod else f"on {where.node}"
-                return f"{what} would be {outcome_text(one)}, {place}{share}"
+                place = f", on {where.node}" if where.node else ""  # the network is no node
+                place = f", in {where} on {where.node}" if where.pod else place
+                return f"{what} {_would(one)}{place}{share}"
     unknown = [p for p in paths if p.outcome.disposition is Disposition.UNKNOWN]
     if unknown:
         return f"where its packet would end now is not known: {outcome_text(unknown[0])}"
     if paths:
         return "by rules, routes and sockets as they are now its packet would arrive"
     return ""
+
+
+def _would(path: Path) -> str:
+    text = outcome_text(path)
+    return text if path.outcome.disposition is Disposition.LOOPED else f"would be {text}"
 
 
 def _share(chance: Fraction | None) -> str:

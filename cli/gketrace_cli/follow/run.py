@@ -123,6 +123,9 @@ class _Follow:
         self._pending: list[tuple[float, Followed]] = []
         self._warned: set[int] = set()
         """Connections of which a failure was shown before their end."""
+        self._died: dict[int, str] = {}
+        """Connection → what was wrong when it was first found to fail: by its end that may be
+        mended, or broken another way."""
         self._counting = False
         self._ready = False
         self._began = time.time()
@@ -223,10 +226,16 @@ class _Follow:
         way = self._rulebook.way(followed.connection)
         judgement = followed.judgement
         walked = judgement.failed and judgement.outcome in _WALKED
-        death = self._rulebook.death(followed.connection) if walked else ""
+        death = self._died.get(followed.number) if walked else ""
+        if death is None:
+            death = self._rulebook.death(followed.connection, followed.began or self._began)
         if (way is None or death is None) and now < deadline and not self._output.broken.is_set():
             self._pending.append((deadline, followed))
             return
+        if followed.phase in _RECORDS:
+            self._died.pop(followed.number, None)
+        elif walked and death is not None:
+            self._died[followed.number] = death
         world = self._world
         self._emit(make_view(followed, world.book, world.node_of, way, death))
 
