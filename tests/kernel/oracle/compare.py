@@ -9,7 +9,7 @@ from enum import Enum
 from gketrace.conntrack import ConntrackEntry, CtStatus
 from gketrace.packet import Packet, Tuple5
 from gketrace.snapshot import ConntrackView, Unavailable
-from gketrace.trace import Disposition, Flow, Hook, Leaf, Source, StepKind, Walk
+from gketrace.trace import Disposition, Flow, Hook, Leaf, Source, StepAction, StepKind, Walk
 from tests.kernel.oracle.bed import TRACE_TABLE
 from tests.kernel.oracle.inject import Seen, parse
 from tests.kernel.oracle.tracing import Story
@@ -190,9 +190,20 @@ def _tracked(flow: Flow) -> bool:
     return flow.assumed and not entry.status & CtStatus.UNTRACKED and not entry.zone
 
 
+def _undecided(leaf: Leaf) -> frozenset[RuleId]:
+    """The rules that it says it cannot decide, and that change nothing either way."""
+    return frozenset(
+        (step.citation.table.split()[-1], step.citation.chain, step.citation.position)
+        for branch in leaf.branches
+        for step in branch.steps
+        if step.action is StepAction.UNKNOWN and step.citation is not None
+    )
+
+
 def _leaf_differs(
     leaf: Leaf, seen: Observed, masters: Mapping[str, str], open_rules: frozenset[RuleId]
 ) -> str:
+    open_rules |= _undecided(leaf)
     nft, legacy = (
         tuple(rule for rule in rules if rule not in open_rules) for rules in _predicted_rules(leaf)
     )
