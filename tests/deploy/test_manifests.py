@@ -129,7 +129,7 @@ def test_values(api: KubeApi) -> None:
         },
         "port": 9999,
         "allowSystemChanges": True,
-        "metrics": {"listen": "tcp://0.0.0.0:9411"},
+        "metrics": {"listen": "tcp://127.0.0.1:9500"},
         "tls": {"generate": False, "secretName": "own"},
         "resourceQuota": {"create": False},
         "priorityClassName": "",
@@ -152,7 +152,7 @@ def test_values(api: KubeApi) -> None:
     assert {
         "--listen=tcp://127.0.0.1:9999",
         "--allow-system-changes",
-        "--metrics-listen=tcp://0.0.0.0:9411",
+        "--metrics-listen=tcp://127.0.0.1:9500",
         "--max-capture-calls=5",
     } <= set(container["args"])
     assert container["ports"][0]["containerPort"] == 9999
