@@ -196,7 +196,9 @@ def _undecided(leaf: Leaf) -> frozenset[RuleId]:
         (step.citation.table.split()[-1], step.citation.chain, step.citation.position)
         for branch in leaf.branches
         for step in branch.steps
-        if step.action is StepAction.UNKNOWN and step.citation is not None
+        if step.action is StepAction.UNKNOWN
+        and step.citation is not None
+        and step.citation.source is Source.RULE
     )
 
 
