@@ -7,19 +7,19 @@ never reads the table.  A thread does that every now and then: at most `_SHARE` 
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
-from prometheus_client import CollectorRegistry, ProcessCollector, start_http_server
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from gketrace.errors import GketraceError, UnavailableError
 from gketrace_agent.kernel.hostpaths import HostPaths
 from gketrace_agent.kernel.netns import NetnsHandle
 from gketrace_agent.log import logger
+from gketrace_agent.metrics_http import ScrapeServer
 from gketrace_agent.metrics_series import Collector, Sampled
 from gketrace_agent.observe.conntrack_names import ServiceNames
 from gketrace_agent.observe.conntrack_sample import take_sample
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["MetricsServer", "Sampler"]
 
-_SCRAPE_SECONDS: Final = 10.0
-"""For a scrape's handshake and its request."""
 _EVERY: Final = 15.0
 """Seconds between samples of a table that costs little."""
 _SHARE: Final = 0.02
@@ -146,26 +144,14 @@ class MetricsServer:
     def start(self) -> int:
         """Serves; returns the port.  Raises `UnavailableError` when the address is taken."""
         try:
-            server, thread = start_http_server(self._port, self._host, registry=self._registry)
+            server = ScrapeServer(self._host, self._port, self._registry, self._certificate)
         except OSError as error:
             self._stack.close()
             raise UnavailableError(
                 f"cannot serve metrics on {self._host}:{self._port}: {error.strerror}"
             ) from None
-
-        if (certificate := self._certificate) is not None:
-            accept = server.get_request
-
-            def get_request() -> tuple[socket.socket, Any]:
-                # The handshake is made in the connection's own thread, by its first read.
-                connection, peer = accept()
-                connection.settimeout(_SCRAPE_SECONDS)
-                wrapped = certificate.context().wrap_socket(
-                    connection, server_side=True, do_handshake_on_connect=False
-                )
-                return wrapped, peer
-
-            server.get_request = get_request  # type: ignore[method-assign]
+        thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+        thread.start()
 
         def stop() -> None:
             server.shutdown()
