@@ -39,6 +39,8 @@ __all__ = ["AgentServer", "serve"]
 
 _GRACE: Final = 3.0
 """Seconds that calls in progress get to end."""
+_LOOK: Final = 1.0
+"""Seconds between looks for a signal that came at the wrong moment."""
 _LAST: Final = 1.0
 """Seconds that the threads of cancelled calls get after that."""
 _DOORMEN: Final = 8
@@ -283,7 +285,10 @@ def serve(config: Config) -> None:
         "serving",
         extra={"fields": {"node": config.node, "pid": os.getpid(), "startup_ms": startup}},
     )
-    stop.wait()
+    # Not for ever at once: a signal that comes between the interpreter's last look for signals and
+    # its wait for the lock does not end that wait.
+    while not stop.wait(_LOOK):
+        pass
     logger.info("stopping")
     ended = server.stop()
     logger.info("stopped" if ended else "stopped; calls that did not end in time are abandoned")
