@@ -51,6 +51,7 @@ class Way:
     """What new connections of one sender through one door meet."""
 
     paths: tuple[Path, ...]
+    door: IPAddress
     error: str = ""
 
     def rules(self, node: str, taken: Tuple5, let_out: Tuple5) -> tuple[Citation, ...]:
@@ -64,9 +65,9 @@ class Way:
     def odds(self) -> Odds:
         found: dict[tuple[str, int], float | None] = {}
         for path in self.paths:
-            if path.outcome.disposition not in SUCCESS:
-                continue
             packet = path.outcome.packet
+            if packet.dst == self.door and path.outcome.disposition not in SUCCESS:
+                continue  # not translated: no endpoint was picked
             key = str(packet.dst), packet.dport or 0
             before = found.get(key, 0.0)
             known = path.chance is not None and before is not None
@@ -207,11 +208,11 @@ class RuleBook:
             error = failure.message
         with self._lock:
             now = time.monotonic()
-            for (key, _, dying), paths in zip(batch, found, strict=True):
+            for (key, question, dying), paths in zip(batch, found, strict=True):
                 if dying:
                     self._deaths[key] = begun, _death(paths, error)
                 else:
-                    self._ways[key] = now, Way(paths=paths, error=error)
+                    self._ways[key] = now, Way(paths=paths, door=question.address, error=error)
 
 
 def _death(paths: tuple[Path, ...], error: str) -> str:

@@ -89,7 +89,8 @@ def _facts(view: View) -> list[str]:
     followed = view.followed
     facts: list[str] = []
     first, last = followed.connection.first, followed.connection.last
-    if (first.src, first.sport) != (last.src, last.sport):
+    answered = any(sight.replied for sight in followed.sights)
+    if answered and (first.src, first.sport) != (last.src, last.sport):
         facts.append(f"seen as {_end(last, source=True)}")
     if view.duration is not None and not view.failed:
         facts.append(duration_text(view.duration))
@@ -130,6 +131,11 @@ def duration_text(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
+def _at_most(seconds: float) -> str:
+    text = duration_text(seconds)
+    return text if text.startswith("<") else f"{text} at most"
+
+
 def _half_text(half: Half, sight: Sight) -> str:
     entry = half.entry
     out = entry.reply.inverted()
@@ -158,6 +164,7 @@ def connection_document(view: View) -> dict[str, Any]:
     connection, judgement = followed.connection, followed.judgement
     first, last = connection.first, connection.last
     source, target = connection.halves[0], followed.sights[0]
+    answered = any(sight.replied for sight in followed.sights)
     return envelope(
         "FollowedConnection",
         {
@@ -174,7 +181,7 @@ def connection_document(view: View) -> dict[str, Any]:
             "endpoint": _end(last),
             "endpointName": view.endpoint or None,
             "endpointNode": view.endpoint_node or None,
-            "sourceSeen": _end(last, source=True),
+            "sourceSeen": _end(last, source=True) if answered else None,
             "began": _stamp(followed.began),
             "ended": _stamp(followed.ended),
             "durationSeconds": None if view.duration is None else round(view.duration, 3),
@@ -404,7 +411,8 @@ def summary_lines(
             )
     if tally.shares:
         page.blank()
-        page.line("Endpoints: connections, their share, and the share by the rules", "bold")
+        page.line("Endpoints", "bold")
+        page.lines.append(page.paint("  connections   share  by rules", "dim"))
         whole = _shared(tally)
         for end, share in _ordered(tally):
             expected = "not known"
@@ -413,12 +421,12 @@ def summary_lines(
             name = names.get(end, "")
             label = f"{name} {end}" if name else end
             part = f"{share.connections / whole:.1%}" if whole else ""
-            page.line(f"{share.connections:>7,}  {part:>6}  {expected:>9}  {label}", indent=2)
+            page.lines.append(f"  {share.connections:>11,}  {part:>6}  {expected:>8}  {label}")
     percent = tally.percentiles()
     if percent:
-        texts = (f"{p} % under {duration_text(v)}" for p, v in percent.items())
+        texts = (f"{p} % took {_at_most(value)}" for p, value in percent.items())
         page.blank()
-        page.line(f"Duration of those that closed: {', '.join(texts)}.")
+        page.line(f"Of those that closed {', '.join(texts)}.")
     if tally.beside:
         page.line(
             f"{tally.beside:,} more went straight to endpoints, not through the Service.", "dim"

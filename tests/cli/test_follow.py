@@ -1,0 +1,104 @@
+"""`--follow` without a cluster: what is typed, what a terminal is shown, what a summary counts."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+
+import pytest
+
+from gketrace.connections import Place
+from gketrace.errors import ExitCode, UsageError
+from gketrace.follow.joiner import Joiner
+from gketrace_cli.addressbook import AddressBook
+from gketrace_cli.follow.options import Followed, FollowOutput, plain_output
+from gketrace_cli.follow.output import Sampler
+from gketrace_cli.follow.tally import Gap, Tally, percentiles
+from gketrace_cli.follow.view import View, make_view, parse_state
+from gketrace_cli.main import run
+from gketrace_cli.options import Options
+from gketrace_cli.render.follow import connection_document, connection_lines, verdict
+from gketrace_cli.render.layout import Page
+from tests.core.test_follow import A, B, Script, node_port, owner, play
+
+
+def views(fate: str, *, died: int = 9) -> list[View]:
+    script = Script()
+    script.connect(5.0, node_port("203.0.113.9", 40000, A, B), fate, died=died)
+    book = AddressBook(nodes=(), pods=(), services=())
+    return [make_view(one, book, {"10.40.1.6": "b"}, None, "") for one in play(script)]
+
+
+def test_a_closed_connection_is_one_line() -> None:
+    text = connection_lines(Page(), views("closed")[-1], "default")
+    assert text.count("\n") == 1
+    assert "closed  203.0.113.9:40000 → 10.142.0.1:30080 → 10.40.1.6:8080" in text
+    assert "seen as 10.142.0.1:40000" in text
+
+
+def test_a_failure_says_where_it_was_seen_last() -> None:
+    view = views("unanswered", died=1)[-1]
+    text = " ".join(connection_lines(Page(), view, "default").split())
+    assert "UNANSWERED" in text
+    assert "last seen leaving a, and b has no entry of it" in text
+    assert "seen as" not in text
+    document = connection_document(view)
+    assert document["died"] == {"lastSeen": "a", "notSeenOn": "b", "walk": None}
+    assert document["sourceSeen"] is None
+
+
+def test_a_terminal_gets_a_sample_and_the_count_of_the_rest() -> None:
+    written: list[str] = []
+    now = [0.0]
+    sampler = Sampler(written.append, 10, lambda: now[0])
+    for number in range(500):
+        now[0] = number / 500
+        sampler.offer(lambda: "line\n", failed=number % 100 == 0)
+    assert written.count("line\n") == 15
+    now[0] = 1.1
+    sampler.tick()
+    assert "485 more in 1.1 s are counted, not shown" in written[-1]
+
+
+def test_the_summary_counts_and_judges() -> None:
+    tally = Tally()
+    tally.add(views("closed")[-1])
+    assert tally.code(missing=False) is ExitCode.OK
+    assert verdict("Service x", tally, 3.0, ()) == "Service x: 1 connection in 3 s, none failed."
+    tally.add(views("refused")[-1])
+    assert tally.code(missing=False) is ExitCode.BROKEN
+    assert "1 of 2 connections failed in 3 s (1 refused)" in verdict("Service x", tally, 3.0, ())
+    tally.gaps.append(Gap(where="a", why="gone", begin=1.0, end=None))
+    assert tally.code(missing=False) is ExitCode.PARTIAL
+    assert verdict("Service x", tally, 3.0, ()).endswith("not everything was seen.")
+    assert percentiles([3.0, 1.0, 2.0]) == {50: 2.0, 90: 3.0, 99: 3.0}
+
+
+def test_options_that_go_with_follow_only() -> None:
+    for typed in (
+        Followed(follow=False, failed=True),
+        Followed(follow=False, duration="5s"),
+        Followed(follow=False, output=FollowOutput.JSONL),
+    ):
+        with pytest.raises(UsageError, match="--follow only"):
+            plain_output(Options(), typed)
+    for words in (
+        ["service", "x", "--follow", "-o", "json"],
+        ["service", "x", "--follow", "--duration", "soon"],
+        ["service", "x", "--follow", "--via", "nodeport"],
+        ["pod", "x", "--follow", "--events"],
+    ):
+        assert run(words) == ExitCode.USAGE
+
+
+def test_states() -> None:
+    assert parse_state("established") == "ESTABLISHED"
+    assert parse_state("Reset") == "reset"
+    with pytest.raises(UsageError, match="no such state"):
+        parse_state("sad")
+
+
+def test_a_joiner_without_events_tells_nothing() -> None:
+    joiner = Joiner(owner=owner)
+    joiner.heard(Place(node="a"), 1.0)
+    assert joiner.told(5.0) == []
+    assert owner(ip_address("10.142.0.1")) == "a"
