@@ -33,9 +33,13 @@ class Running:
     process: subprocess.Popen[str]
     told: list[str] = field(default_factory=list)
 
-    def stop(self) -> tuple[int, str]:
-        """Exit code and standard output, after Ctrl-C."""
-        time.sleep(0.3)  # the last packets are on their way to the rings
+    def stop(self, after: float = 0.3) -> tuple[int, str]:
+        """Exit code and standard output, after Ctrl-C.
+
+        `after`: seconds that it goes on for: the last packets are on their way to the rings, and
+        one that got no answer counts as unanswered after a second.
+        """
+        time.sleep(after)
         self.process.send_signal(signal.SIGINT)
         out, _ = self.process.communicate(timeout=30)
         return self.process.returncode, out
@@ -226,7 +230,7 @@ def test_where_it_dies_and_who_resets_it(
         assert curl(lab, "33fg", port, seconds=1.5).returncode != 0
     finally:
         rule(lab, "-D", *words)
-    code, out = running.stop()
+    code, out = running.stop(after=1.3)
     assert code == 1, running.told
     found = of_port(json.loads(out), port)
     assert (found["state"], found["failed"]) == (state, True)

@@ -23,13 +23,13 @@ from gketrace.capture.packets import Direction, Tap
 from gketrace.capture.segments import FIN, RST, SYN, FlowKey, Sighting
 from gketrace.packet import Protocol
 
-__all__ = ["Fate", "Flow", "Passage", "Repeat", "Station", "Unit", "Window", "follow"]
+__all__ = ["GRACE", "Fate", "Flow", "Passage", "Repeat", "Station", "Unit", "Window", "follow"]
 
 Slack: TypeAlias = Callable[[str, str], int]
 """(node, node) → nanoseconds that their corrected clocks may be apart."""
 _MASK: Final = 0xFFFFFFFF
 _HALF: Final = 1 << 31
-_GRACE: Final = 10**9
+GRACE: Final = 10**9
 """Nanoseconds that a packet may take to the next station before it counts as lost."""
 _RECENT: Final = 256
 """Units that a piece of a segment is looked for in."""
@@ -318,7 +318,7 @@ def _fate(unit: Unit, stations: Sequence[Station], windows: Mapping[Tap, Window]
         window = windows.get(station.tap)
         closed = end if window is None else window.end
         opened = unit.begin if window is None else window.begin
-        if unit.begin < opened or unit.last.time + _GRACE > closed:
+        if unit.begin < opened or unit.last.time + GRACE > closed:
             return Fate.UNKNOWN
         if window is not None and not window.complete:
             return Fate.UNKNOWN

@@ -11,7 +11,7 @@ packets should have been seen next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,7 +25,7 @@ from gketrace.capture.conversations import (
 )
 from gketrace.capture.layers import address
 from gketrace.capture.packets import CapturedPacket, Direction, Tap
-from gketrace.capture.passages import Flow, Station, Unit, Window, follow
+from gketrace.capture.passages import GRACE, Flow, Station, Unit, Window, follow
 from gketrace.capture.plan import Crossing, Rewrite, Route, Spot
 from gketrace.capture.segments import (
     ACK,
@@ -52,6 +52,7 @@ __all__ = [
 
 _UNKNOWN_SLACK: Final = 5 * 10**9
 """Nanoseconds between clocks that nothing is known of."""
+_INITIAL_TTLS: Final = frozenset({64, 128, 255})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +90,7 @@ class Ending:
     early: bool
     """There are stations before, which did not see it: the node of `station` made it, unless the
     capture lost it there."""
+    ttl: int
     time: int
 
 
@@ -104,8 +106,13 @@ class StitchedConnection:
     errors: tuple[IcmpError, ...] = ()
     route: Route | None = None
     expected: tuple[Crossing, ...] = ()
-    """Where its packets should have passed next, by the plan, and did not at all."""
+    """Where its packets should have passed next, by the plan, and did not at all, though the taps
+    there were open from its beginning until after its end and lost nothing."""
     expected_back: tuple[Crossing, ...] = ()
+    watched: frozenset[Spot] = frozenset()
+    """Taps that were open from its beginning until after its end, and lost nothing."""
+    ended_early: bool = False
+    """The capture ended so soon after its last packet that an answer could still come."""
 
     @property
     def first(self) -> Tuple5:
@@ -179,6 +186,7 @@ class StitchedConnection:
                         by_client=by_client,
                         station=flow.stations[place],
                         early=place > 0,
+                        ttl=one.ttl,
                         time=unit.begin,
                     )
                 )
@@ -200,6 +208,19 @@ class StitchedConnection:
         assert first is not None
         assert last is not None
         return tuple(r for crossing in way[first + 1 : last + 1] for r in crossing.rewrites)
+
+    def made_at(self, ending: Ending) -> bool:
+        """Whether its node made it, and did not forward it: by its TTL no router has had it, and
+        the taps before, which all were open, have not seen it."""
+        if ending.ttl not in _INITIAL_TTLS:
+            return False
+        if ending.early:
+            return True
+        way = (
+            () if self.route is None else self.route.there if ending.by_client else self.route.back
+        )
+        place = _place(way, ending.station)
+        return place is not None and all(c.spot in self.watched for c in way[:place])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,8 +290,14 @@ def _connection(
         evidence=joined.evidence,
         contested=joined.contested,
     )
-    _expect(made, routes)
+    _expect(made, routes, windows)
+    ends = [windows[tap].end for tap in _taps(made) if tap in windows] or [end]
+    made.ended_early = made.end + GRACE > min(ends)
     return made
+
+
+def _taps(connection: StitchedConnection) -> set[Tap]:
+    return {s.tap for flow in (connection.there, connection.back) for s in flow.stations}
 
 
 def _oriented(members: Sequence[Conversation]) -> list[Conversation]:
@@ -322,7 +349,9 @@ def _packet(flow: FlowKey) -> Packet:
     )
 
 
-def _expect(made: StitchedConnection, routes: Sequence[Route]) -> None:
+def _expect(
+    made: StitchedConnection, routes: Sequence[Route], windows: Mapping[Tap, Window]
+) -> None:
     """The plan's route that fits most stations, and what it expects after the last of them."""
     best: tuple[int, Route] | None = None
     for route in routes:
@@ -334,13 +363,19 @@ def _expect(made: StitchedConnection, routes: Sequence[Route]) -> None:
     if best is None:
         return
     made.route = best[1]
-    made.expected = _rest(best[1].there, made.there)
-    made.expected_back = _rest(best[1].back, made.back)
+    made.watched = frozenset(
+        _spot(tap)
+        for tap, window in windows.items()
+        if window.complete and window.begin <= made.begin and made.end + GRACE <= window.end
+    )
+    made.expected = _rest(best[1].there, made.there, made.watched)
+    made.expected_back = _rest(best[1].back, made.back, made.watched)
 
 
-def _rest(way: tuple[Crossing, ...], flow: Flow) -> tuple[Crossing, ...]:
+def _rest(way: tuple[Crossing, ...], flow: Flow, watched: Collection[Spot]) -> tuple[Crossing, ...]:
     places = [place for station in flow.stations if (place := _place(way, station)) is not None]
-    return way[max(places) + 1 :] if places else ()
+    rest = way[max(places) + 1 :] if places else ()
+    return tuple(crossing for crossing in rest if crossing.spot in watched)
 
 
 def _attach(made: Sequence[StitchedConnection], errors: Sequence[ErrorSighting]) -> list[IcmpError]:

@@ -36,6 +36,8 @@ class State(Enum):
     """Packets were sent, and nothing came back to where they came from."""
     STALLED = "stalled"
     """Answered, and then something was sent again and again and never arrived."""
+    PENDING = "pending"
+    """Not answered when the capture ended, too soon to tell."""
     MIDDLE = "middle"
     """Its beginning was not captured; nothing is wrong with the rest."""
 
@@ -74,9 +76,9 @@ def state_of(connection: StitchedConnection) -> State:
     if begun and answer is None and not _moved(connection):
         if any(not reset.by_client for reset in resets):
             return State.REFUSED
-        return State.UNREACHABLE if connection.errors else State.UNANSWERED
+        return _silent(connection)
     if answer is not None and not _came_back(connection, answer):
-        return State.UNREACHABLE if connection.errors else State.UNANSWERED
+        return _silent(connection)
     if _stuck(connection):
         return State.STALLED
     if resets and not _after_closing(connection, resets[0]):
@@ -89,8 +91,14 @@ def state_of(connection: StitchedConnection) -> State:
 def _without_tcp(connection: StitchedConnection) -> State:
     if connection.back.units:
         arrived = any(_came_back(connection, unit) for unit in connection.back.units)
-        return State.OPEN if arrived else State.UNANSWERED
-    return State.UNREACHABLE if connection.errors else State.UNANSWERED
+        return State.OPEN if arrived else _silent(connection)
+    return _silent(connection)
+
+
+def _silent(connection: StitchedConnection) -> State:
+    if connection.errors:
+        return State.UNREACHABLE
+    return State.PENDING if connection.ended_early else State.UNANSWERED
 
 
 def _moved(connection: StitchedConnection) -> bool:
@@ -182,18 +190,19 @@ def deaths_of(connection: StitchedConnection) -> tuple[Death, ...]:
 def sender_text(connection: StitchedConnection, ending: Ending) -> str:
     """Who sent a FIN or RST: ``pod default/web-0``, ``node n1``, ``203.0.113.10``.
 
-    What comes in where it is first seen was sent from beyond; what goes out was made there.  A
-    node makes the packets of its own processes and of its rules (``REJECT --reject-with
-    tcp-reset``).
+    What comes in where it is first seen was sent from beyond.  A node makes the packets of its own
+    processes and of its rules (``REJECT --reject-with tcp-reset``); what goes out of it may also
+    come from a pod whose interfaces were not captured, and then only the address is told.
     """
     tap, direction = ending.station.tap, ending.station.direction
+    if direction is Direction.OUT and tap.pod:
+        return f"pod {tap.pod}"
+    if direction is Direction.OUT and connection.made_at(ending):
+        return f"node {tap.node}"
+    address = str(connection.first.src if ending.by_client else connection.last.dst)
     if direction is Direction.OUT:
-        if tap.pod:
-            return f"pod {tap.pod}"
-        if ending.early or not tap.pod:
-            return f"node {tap.node}"
-    half = connection.first.src if ending.by_client else connection.last.dst
-    return str(half)
+        return f"{address}, as first seen going out of node {tap.node}"
+    return address
 
 
 def hop_times(flow: Flow) -> list[list[int]]:

@@ -42,7 +42,12 @@ __all__ = [
     "span",
 ]
 
-_STYLES: Final = {State.OPEN: "green", State.CLOSED: "green", State.MIDDLE: "yellow"}
+_STYLES: Final = {
+    State.OPEN: "green",
+    State.CLOSED: "green",
+    State.MIDDLE: "yellow",
+    State.PENDING: "yellow",
+}
 _ERRORS: Final = {
     4: {
         (3, 0): "network unreachable",

@@ -98,7 +98,9 @@ class Lines:
         )
 
     def _name(self, raw: bytes) -> str:
-        return self.names.get(address(raw), "")
+        name = self.names.get(address(raw), "")
+        kind, _, node = name.partition("/")
+        return f"node/{self.short(node)}" if kind == "node" else name
 
     def reserve(self, *taps: Tap) -> None:
         """Makes the columns wide enough beforehand."""

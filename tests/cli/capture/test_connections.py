@@ -118,7 +118,13 @@ def test_the_plan_says_where_it_should_have_gone_and_what_rewrote_it() -> None:
         replace(p, tap=replace(p.tap, node=real[p.tap.node])) for p in network.captured
     ]
     packets, _ = network.sorted()
-    found = collect_packets(packets, routes=[route], reference="33fg")
+    end = packets[-1].time_ns + 10 * SECOND
+    taps = [replace(tap, node=real[tap.node]) for tap in TAPS.values()]
+    late = {tap: Window(begin=packets[0].time_ns + 1, end=end) for tap in taps}
+    (unsure,) = collect_packets(packets, routes=[route], windows=late).stitched.connections
+    assert unsure.expected == ()  # the tap behind was opened after the first packet
+    windows = {tap: Window(begin=0, end=end) for tap in taps}
+    found = collect_packets(packets, routes=[route], reference="33fg", windows=windows)
     lines = text(found)
     assert "      DNAT to 10.40.0.6:8080 by KUBE-SEP-GNGNYGTEG254KWMX:2" in lines
     assert "      SNAT from 10.142.0.7:* by KUBE-POSTROUTING:3" in lines

@@ -114,6 +114,8 @@ class Network:
             ends = inside if place.translated else outside
             source, target = ends[::-1] if back else ends
             ttl = 64 - (place.hops_back if back else place.hops)
+            if begin:  # it is made there
+                ttl += way[begin][1].hops_back if back else way[begin][1].hops
             when += self.delay if before is None or before != place.tap.node else 2 * self.delay
             before = place.tap.node
             if number in unseen:
