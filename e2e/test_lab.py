@@ -213,7 +213,8 @@ def test_two_labs_at_once(life: Lab) -> None:
     [
         (["--era", "1.20", "--backend", "nft"], "no fixture for --era 1.20 --backend nft"),
         (["--era", "1.30", "--backend", "nftables"], "--era 1.30 --backend nft"),
-        (["--pods", "containerd"], "not built yet"),
+        (["--agent-image", "agent.tar"], "needs --pods containerd"),
+        (["--pods", "containerd", "--agent-image", "agent.tar"], "scripts/image writes it"),
         (["--topology", "mesh"], "invalid choice"),
     ],
 )

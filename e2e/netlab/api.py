@@ -45,8 +45,12 @@ class Lab:
         topology: str = "bridge",
         era: str = "1.36",
         backend: str | None = None,
+        pods: str = "process",
+        agent_image: str = "",
     ) -> None:
         self.name = name
+        self.pods = pods
+        self.agent_image = agent_image
         self.topology = topology
         self.era = era
         self.backend = backend or default_backend(era)
@@ -58,6 +62,9 @@ class Lab:
     def up(self) -> Lab:
         """Runs `e2e/lab up`; raises LabError with what it says."""
         argv = ["up", "--topology", self.topology, "--era", self.era, "--backend", self.backend]
+        argv += ["--pods", self.pods]
+        if self.agent_image:
+            argv += ["--agent-image", self.agent_image]
         done = self.command(*argv)
         if done.returncode != 0:
             raise LabError(f"{self.name}: up: exit {done.returncode}: {done.stderr.strip()}")
@@ -220,6 +227,27 @@ class Lab:
     def start_pod(self, pod: str) -> None:
         """Brings a stopped pod back, with new PIDs and a new namespace."""
         self._pod(pod, "start")
+
+    def stop_runtime(self, node: str) -> None:
+        """Kills the node's containerd; its containers go on."""
+        self._runtime(node, "stop")
+
+    def start_runtime(self, node: str) -> None:
+        self._runtime(node, "start")
+
+    def container_exec(self, pod: str, container: str, argv: Sequence[str]) -> dict[str, Any]:
+        """Runs a command in a container as the kubelet does: {"code", "out", "err"}."""
+        request = {"op": "container-exec", "pod": pod, "container": container, "argv": list(argv)}
+        answer: dict[str, Any] = lifecycle.control(self.name, request)
+        return answer
+
+    def restart_agents(self, *, without: Sequence[str] = ()) -> None:
+        """Packaged agents only: anew, without some of the capabilities that they are given."""
+        lifecycle.control(self.name, {"op": "agents", "without": list(without)})
+
+    def _runtime(self, node: str, action: str) -> None:
+        request = {"op": "runtime", "node": find_node(self.state, node), "action": action}
+        lifecycle.control(self.name, request)
 
     def api(self, method: str, path: str, body: object = None) -> Any:
         """A request to the Kubernetes API as its admin; /lab/… are its knobs (kubeapi.control)."""

@@ -35,6 +35,12 @@ def _parser() -> argparse.ArgumentParser:
     item.add_argument("--era", choices=("1.20", "1.30", "1.36"), default="1.36")
     item.add_argument("--backend", choices=("legacy", "nft", "nftables"))
     item.add_argument("--pods", choices=("process", "containerd"), default="process")
+    item.add_argument(
+        "--agent-image",
+        default="",
+        metavar="ARCHIVE",
+        help="run the agents from this image (scripts/image), as deploy/daemonset.yaml says",
+    )
     commands.add_parser("down", parents=[common], help="remove it")
     item = commands.add_parser("status", parents=[common], help="what is there")
     item.add_argument("--json", action="store_const", const="json", dest="output")
@@ -84,6 +90,7 @@ def _run(arguments: argparse.Namespace) -> int:
             era=arguments.era,
             backend=arguments.backend,
             pods=arguments.pods,
+            agent_image=arguments.agent_image,
             progress=lambda text: print(text, file=sys.stderr, flush=True),
         )
         print(path, flush=True)
@@ -135,7 +142,7 @@ def _status(name: str, output: str) -> None:
 def _status_lines(state: dict[str, Any]) -> list[str]:
     lines = [
         f"lab {state['name']}: kube-proxy {state['era']}, {state['backend']},"
-        f" topology {state['topology']}, pods {state['pods_backend']}",
+        f" topology {state['topology']}, pods {state['pods_backend']}, agents {state['agents']}",
         f"kubeconfig {state['kubeconfig']} (api: {state['api']})",
         "",
         "NODES",

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from e2e.netlab import linux
+from e2e.netlab.containerd import check_programs
 from e2e.netlab.errors import LabError
 from e2e.netlab.state import check_name, lab_cgroup, locked, read_state, state_dir, teardown
 from e2e.netlab.world import TOPOLOGIES, default_backend, load_world
 
 __all__ = ["control", "down", "running_state", "up"]
 
-_PARAMETERS = ("topology", "era", "backend", "pods_backend")
+_PARAMETERS = ("topology", "era", "backend", "pods_backend", "agents")
 
 
 def up(
@@ -30,9 +31,12 @@ def up(
     era: str,
     backend: str | None,
     pods: str,
+    agent_image: str,
     progress: Callable[[str], None],
 ) -> str:
     """Builds the lab, or checks and mends the one that is there; the kubeconfig's path.
+
+    `agent_image`: the archive that scripts/image wrote, to run the agents from; empty: processes.
 
     Raises LabError: bad parameters, another lab under this name, or a step that failed (then
     nothing is left of it).
@@ -40,15 +44,25 @@ def up(
     check_name(name)
     if topology not in TOPOLOGIES:
         raise LabError(f"--topology {topology}: there are: {', '.join(TOPOLOGIES)}")
-    if pods == "containerd":
-        raise LabError("--pods containerd: not built yet; there is: process")
-    if pods != "process":
+    if pods not in ("process", "containerd"):
         raise LabError(f"--pods {pods}: there are: process, containerd")
+    if agent_image and pods != "containerd":
+        raise LabError("--agent-image: needs --pods containerd")
+    if agent_image and not os.path.exists(agent_image):
+        raise LabError(f"--agent-image {agent_image}: no such file; scripts/image writes it")
     backend = backend or default_backend(era)
     load_world(era, backend)
     if os.geteuid() != 0:
         raise LabError("the lab makes network namespaces: run it as root")
-    wanted = {"topology": topology, "era": era, "backend": backend, "pods_backend": pods}
+    if pods == "containerd":
+        check_programs()
+    wanted = {
+        "topology": topology,
+        "era": era,
+        "backend": backend,
+        "pods_backend": pods,
+        "agents": "image" if agent_image else "process",
+    }
     with locked(name, create=True):
         state = read_state(name)
         if state and state["complete"] and _alive(state):
@@ -70,7 +84,13 @@ def up(
             # back.
             lab_cgroup(name).path.mkdir()
             kubeconfig = _build(
-                {"name": name, "state_dir": str(state_dir(name)), **wanted}, progress
+                {
+                    "name": name,
+                    "state_dir": str(state_dir(name)),
+                    "agent_image": os.path.abspath(agent_image) if agent_image else "",
+                    **wanted,
+                },
+                progress,
             )
             complete = True
         finally:

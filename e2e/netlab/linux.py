@@ -20,6 +20,7 @@ __all__ = [
     "bind_mount",
     "die_with_parent",
     "make_mounts_private",
+    "make_mounts_shared",
     "mount",
     "outlive_parent",
     "set_process_title",
@@ -39,6 +40,7 @@ CLONE_NEWNET = 0x40000000
 _MS_BIND = 4096
 _MS_REC = 16384
 _MS_PRIVATE = 1 << 18
+_MS_SHARED = 1 << 20
 _MNT_DETACH = 2
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
@@ -87,6 +89,11 @@ def bind_mount(source: str, target: str) -> None:
 def make_mounts_private() -> None:
     """From here on, mounts of this mount namespace stay in it."""
     mount("none", "/", "none", _MS_REC | _MS_PRIVATE)
+
+
+def make_mounts_shared() -> None:
+    """As on a booted machine: containers may ask for mounts that come later (HostToContainer)."""
+    mount("none", "/", "none", _MS_REC | _MS_SHARED)
 
 
 def umount(target: str) -> None:

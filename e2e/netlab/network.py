@@ -126,6 +126,7 @@ def client_batch(address: str) -> str:
 
 def node_batch(world: World, node: Node, topology: str, pids: dict[str, int]) -> str:
     """Run in a node's namespace; `pids` maps a pod's key to its sandbox's PID as the node sees it.
+    Pods that are not in it get no link.
 
     bridge: kubenet's cbr0, with hairpin mode on each port (kubelet --hairpin-mode=hairpin-veth).
     ptp: containernetworking's ptp plugin: the gateway's address on every veth, a /32 route to each
@@ -152,7 +153,7 @@ def node_batch(world: World, node: Node, topology: str, pids: dict[str, int]) ->
     links = [
         link_batch(node, pod, topology, pids[pod.key])
         for pod in world.pods_on(node.name)
-        if not pod.host_network
+        if not pod.host_network and pod.key in pids
     ]
     return "\n".join(lines) + "\n" + "".join(links)
 

@@ -14,13 +14,14 @@ import shlex
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 from e2e.netlab import linux
 from e2e.netlab.agentaccess import AgentFiles
+from e2e.netlab.containerd import NodeRuntime
 from e2e.netlab.errors import LabError
 from e2e.netlab.kubeproxy import serve_kube_proxy
 from e2e.netlab.machine import forget_mounts, quiet_ipv6, sysctl
@@ -43,7 +44,8 @@ _READ_ONLY = ("net.netfilter.nf_conntrack_count", "net.netfilter.nf_conntrack_ma
 @dataclass(slots=True, kw_only=True)
 class NodeInit:
     """One node. `cgroup` is its root; `folder` the lab's, which stays visible in the
-    node, for the kubeconfig; its pods log to its `peers`."""
+    node, for the kubeconfig; its pods log to its `peers`. With a `runtime` the pods are that one's,
+    and with `packaged` the agent is too: the kubelets' process makes them."""
 
     world: World
     node: Node
@@ -52,10 +54,13 @@ class NodeInit:
     folder: Path
     agent: Path
     channel: socket.socket
+    runtime: NodeRuntime | None
+    packaged: bool
     sandboxes: dict[str, int] = field(default_factory=dict)
     containers: dict[str, int] = field(default_factory=dict)
     logs: dict[str, int] = field(default_factory=dict)
     kube_proxy: int = 0
+    containerd: int = 0
     agent_pid: int = 0
     exits: dict[int, int] = field(default_factory=dict)
 
@@ -72,6 +77,8 @@ class NodeInit:
             "status": lambda _: self.status(),
             "agent": lambda request: self.control_agent(request["action"]),
             "pod": lambda request: self.control_pod(request["action"], request["pod"]),
+            "settle": lambda request: self.settle(request["pods"]),
+            "runtime": lambda request: self.control_runtime(request["action"]),
         }
         answer = self.answer(lambda _: self.machine(), {})
         stream.write(answer)
@@ -140,6 +147,9 @@ class NodeInit:
         quiet_ipv6()
         for scope in ("all", "default"):
             sysctl(f"net.ipv4.conf.{scope}.send_redirects", "0")
+        if self.runtime is not None:
+            linux.make_mounts_shared()
+            return
         for pod in self.world.pods_on(self.node.name):
             self.sandboxes[pod.key] = self.sandbox(pod)
 
@@ -203,17 +213,24 @@ class NodeInit:
     def wire(self) -> dict[str, Any]:
         """Once eth0 is there: everything else."""
         run(["ip", "-batch", "-"], node_batch(self.world, self.node, self.topology, self.sandboxes))
-        for pod in self.world.pods_on(self.node.name):
+        for pod in self.own_pods():
             self.wire_pod(pod)
         self.sysctls()
         restore_dump(self.world, self.node)
-        restore_synthetic(self.world, self.node)
-        for pod in self.world.pods_on(self.node.name):
-            self.containers[pod.key] = self.container(pod)
+        restore_synthetic(self.world, self.node, host_ports=self.runtime is None)
         self.kube_proxy = self.start_kube_proxy()
-        self.wait_for_pods()
+        if self.runtime is not None:
+            self.runtime.configure()
+            return self.control_runtime("start")
+        for pod in self.own_pods():
+            self.containers[pod.key] = self.container(pod)
+        self.wait_for_pods(self.world.pods_on(self.node.name))
         self.control_agent("start")
         return self.status()
+
+    def own_pods(self) -> tuple[Pod, ...]:
+        """The pods that are this process's to make."""
+        return self.world.pods_on(self.node.name) if self.runtime is None else ()
 
     def wire_pod(self, pod: Pod) -> None:
         """The inside of the pod's namespace."""
@@ -256,13 +273,15 @@ class NodeInit:
 
         return self.fork(child)
 
-    def wait_for_pods(self) -> None:
+    def wait_for_pods(self, pods: Iterable[Pod]) -> None:
         """A connection to each pod's TCP ports from its node, as a kubelet's probe makes: it shows
         that the pod answers, and the bridge learns its MAC."""
         deadline = time.monotonic() + 5
-        for pod in self.world.pods_on(self.node.name):
+        for pod in pods:
             for protocol, port in pod.ports:
-                while protocol == "TCP" and self.alive(self.containers.get(pod.key, 0)):
+                while protocol == "TCP" and (
+                    self.runtime is not None or self.alive(self.containers.get(pod.key, 0))
+                ):
                     try:
                         with socket.create_connection((pod.ip, port), timeout=1) as connection:
                             connection.sendall(b"probe\n")
@@ -281,8 +300,10 @@ class NodeInit:
 
     def heal(self) -> dict[str, Any]:
         """Starts again what has ended."""
-        for pod in self.world.pods_on(self.node.name):
+        for pod in self.own_pods():
             self.control_pod("start", pod.key)
+        if self.runtime is not None:
+            self.control_runtime("start")
         if not self.alive(self.kube_proxy):
             self.kube_proxy = self.start_kube_proxy()
         self.control_agent("start")
@@ -315,8 +336,41 @@ class NodeInit:
             self.wire_pod(pod)
         if action == "start" and not self.alive(self.containers.get(key, 0)):
             self.containers[key] = self.container(pod)
-        self.wait_for_pods()
+        self.wait_for_pods(self.world.pods_on(self.node.name))
         return self.status()
+
+    def settle(self, keys: list[str]) -> dict[str, Any]:
+        """Once the kubelet has started the pods `keys`."""
+        # The bridge plugin turns IPv6 forwarding on everywhere; see sysctls.
+        sysctl("net.ipv6.conf.eth0.forwarding", "0")
+        self.wait_for_pods(p for p in self.world.pods_on(self.node.name) if p.key in keys)
+        self.control_agent("start")
+        return self.status()
+
+    def control_runtime(self, action: str) -> dict[str, Any]:
+        """Starts containerd, or kills it; containers go on without it."""
+        assert self.runtime is not None
+        if action == "stop":
+            self.end(self.containerd)
+        if action == "start" and not self.alive(self.containerd):
+            self.containerd = self.fork(self.exec_containerd)
+            self.runtime.wait(lambda: self.alive(self.containerd))
+        return self.status()
+
+    def exec_containerd(self) -> None:
+        assert self.runtime is not None
+        argv = self.runtime.command()
+        self.join("system.slice/containerd.service")
+        self.redirect(self.runtime.folder / "containerd.log")
+        os.execvpe(argv[0], argv, self.runtime.environment())
+
+    def redirect(self, path: Path) -> None:
+        """Both outputs of this process go to `path`, and it has no other files open."""
+        out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        null = os.open("/dev/null", os.O_RDONLY)
+        for source, target in ((null, 0), (out, 1), (out, 2)):
+            os.dup2(source, target)
+        os.closerange(3, 256)
 
     def end(self, pid: int, number: signal.Signals = signal.SIGKILL) -> None:
         """Sends the signal, and SIGKILL five seconds later, and waits for the end."""
@@ -350,11 +404,13 @@ class NodeInit:
                     "pid": self.containers.get(pod.key, 0),
                     "running": self.alive(self.containers.get(pod.key, 0)),
                 }
-                for pod in self.world.pods_on(self.node.name)
+                for pod in self.own_pods()
             },
         }
 
     def control_agent(self, action: str) -> dict[str, Any]:
+        if self.packaged:
+            return self.status()
         if action == "stop":
             self.end(self.agent_pid, signal.SIGTERM)
             self.agent_pid = 0
@@ -371,11 +427,7 @@ class NodeInit:
             "kubepods.slice/kubepods-besteffort.slice/"
             f"kubepods-besteffort-pod{uid}.slice/cri-containerd-{container}.scope"
         )
-        out = os.open("/run/gketrace/agent.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        null = os.open("/dev/null", os.O_RDONLY)
-        for source, target in ((null, 0), (out, 1), (out, 2)):
-            os.dup2(source, target)
-        os.closerange(3, 256)
+        self.redirect(Path("/run/gketrace/agent.out"))
         argv = [str(self.agent), "serve", "--node-name", self.node.name]
         argv += ["--listen", f"unix://{AGENT_SOCKET}", "--listen", f"tcp://0.0.0.0:{AGENT_PORT}"]
         argv += AgentFiles(self.folder / "agents").arguments()

@@ -71,12 +71,13 @@ def restore_dump(world: World, node: Node) -> None:
             run([f"{family}-{world.backend}-restore"], text)
 
 
-def restore_synthetic(world: World, node: Node) -> None:
-    """Adds the synthetic chains to the restored ones, with the same backend."""
+def restore_synthetic(world: World, node: Node, *, host_ports: bool = True) -> None:
+    """Adds the synthetic chains to the restored ones, with the same backend; without `host_ports`
+    those of portmap are left to portmap itself."""
     backend = _save_backend(world)
     run([f"iptables-{backend}-restore", "--noflush"], _ip_masq() + _kubelet(world))
     for pod in world.pods_on(node.name):
-        if pod.synthetic:
+        if pod.synthetic and host_ports:
             run([f"iptables-{backend}-restore", "--noflush"], _host_port(node, pod))
 
 
@@ -156,8 +157,8 @@ def _host_port(node: Node, pod: Pod) -> str:
     return "\n".join(lines) + "\n"
 
 
-def synthetic_list(world: World, topology: str) -> tuple[Synthetic, ...]:
-    """Everything that is not from the dump, for `status`."""
+def synthetic_list(world: World, topology: str, pods: str) -> tuple[Synthetic, ...]:
+    """Everything that is not from the dump, for `status`; `pods` is their backend."""
     host = next(pod for pod in world.pods if pod.synthetic)
     items = [
         Synthetic(
@@ -213,6 +214,14 @@ def synthetic_list(world: World, topology: str) -> tuple[Synthetic, ...]:
             why="so that the kubeconfig works inside the nodes and at the clients",
         )
     )
+    if pods == "containerd":
+        items.append(
+            Synthetic(
+                name=f"container sidecar of pod {host.key}",
+                where=host.node,
+                why="no pod of the captured cluster has two containers",
+            )
+        )
     if topology == "ptp":
         items.append(
             Synthetic(

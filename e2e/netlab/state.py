@@ -29,12 +29,14 @@ __all__ = [
     "lab_cgroup",
     "locked",
     "read_state",
+    "runtime_dir",
     "state_dir",
     "teardown",
     "write_json",
 ]
 
 BASE = Path("/run/gketrace-lab")
+_DISK = Path("/var/lib/gketrace-lab")
 _KILL_SECONDS = 10.0
 
 
@@ -71,6 +73,12 @@ def check_name(name: str) -> None:
 
 def state_dir(name: str) -> Path:
     return BASE / name
+
+
+def runtime_dir(name: str) -> Path:
+    """Where the container runtimes of the lab keep images and root file systems: on disk, as /run
+    is memory."""
+    return _DISK / name
 
 
 def lab_cgroup(name: str) -> Cgroup:
@@ -160,6 +168,9 @@ def teardown(name: str, *, keep_folder: bool = False) -> None:
         if time.monotonic() > deadline:
             raise LabError(f"lab {name!r}: still there after {_KILL_SECONDS:.0f} s: {cgroup.path}")
         time.sleep(0.01)
+    shutil.rmtree(runtime_dir(name), ignore_errors=True)
+    with contextlib.suppress(OSError):  # another lab is there, or nothing was
+        _DISK.rmdir()
     if keep_folder:
         for entry in state_dir(name).iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -26,6 +26,7 @@ from typing import Any
 from e2e.netlab import linux
 from e2e.netlab.agentaccess import API_INSIDE, AgentFiles, access_objects
 from e2e.netlab.apiserver import api_address, api_request
+from e2e.netlab.containerd import NodeRuntime
 from e2e.netlab.errors import LabError
 from e2e.netlab.machine import holder
 from e2e.netlab.network import (
@@ -37,8 +38,9 @@ from e2e.netlab.network import (
 )
 from e2e.netlab.nodeinit import AGENT_SOCKET, NodeInit
 from e2e.netlab.rules import run, synthetic_list
-from e2e.netlab.state import Cgroup, lab_cgroup, write_json
-from e2e.netlab.world import Pod, World, agent_object, load_world
+from e2e.netlab.runtime import Runtime, packaged_agent, with_sidecar
+from e2e.netlab.state import Cgroup, lab_cgroup, runtime_dir, write_json
+from e2e.netlab.world import Node, Pod, World, agent_key, agent_object, load_world
 
 __all__ = ["main"]
 
@@ -74,7 +76,8 @@ class _Node:
 
 @dataclass(slots=True, kw_only=True)
 class Supervisor:
-    """`config` is what `up` was asked for: name, topology, era, backend, pods, state_dir."""
+    """`config` is what `up` was asked for: name, topology, era, backend, pods_backend, agents,
+    agent_image, state_dir. `runtime` runs the pods of `--pods containerd`."""
 
     config: dict[str, Any]
     world: World
@@ -85,6 +88,7 @@ class Supervisor:
     nodes: dict[str, _Node] = field(default_factory=dict)
     targets: dict[str, str] = field(default_factory=dict)
     api: subprocess.Popen[bytes] | None = None
+    runtime: Runtime | None = None
     started: float = field(default_factory=time.monotonic)
 
     # -- building ----------------------------------------------------------------------------
@@ -98,13 +102,52 @@ class Supervisor:
     def build(self) -> None:
         self.save(complete=False)
         self.agent_files().issue()
+        if self.config["pods_backend"] == "containerd":
+            self.runtime = Runtime(self.world, self.config["name"], self.folder, self.cgroup)
+            self.runtime.prepare()
         self.start_machines()
         self.progress("machines: switch, router, clients, three nodes and their pods' sandboxes")
         self.start_api()
         self.wire()
         self.progress(f"network: {self.config['topology']}; rules: {self.world.path.name}")
         self.wait_for_api()
+        if self.runtime is not None:
+            self.start_containers(self.runtime)
         self.save(complete=True)
+
+    def start_containers(self, runtime: Runtime) -> None:
+        nodes = {name: handle.pid for name, handle in self.nodes.items()}
+        runtime.connect(nodes, self.config["agent_image"] if self.packaged else None)
+        self.progress("images: imported into each node's containerd")
+        runtime.start_pods()
+        self.settle(runtime)
+        self.progress("pods: run by containerd")
+        if self.packaged:
+            runtime.start_agents()
+            self.tell_api()
+            self.progress("agents: run by containerd")
+
+    def settle(self, runtime: Runtime) -> None:
+        """After the kubelets have changed something."""
+        for handle in self.nodes.values():
+            handle.send({"op": "settle", "pods": runtime.keys()})
+        for handle in self.nodes.values():
+            handle.receive()
+        self.tell_api()
+
+    @property
+    def packaged(self) -> bool:
+        return bool(self.config["agents"] == "image")
+
+    def node_runtime(self, node: Node) -> NodeRuntime | None:
+        if self.runtime is None:
+            return None
+        return NodeRuntime(
+            world=self.world,
+            node=node,
+            topology=self.config["topology"],
+            folder=runtime_dir(self.config["name"]) / f"node-{node.short}",
+        )
 
     def agent_files(self) -> AgentFiles:
         return AgentFiles(self.folder / "agents")
@@ -130,6 +173,8 @@ class Supervisor:
                     folder=self.folder,
                     agent=AGENT,
                     channel=theirs,
+                    runtime=self.node_runtime(node),
+                    packaged=self.packaged,
                 )
                 init.main()
             theirs.close()
@@ -180,14 +225,16 @@ class Supervisor:
 
     def start_api(self) -> None:
         """`python -m e2e.kubeapi`, which writes the kubeconfig that `up` prints."""
-        agents = [agent_object(node) for node in self.world.nodes] if AGENT.exists() else []
-        pods = self.pod_entries()
+        make = packaged_agent if self.packaged else agent_object
+        agents = [make(node) for node in self.world.nodes] if AGENT.exists() else []
+        extra = list(self.world.extra_pod_objects)
+        pods = {key: entry for key, entry in self.pod_entries().items() if entry["sandbox_pid"]}
         config = {
             "name": self.config["name"],
             "state_dir": str(self.folder),
             "objects_dir": str(self.world.path),
             "objects": access_objects(self.agent_files()),
-            "extra_pods": [*self.world.extra_pod_objects, *agents],
+            "extra_pods": [*(extra if self.runtime is None else map(with_sidecar, extra)), *agents],
             "netns": {
                 "nodes": {name: {"pid": handle.pid} for name, handle in self.nodes.items()},
                 "pods": {key: {"pid": entry["sandbox_pid"]} for key, entry in pods.items()},
@@ -232,12 +279,20 @@ class Supervisor:
         self.agent_files().connect(kubeconfig)
 
     def tell_api(self) -> None:
-        """Where the pods' namespaces are now."""
+        """Where the pods' namespaces are now, and what their containers' runtime says of them."""
         pods = {
             key: {"pid": entry["sandbox_pid"]} if entry["sandbox_pid"] else None
             for key, entry in self.pod_entries().items()
         }
-        api_request(self.folder / "kubeconfig", "POST", "/lab/netns", {"pods": pods})
+        kubeconfig = self.folder / "kubeconfig"
+        api_request(kubeconfig, "POST", "/lab/netns", {"pods": pods})
+        if self.runtime is not None:
+            for key in self.runtime.known():
+                namespace, name = key.split("/")
+                path = f"/api/v1/namespaces/{namespace}/pods/{name}"
+                item = api_request(kubeconfig, "GET", path)
+                item["status"]["containerStatuses"] = self.runtime.statuses(key)
+                api_request(kubeconfig, "PUT", f"{path}/status", item)
 
     # -- what is there -----------------------------------------------------------------------
 
@@ -246,10 +301,9 @@ class Supervisor:
         return {pod.key: self.pod_entry(pod) for pod in self.world.pods}
 
     def pod_entry(self, pod: Pod) -> dict[str, Any]:
-        base = self.cgroup.child(f"node-{self.world.node(pod.node).short}").child(pod.cgroup)
-        sandbox = base.child(f"cri-containerd-{pod.sandbox_id}.scope").pids()
-        container = base.child(f"cri-containerd-{pod.container_id}.scope").pids()
-        pid = sandbox[0] if sandbox else None
+        node = self.world.node(pod.node)
+        made = self.runtime.entry(pod, node) if self.runtime else self.process_entry(pod, node)
+        pid = made["sandbox_pid"]
         return {
             "node": pod.node,
             "uid": pod.uid,
@@ -257,15 +311,23 @@ class Supervisor:
             "ip6": pod.ip6,
             "host_network": pod.host_network,
             "container": pod.container,
-            "container_id": pod.container_id,
-            "sandbox_id": pod.sandbox_id,
-            "sandbox_pid": pid,
-            "pid": container[0] if container else None,
+            **made,
             "netns": _inode(pid) if pid else None,
-            "veth": None if pod.host_network else pod.veth,
             "ports": [list(port) for port in pod.ports],
             "peers_log": str(self.folder / "peers" / f"{pod.namespace}_{pod.name}.jsonl"),
             "synthetic": pod.synthetic,
+        }
+
+    def process_entry(self, pod: Pod, node: Node) -> dict[str, Any]:
+        base = self.cgroup.child(f"node-{node.short}").child(pod.cgroup)
+        sandbox = base.child(f"cri-containerd-{pod.sandbox_id}.scope").pids()
+        container = base.child(f"cri-containerd-{pod.container_id}.scope").pids()
+        return {
+            "container_id": pod.container_id,
+            "sandbox_id": pod.sandbox_id,
+            "sandbox_pid": sandbox[0] if sandbox else None,
+            "pid": container[0] if container else None,
+            "veth": None if pod.host_network else pod.veth,
         }
 
     def save(self, *, complete: bool) -> None:
@@ -302,7 +364,9 @@ class Supervisor:
                 "pods": self.pod_entries(),
                 "synthetic": [
                     {"name": item.name, "where": item.where, "why": item.why}
-                    for item in synthetic_list(self.world, self.config["topology"])
+                    for item in synthetic_list(
+                        self.world, self.config["topology"], self.config["pods_backend"]
+                    )
                 ],
             }
         write_json(self.folder / "state.json", state)
@@ -326,10 +390,15 @@ class Supervisor:
         operation = request.get("op")
         if operation == "status":
             nodes = {name: handle.ask({"op": "status"}) for name, handle in self.nodes.items()}
+            if self.runtime is not None:
+                self.runtime.add_to(nodes)
             return {"nodes": nodes, "api": self.api_state()}
         if operation == "heal":
             for handle in self.nodes.values():
                 handle.ask({"op": "heal"})
+            if self.runtime is not None:
+                self.runtime.heal()
+                self.settle(self.runtime)
             if self.api_state() == "ended":
                 self.start_api()
                 self.wait_for_api()
@@ -337,13 +406,26 @@ class Supervisor:
             self.save(complete=True)
             return None
         if operation == "agent":
+            if self.runtime is not None and self.packaged:
+                key = agent_key(self.world.node(request["node"]))
+                self.runtime.control(request["action"], key)
+                self.tell_api()
+                answer = {request["node"]: self.nodes[request["node"]].ask({"op": "status"})}
+                self.runtime.add_to(answer)
+                return answer[request["node"]]
             return self.nodes[request["node"]].ask(request)
+        if operation in ("agents", "container-exec", "runtime"):
+            return self.handle_runtime(request)
         if operation == "pod":
             node = next(pod.node for pod in self.world.pods if pod.key == request["pod"])
-            answer = self.nodes[node].ask(request)
-            self.tell_api()
+            if self.runtime is None:
+                self.nodes[node].ask(request)
+                self.tell_api()
+            else:
+                self.runtime.control(request["action"], request["pod"])
+                self.settle(self.runtime)
             self.save(complete=True)
-            return answer
+            return None
         if operation == "lb-target":
             address, name = request["address"], request["node"]
             self.ip("router", lb_route(address, self.world.node(name)))
@@ -351,6 +433,18 @@ class Supervisor:
             self.save(complete=True)
             return None
         raise LabError(f"unknown request {operation!r}")
+
+    def handle_runtime(self, request: dict[str, Any]) -> Any:
+        """What only `--pods containerd` has."""
+        if self.runtime is None:
+            raise LabError(f"{request['op']}: this lab's pods are no containers")
+        if request["op"] == "runtime":
+            return self.nodes[request["node"]].ask(request)
+        if request["op"] == "container-exec":
+            return self.runtime.execute(request["pod"], request["container"], request["argv"])
+        self.runtime.start_agents(tuple(request["without"]))
+        self.tell_api()
+        return None
 
     def api_state(self) -> str:
         return "serving" if self.api and self.api.poll() is None else "ended"

@@ -83,10 +83,15 @@ def resolve(state: dict[str, Any], text: str) -> Target:
         relative = Path(f"/proc/{pod['sandbox_pid']}/cgroup").read_text().splitlines()
         folder = next(line.split(":", 2)[2] for line in relative if "kubepods" in line)
         root = next(parent for parent in (cgroup, *cgroup.parents) if parent.name == cgroup.name)
+        inside: tuple[str, ...] = ("net", "pid", "mount", "uts", "ipc", "cgroup")
+        if state["pods_backend"] == "containerd":
+            # An image holds no shell: the node's files and processes, as `kubectl debug` gives.
+            outside = f"/proc/{node['pid']}/ns"
+            inside = ("net", "uts", "ipc", f"pid={outside}/pid", f"mount={outside}/mnt")
         return Target(
             title=f"pod/{key}",
             pid=pod["sandbox_pid"],
-            namespaces=("net", "pid", "mount", "uts", "ipc", "cgroup"),
+            namespaces=inside,
             cgroup=root.parent / folder.lstrip("/"),
         )
     if kind in ("client", "switch"):

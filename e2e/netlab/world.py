@@ -23,6 +23,8 @@ __all__ = [
     "Node",
     "Pod",
     "World",
+    "agent_key",
+    "agent_object",
     "default_backend",
     "load_world",
 ]
@@ -265,11 +267,15 @@ def _hostport_object(nodes: tuple[Node, ...]) -> dict[str, Any]:
     )
 
 
+def agent_key(node: Node) -> str:
+    return f"{AGENT_NAMESPACE}/gketrace-agent-{node.short}"
+
+
 def agent_object(node: Node) -> dict[str, Any]:
     """The agent's pod on `node`, as its DaemonSet would make it."""
     return pod_object(
         namespace=AGENT_NAMESPACE,
-        name=f"gketrace-agent-{node.short}",
+        name=agent_key(node).split("/")[1],
         labels={"app.kubernetes.io/name": "gketrace-agent"},
         node=node,
         ip=node.ip,
