@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Final
 
 from gketrace.findings.expected import Expected
 from gketrace.findings.making import cited, finding
-from gketrace.findings.model import Confidence, Evidence, Finding, Severity
-from gketrace.findings.world import Way, World
+from gketrace.findings.model import Evidence, Finding, Severity
+from gketrace.findings.stop import Stop, strayed
+from gketrace.findings.world import World
 from gketrace.packet import IPAddress
 from gketrace.snapshot import Unavailable
 from gketrace.trace import (
@@ -23,10 +23,7 @@ from gketrace.trace import (
     Citation,
     Disposition,
     NetnsKind,
-    Outcome,
-    Path,
     Source,
-    Step,
     StepKind,
 )
 
@@ -42,49 +39,6 @@ _FIREWALL: Final = re.compile(r"KUBE-PROXY-FIREWALL|KUBE-FW-|^firewall-|firewall
 _ROUTE_KINDS: Final = re.compile(r"^(?:\S+ )?(blackhole|unreachable|prohibit)\b|\bthrow\b")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Stop:
-    """Where and why a way ended."""
-
-    way: Way
-    path: Path
-    """The way itself, or the way back."""
-    outcome: Outcome
-    citation: Citation
-
-    @property
-    def node(self) -> str:
-        if self.outcome.netns.node:
-            return self.outcome.netns.node
-        # It ended between the nodes: the last one that sent it on.
-        sent = [hop.netns.node for hop in self.path.hops if hop.netns.node]
-        return sent[-1] if sent else self.way.sender_node
-
-    @property
-    def netns(self) -> str:
-        return str(self.outcome.netns) if self.outcome.netns.node else "host"
-
-    @property
-    def what(self) -> str:
-        back = "the answer of " if self.path is not self.way.path else ""
-        return f"{back}{self.way.path.source} → {self.way.path.target}"
-
-    @property
-    def proof(self) -> Evidence:
-        return cited(self.citation, self.node, self.netns, note=self.what)
-
-    @property
-    def subjects(self) -> list[str]:
-        found = [f"service {self.way.service}"] if self.way.service else []
-        if not found and self.way.path.endpoint.startswith("pod/"):
-            found.append(f"pod {self.way.path.endpoint.partition(' ')[0][4:]}")
-        return [*found, f"node {self.node}"] if self.node else found
-
-    @property
-    def steps(self) -> tuple[Step, ...]:
-        return tuple(step for hop in self.path.hops for step in hop.steps)
-
-
 def failing_ways(world: World) -> Iterator[Finding]:
     """One finding for each way that fails, to be grouped by its cause."""
     for way in world.ways:
@@ -95,13 +49,13 @@ def failing_ways(world: World) -> Iterator[Finding]:
             path = path.reply
         outcome = path.outcome
         if outcome.disposition in FAILURE and outcome.citation is not None:
-            stop = _Stop(way=way, path=path, outcome=outcome, citation=outcome.citation)
+            stop = Stop(way=way, path=path, outcome=outcome, citation=outcome.citation)
             found = _name(world, stop)
             if found is not None:
                 yield found
 
 
-def _name(world: World, stop: _Stop) -> Finding | None:
+def _name(world: World, stop: Stop) -> Finding | None:
     source, kind = stop.citation.source, stop.outcome.disposition
     if source is Source.RULE and kind in (Disposition.DROPPED, Disposition.REJECTED):
         return _by_rule(world, stop)
@@ -120,7 +74,7 @@ def _name(world: World, stop: _Stop) -> Finding | None:
     return None
 
 
-def _by_rule(world: World, stop: _Stop) -> Finding | None:
+def _by_rule(world: World, stop: Stop) -> Finding | None:
     cited_rule = stop.citation
     place = f"{cited_rule.table} {cited_rule.chain}:{cited_rule.position}"
     if _FIREWALL.search(cited_rule.chain) or "KUBE-FW-" in cited_rule.text:
@@ -171,7 +125,7 @@ def _by_rule(world: World, stop: _Stop) -> Finding | None:
     return _drop(stop, f"is {'rejected' if stop.outcome.reject_with else 'dropped'} by {place}")
 
 
-def _drop(stop: _Stop, verb: str) -> Finding:
+def _drop(stop: Stop, verb: str) -> Finding:
     rule = stop.citation
     delete = "gketrace rules " + stop.node
     if rule.chain and rule.backend.startswith("iptables"):
@@ -188,7 +142,7 @@ def _drop(stop: _Stop, verb: str) -> Finding:
     )
 
 
-def _by_policy(stop: _Stop) -> Finding:
+def _by_policy(stop: Stop) -> Finding:
     rule = stop.citation
     inside = stop.outcome.netns.kind is NetnsKind.POD
     where = stop.netns if inside else f"node {stop.node}"
@@ -206,7 +160,7 @@ def _by_policy(stop: _Stop) -> Finding:
     )
 
 
-def _proxy_says_none(world: World, stop: _Stop) -> Finding | None:
+def _proxy_says_none(world: World, stop: Stop) -> Finding | None:
     """kube-proxy's own refusal: right, when the API says the same."""
     usable = any(
         one.usable
@@ -228,9 +182,9 @@ def _proxy_says_none(world: World, stop: _Stop) -> Finding | None:
     )
 
 
-def _refused(world: World, stop: _Stop) -> Finding | None:
+def _refused(world: World, stop: Stop) -> Finding | None:
     if "the sender expects" in stop.outcome.detail or "the answer went to" in stop.outcome.detail:
-        return _strayed(world, stop)
+        return strayed(world, stop)
     packet = stop.outcome.packet
     if stop.citation.source is not Source.SOCKET:
         return None
@@ -258,7 +212,7 @@ def _refused(world: World, stop: _Stop) -> Finding | None:
     )
 
 
-def _looked_into(world: World, stop: _Stop) -> bool:
+def _looked_into(world: World, stop: Stop) -> bool:
     """Whether the namespace's sockets were read, so that every endpoint in it was judged."""
     sight = world.sights.get(stop.node)
     shot = sight.snapshot(stop.outcome.netns) if sight is not None else None
@@ -269,7 +223,7 @@ def _door_ips(one: Expected) -> Iterator[IPAddress]:
     yield from map(ip_address, one.service.cluster_ips)
 
 
-def _not_translated(stop: _Stop) -> Finding:
+def _not_translated(stop: Stop) -> Finding:
     return finding(
         "GKT-110",
         f"No rule on node {stop.node} translates {stop.way.path.target}: the node takes it for "
@@ -283,40 +237,7 @@ def _not_translated(stop: _Stop) -> Finding:
     )
 
 
-def _strayed(world: World, stop: _Stop) -> Finding:
-    """The answer came with addresses that nobody waits for: it was not translated back."""
-    for node in dict.fromkeys(hop.netns.node for hop in (*stop.way.path.hops, *stop.path.hops)):
-        sight = world.sights.get(node)
-        if sight is None or not isinstance(sight.host.sysctls, dict):
-            continue
-        if sight.host.sysctls.get("net.bridge.bridge-nf-call-iptables") == "0":
-            name = "net.bridge.bridge-nf-call-iptables"
-            citation = Citation(source=Source.SYSCTL, text=f"{name} = 0")
-            return finding(
-                "GKT-314",
-                f"On node {node} bridged packets bypass the rules, so answers between pods of "
-                "this node are not translated back",
-                [cited(citation, node), stop.proof],
-                remedy="load br_netfilter and switch it on",
-                command=f"sysctl -w {name}=1",
-                subjects=[*stop.subjects[:1], f"node {node}"],
-                nodes=[node],
-                cause=f"bridge-nf {node}",
-            )
-    return finding(
-        "GKT-318",
-        f"{stop.what} comes back by a way that does not translate it: {stop.outcome.detail}",
-        [stop.proof],
-        remedy="see why the connection is not masqueraded (KUBE-POSTROUTING, KUBE-MARK-MASQ)",
-        command=f"gketrace rules {stop.node or stop.way.sender_node} --chain KUBE-POSTROUTING",
-        subjects=stop.subjects,
-        nodes=[stop.node],
-        cause=f"masquerade {stop.way.sender_node or stop.node}",
-        confidence=Confidence.LIKELY,
-    )
-
-
-def _no_neighbour(stop: _Stop) -> Finding:
+def _no_neighbour(stop: Stop) -> Finding:
     last = next((s for s in reversed(stop.steps) if s.interface), None)
     device = last.interface if last is not None else stop.outcome.interface
     if stop.citation.source is Source.NEIGHBOUR:
@@ -343,12 +264,12 @@ def _no_neighbour(stop: _Stop) -> Finding:
     )
 
 
-def _where(stop: _Stop) -> str:
+def _where(stop: Stop) -> str:
     inside = stop.outcome.netns.kind is NetnsKind.POD
     return f"{stop.netns} on node {stop.node}" if inside else f"node {stop.node}"
 
 
-def _unreachable(world: World, stop: _Stop) -> Finding | None:
+def _unreachable(world: World, stop: Stop) -> Finding | None:
     text = stop.citation.text
     if stop.citation.source is Source.OBJECT and "clusterIP" in text:
         nodes = [hop.netns.node for hop in stop.path.hops if hop.netns.node]
@@ -407,7 +328,7 @@ def _is_rule(citation: Citation) -> bool:
     return citation.source is Source.POLICY_RULE
 
 
-def _all_checks(stop: _Stop) -> list[Evidence]:
+def _all_checks(stop: Stop) -> list[Evidence]:
     """Every switch and route that the last decision looked at."""
     shown = [
         cited(s.citation, stop.node, stop.netns)
@@ -417,7 +338,7 @@ def _all_checks(stop: _Stop) -> list[Evidence]:
     return [stop.proof, *shown]
 
 
-def _route(stop: _Stop, code: str, verb: str) -> Finding:
+def _route(stop: Stop, code: str, verb: str) -> Finding:
     destination = stop.outcome.packet.dst
     return finding(
         code,
