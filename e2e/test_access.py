@@ -75,7 +75,9 @@ def test_a_tenant_s_trace_is_masked_on_the_node(tenant: Lab) -> None:
     assert "default/hello-server" not in steps
     assert tenant.pod("edge-0")["ip"] in steps
     assert "--to-destination 0." in steps
-    assert "only namespace shop may be seen: addresses of others are masked" in masked.err
+    said = "only namespace shop may be seen: addresses of others are masked"
+    assert said in masked.err
+    assert any(said in note for note in document(masked)["notes"])
 
 
 def test_a_tenant_s_connections_are_the_own_ones(tenant: Lab) -> None:

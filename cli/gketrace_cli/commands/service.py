@@ -145,7 +145,7 @@ def service(
     from gketrace_cli.render.trace_document import trace_document
     from gketrace_cli.verdict import judge_service, with_live
 
-    notes = [*_notes(asked, len(nodes)), *skipped, *assumed_port(asked)]
+    notes = [*_notes(asked, len(nodes)), *skipped, *assumed_port(asked), *session.hidden]
     verdict = judge_service(f"Service {found.key}", result.answers, result.missing)
     verdict = with_live(verdict, live)
     findings = service_findings(found, endpoints, nodes, session.pods.known, result.answers, live)

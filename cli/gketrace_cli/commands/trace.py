@@ -78,7 +78,7 @@ def trace(
     from gketrace_cli.render.trace import draw_trace
     from gketrace_cli.render.trace_document import trace_document
 
-    notes = [*question.notes, *assumed_port((question,))]
+    notes = [*question.notes, *assumed_port((question,)), *session.hidden]
     verdict = judge_trace(result.answers[0], result.missing)
     if options.format.machine:
         query = {"from": sender.text, "to": destination, "target": target_text(question)}
