@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_network
-from typing import Any, Final, Literal, TypeAlias, TypeVar
+from typing import Any, Final, TypeVar
 
 from google.protobuf.message import Message
 
 from gketrace.errors import GketraceError, UsageError
-from gketrace.snapshot import IPNetwork
 from gketrace_agent.observe.conntrack_filter import ConntrackFilter, ConntrackFilters
 from gketrace_agent.resolve.model import PodRef, ResolvedPod
 from gketrace_proto import codec
+from gketrace_proto.conntrack_filters import filters_from_proto
 from gketrace_proto.v1alpha1 import agent_pb2, capture_pb2
 
 __all__ = [
-    "conntrack_filter",
     "conntrack_filters",
     "describe_request",
     "pod_ref",
@@ -64,69 +62,11 @@ def target_pod(target: agent_pb2.Target) -> PodRef | None:
     raise UsageError("the request names no target: the host or a pod")
 
 
-_Number: TypeAlias = Literal[
-    "orig_sport",
-    "orig_dport",
-    "reply_sport",
-    "reply_dport",
-    "mark",
-    "zone",
-    "src_nat_port",
-    "dst_nat_port",
-]
-"""Fields of a filter that tell zero from not given."""
-
-
-def conntrack_filter(message: agent_pb2.ConntrackFilter) -> ConntrackFilter:
-    """Raises `UsageError` for what cannot be meant."""
-    if message.family not in (0, 4, 6):
-        raise UsageError(f"no such address family: {message.family}", hint="4, 6, or 0 for both")
-
-    def number(name: _Number) -> int | None:
-        return getattr(message, name) if message.HasField(name) else None
-
-    return ConntrackFilter(
-        family=message.family,
-        protocol=message.protocol or None,
-        orig_src=_network(message.orig_src),
-        orig_dst=_network(message.orig_dst),
-        reply_src=_network(message.reply_src),
-        reply_dst=_network(message.reply_dst),
-        orig_sport=number("orig_sport"),
-        orig_dport=number("orig_dport"),
-        reply_sport=number("reply_sport"),
-        reply_dport=number("reply_dport"),
-        mark=number("mark"),
-        mark_mask=message.mark_mask or 0xFFFFFFFF,
-        zone=number("zone"),
-        address=_network(message.address),
-        tcp_state=message.tcp_state.upper(),
-        status=message.status,
-        status_mask=message.status_mask,
-        src_nat=_network(message.src_nat),
-        dst_nat=_network(message.dst_nat),
-        src_nat_port=number("src_nat_port"),
-        dst_nat_port=number("dst_nat_port"),
-    )
-
-
 def conntrack_filters(
     request: agent_pb2.ListConntrackRequest | agent_pb2.FollowConntrackRequest,
 ) -> ConntrackFilters:
-    """All filters of a request; without any, every entry is wanted."""
-    given = list(request.any)
-    if request.HasField("filter") or not given:
-        given.insert(0, request.filter)
-    return ConntrackFilters(tuple(map(conntrack_filter, given)))
-
-
-def _network(text: str) -> IPNetwork | None:
-    if not text:
-        return None
-    try:
-        return ip_network(text, strict=False)
-    except ValueError:
-        raise UsageError(f"not an address or network: {text!r}") from None
+    """All filters of a request; without any, every entry is wanted.  Raises `UsageError`."""
+    return ConntrackFilters(filters_from_proto(ConntrackFilter, request))
 
 
 def resolved_to_proto(pod: ResolvedPod) -> agent_pb2.ResolvedPod:

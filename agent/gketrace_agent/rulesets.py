@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Final
 
+from gketrace.ruleset.cut import cut_iptables, cut_nftables, nft_items
 from gketrace.ruleset.nft_json import with_tests
 from gketrace.snapshot import Maybe, Unavailable
 from gketrace_agent.observe.iptables import IptablesDump, IptablesDumps
@@ -48,7 +48,7 @@ def summaries(
             if isinstance(text, Unavailable):
                 summary.unavailable = text.reason
             else:
-                kinds = [kind for item in _nft_items(text) for kind in item]
+                kinds = [kind for item in nft_items(text) for kind in item]
                 summary.rules, summary.chains = kinds.count("rule"), kinds.count("chain")
             yield summary
 
@@ -114,50 +114,3 @@ def _chunks(head: agent_pb2.GetRulesReply, text: bytes) -> Iterator[agent_pb2.Ge
         message.CopyFrom(head)
         message.text = text[start : start + _CHUNK]
         yield message
-
-
-def cut_iptables(text: bytes, table: str, chain: str) -> bytes:
-    """The lines of one table, of one chain, or both; what is left can still be restored."""
-    if not table and not chain:
-        return text
-    kept: list[bytes] = []
-    section: list[bytes] = []
-    wanted = False
-    for line in text.splitlines(keepends=True):
-        if line.startswith(b"*"):
-            wanted = not table or line[1:].strip() == table.encode()
-            section = [line]
-        elif line.startswith(b"COMMIT"):
-            # A table that does not have the chain says nothing about it.
-            if wanted and (not chain or len(section) > 1):
-                kept += [*section, line]
-        elif not chain or _of_chain(line, chain.encode()):
-            section.append(line)
-    return b"".join(kept)
-
-
-def _of_chain(line: bytes, chain: bytes) -> bool:
-    if line.startswith(b":"):
-        return line[1:].split(b" ", 1)[0] == chain
-    found = _RULE.match(line)
-    return found is not None and line[found.end() :].split(None, 1)[0] == chain
-
-
-def cut_nftables(text: bytes, chain: str) -> bytes:
-    """The JSON with no other chain's definition and rules."""
-    if not chain:
-        return text
-    items = [item for item in _nft_items(text) if _of_nft_chain(item, chain)]
-    return json.dumps({"nftables": items}).encode()
-
-
-def _nft_items(text: bytes) -> list[dict[str, Any]]:
-    return list(json.loads(text)["nftables"])
-
-
-def _of_nft_chain(item: dict[str, Any], chain: str) -> bool:
-    if "chain" in item:
-        return bool(item["chain"]["name"] == chain)
-    if "rule" in item:
-        return bool(item["rule"]["chain"] == chain)
-    return True

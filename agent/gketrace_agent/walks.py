@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, fields, replace
-from typing import Final
+from dataclasses import dataclass
 
-from gketrace.errors import UnavailableError
 from gketrace.packet import Packet
 from gketrace.simulate.arrival import Arrival, find_arrival
-from gketrace.simulate.walk import WalkQuery, walk
-from gketrace.snapshot import NetnsSnapshot, Unavailable
-from gketrace.trace import Disposition, Flow, Ingress, Missing, Walk
+from gketrace.simulate.here import AbsentPod, walk_from
+from gketrace.trace import Flow, Walk
 from gketrace_agent.namespaces import OpenTarget
 from gketrace_agent.observe.snapshot import Observation, Observer
 from gketrace_agent.observe.view import LiveNodeView
 
 __all__ = ["Arrival", "Walked", "find_arrival", "walk_here"]
-
-_ABSENT: Final = 10
-"""Pods that were not found and are named in one reply."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,55 +46,20 @@ def walk_here(
 
     node = target.host.ref.node
     with LiveNodeView(node, observer, target.known, observed=observed) as view:
-        arrival = ""
-        if arrives and not interface:
-            host = view.snapshot(target.here.ref)
-            if isinstance(host, Unavailable):
-                raise UnavailableError(f"{target.here.ref}: {host.reason}")
-            found = find_arrival(host, packet)
-            interface, arrival = found.interface, found.because
-        query = WalkQuery(
-            ingress=Ingress(netns=target.here.ref, interface=interface),
-            packet=packet,
+        walked, arrival = walk_from(
+            view,
+            target.here.ref,
+            packet,
+            interface=interface,
+            arrives=arrives,
             flows=flows,
             use_conntrack=use_conntrack,
+            seen=lambda: [one.snapshot for one in view.observations.values()],
+            absent=[AbsentPod(pod_ips=pod.pod_ips, why=why) for pod, why in target.absent.items()],
         )
-        walked = walk(view, query)
-        missing = walked.missing + tuple(
-            one
-            for observation in view.observations.values()
-            for one in _unreported(observation.snapshot)
-        )
-    missing += _absent(target, walked, node)
     return Walked(
-        walk=replace(walked, missing=missing),
+        walk=walked,
         arrival=arrival,
         observe_seconds=observing,
         walk_seconds=time.monotonic() - started - observing,
     )
-
-
-def _unreported(snapshot: NetnsSnapshot) -> tuple[Missing, ...]:
-    """What is missing and cannot be seen in the data: tables that changed under the reader.
-
-    What could not be read at all is `Unavailable` there, and the walk says so where it matters.
-    """
-    values = (getattr(snapshot, f.name) for f in fields(snapshot) if f.name != "rulesets")
-    reasons = {v.reason for v in (*values, *snapshot.rulesets) if isinstance(v, Unavailable)}
-    return tuple(missing for missing in snapshot.missing if missing.why not in reasons)
-
-
-def _absent(target: OpenTarget, walked: Walk, node: str) -> tuple[Missing, ...]:
-    """Named pods that were not found and that the packet may have met without our knowing.
-
-    It was sent out towards such a pod's address, or its way ends in something unknown.
-    """
-    outcomes = [leaf.outcome for leaf in walked.leaves()]
-    unknown = any(outcome.disposition is Disposition.UNKNOWN for outcome in outcomes)
-    met = {str(address) for o in outcomes for address in (o.packet.dst, o.next_hop)}
-    whys = [why for pod, why in target.absent.items() if unknown or not met.isdisjoint(pod.pod_ips)]
-    missing = [Missing(what="pod", why=why, node=node) for why in whys[:_ABSENT]]
-    if len(whys) > _ABSENT:
-        more = f"{len(whys) - _ABSENT} more pods were not found"
-        missing.append(Missing(what="pod", why=more, node=node))
-    return tuple(missing)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from gketrace.conntrack import ConntrackEntry, CtStatus
+from gketrace import conntrack_filter
+from gketrace.conntrack import ConntrackEntry
 from gketrace.errors import UsageError
 from gketrace.packet import PORT_PROTOCOLS, IPAddress
 from gketrace.snapshot import IPNetwork
@@ -22,37 +23,8 @@ _STATES: Final = frozenset(state for states in STATES.values() for state in stat
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ConntrackFilter:
-    """Which entries are wanted; all of what is given must hold."""
-
-    family: int = 0
-    """4, 6, or 0 for both."""
-    protocol: int | None = None
-    orig_src: IPNetwork | None = None
-    orig_dst: IPNetwork | None = None
-    reply_src: IPNetwork | None = None
-    reply_dst: IPNetwork | None = None
-    orig_sport: int | None = None
-    orig_dport: int | None = None
-    reply_sport: int | None = None
-    reply_dport: int | None = None
-    mark: int | None = None
-    mark_mask: int = 0xFFFFFFFF
-    zone: int | None = None
-    address: IPNetwork | None = None
-    """Any of the four addresses of the entry is in it."""
-    tcp_state: str = ""
-    """Of TCP, SCTP or DCCP; empty: any."""
-    status: int = 0
-    """Wanted are entries with ``(status & status_mask) == status``."""
-    status_mask: int = 0
-    src_nat: IPNetwork | None = None
-    """The source's address is translated, to one in it: as conntrack(8)'s ``--src-nat ADDRESS``
-    (NFCT_GOPT_IS_SNAT), a translation of the port alone does not count."""
-    dst_nat: IPNetwork | None = None
-    src_nat_port: int | None = None
-    """The source's port is translated, to this one (NFCT_GOPT_IS_SPAT)."""
-    dst_nat_port: int | None = None
+class ConntrackFilter(conntrack_filter.ConntrackFilter):
+    """What the kernel is asked for, and what is left to us; see the fields' descriptions there."""
 
     def __post_init__(self) -> None:
         if self.tcp_state and self.tcp_state not in _STATES:
@@ -67,7 +39,7 @@ class ConntrackFilter:
         itself.  To walk the table four times costs it less than to send it once.
         """
         nats = (self.src_nat, self.dst_nat)
-        given = [n for n in (*self._networks(), *nats, self.address) if n is not None]
+        given = [n for n in (*self.networks(), *nats, self.address) if n is not None]
         family = self.family or (given[0].version if given else 0)
         halves = (
             TupleFilter(
@@ -95,56 +67,11 @@ class ConntrackFilter:
                 reply=reply,
                 mark=self.mark,
                 mark_mask=self.mark_mask,
-                status=self.status | self._nat_bits(),
-                status_mask=self.status_mask | self._nat_bits(),
+                status=self.status | self.nat_bits(),
+                status_mask=self.status_mask | self.nat_bits(),
             )
             for orig, reply in ways
         )
-
-    def takes(self, entry: ConntrackEntry) -> bool:
-        """True when `entry` is wanted."""
-        orig, reply = entry.orig, entry.reply
-        pairs = (
-            (self.family or None, orig.src.version),
-            (self.protocol, orig.protocol),
-            (self.orig_sport, orig.sport),
-            (self.orig_dport, orig.dport),
-            (self.reply_sport, reply.sport),
-            (self.reply_dport, reply.dport),
-            (self.zone, entry.zone),
-            (self.tcp_state or None, entry.tcp_state),
-        )
-        if any(wanted is not None and wanted != got for wanted, got in pairs):
-            return False
-        ends = (orig.src, orig.dst, reply.src, reply.dst)
-        if any(
-            wanted is not None and got not in wanted
-            for wanted, got in zip(self._networks(), ends, strict=True)
-        ):
-            return False
-        if self.mark is not None and (entry.mark or 0) & self.mark_mask != self.mark:
-            return False
-        if entry.status & self.status_mask != self.status:
-            return False
-        if entry.status & self._nat_bits() != self._nat_bits():
-            return False
-        if not all(
-            wanted is None or (new != old and new in wanted)
-            for wanted, new, old in (
-                (self.src_nat, reply.dst, orig.src),
-                (self.dst_nat, reply.src, orig.dst),
-            )
-        ):
-            return False
-        if not all(
-            wanted is None or (new != old and new == wanted)
-            for wanted, new, old in (
-                (self.src_nat_port, reply.dport, orig.sport),
-                (self.dst_nat_port, reply.sport, orig.dport),
-            )
-        ):
-            return False
-        return self.address is None or any(end in self.address for end in ends)
 
     def mask(self, group: Group) -> Array | None:
         """What `takes` says of each row; None: all are wanted."""
@@ -169,23 +96,16 @@ class ConntrackFilter:
             parts.append(_number(group, "status") & np.uint32(self.status_mask) == self.status)
         if self.tcp_state:
             parts.append(_in_state(group, self.tcp_state))
-        for network, name in zip(self._networks(), _ADDRESSES, strict=True):
+        for network, name in zip(self.networks(), _ADDRESSES, strict=True):
             if network is not None:
                 parts.append(_inside(group, name, network))
-        if bits := self._nat_bits():
+        if bits := self.nat_bits():
             parts.append(_number(group, "status") & np.uint32(bits) == bits)
             parts += self._nat_parts(group)
         if self.address is not None:
             ends = [_inside(group, name, self.address) for name in _ADDRESSES]
             parts.append(np.logical_or.reduce(ends))
         return np.logical_and.reduce(parts) if parts else None
-
-    def _nat_bits(self) -> int:
-        """Of the status, that the wanted translations have."""
-        source = self.src_nat is not None or self.src_nat_port is not None
-        destination = self.dst_nat is not None or self.dst_nat_port is not None
-        bits = CtStatus.SRC_NAT if source else CtStatus.NONE
-        return int(bits | CtStatus.DST_NAT if destination else bits)
 
     def _nat_parts(self, group: Group) -> list[Array]:
         parts: list[Array] = []
@@ -204,9 +124,6 @@ class ConntrackFilter:
                 now = _port(group, new)
                 parts += [now == port, now != _port(group, old)]
         return parts
-
-    def _networks(self) -> tuple[IPNetwork | None, ...]:
-        return self.orig_src, self.orig_dst, self.reply_src, self.reply_dst
 
 
 @dataclass(frozen=True, slots=True)
