@@ -157,3 +157,15 @@ def test_ways_that_break_are_made_again(lab: Lab) -> None:
                 if all(isinstance(answer, pb.GetInfoReply) for answer in answers.values()):
                     break
             assert {answer.node for answer in answers.values()} == set(names)
+
+
+def test_nobody_is_let_in_while_the_api_server_is_away(lab: Lab) -> None:
+    """A new token cannot be reviewed: refused, and said why."""
+    reviews = "/apis/authentication.k8s.io/v1/tokenreviews"
+    lab.api("POST", "/lab/fail", {"path": reviews, "status": 503, "message": "no etcd"})
+    try:
+        ran = run_cli(lab, "rules", "2jdh")
+    finally:
+        lab.api("DELETE", "/lab/fail")
+    assert ran.code == ExitCode.UNAVAILABLE
+    assert "lets nobody in: the caller's token could not be reviewed" in ran.err

@@ -17,6 +17,7 @@ __all__ = [
     "CA_CONFIGMAP",
     "CA_KEY",
     "DEFAULT_ACCOUNT",
+    "DENIED",
     "GROUP",
     "HIDDEN_HEADER",
     "METHODS",
@@ -36,6 +37,8 @@ DEFAULT_ACCOUNT: Final = "gketrace-user"
 CA_CONFIGMAP: Final = "gketrace-ca"
 """In the agents' namespace: the certificate authority of the agents' certificate."""
 CA_KEY: Final = "ca.crt"
+DENIED: Final = "denied: "
+"""Begins what an agent says with UNAVAILABLE when it could not ask about a caller."""
 NAMESPACES_HEADER: Final = "gketrace-namespaces"
 """Request metadata: the namespaces that the caller asks about, comma-separated.  Only names them:
 each is checked."""

@@ -21,7 +21,7 @@ from typing import Any, Final, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from gketrace.access import HIDDEN_HEADER
+from gketrace.access import DENIED, HIDDEN_HEADER
 from gketrace.errors import (
     GketraceError,
     TimeoutExceeded,
@@ -416,6 +416,8 @@ class Fleet:
                 f"{reached} did not answer within {self._timeout:g} s",
                 hint="--timeout SECONDS waits longer",
             )
+        if status == "UNAVAILABLE" and details.startswith(DENIED):
+            return UnavailableError(f"{reached} lets nobody in: {details.removeprefix(DENIED)}")
         if status == "UNAVAILABLE":
             reason = details.rpartition("last error: ")[2] or "no answer"
             for noise in ("UNKNOWN: ", "UNAVAILABLE: "):

@@ -72,7 +72,7 @@ class Identities:
             found = self._cache.get(key, lambda: self._review(token))
         except GketraceError as error:
             raise UnavailableError(
-                f"denied: the caller's token could not be reviewed: {error.message}",
+                f"{access.DENIED}the caller's token could not be reviewed: {error.message}",
                 hint=error.hint,
             ) from None
         if isinstance(found, str):

@@ -62,7 +62,8 @@ class Permissions:
             return self._cache.get(key, lambda: self._review(caller, action))
         except GketraceError as error:
             raise UnavailableError(
-                f"denied: whether {caller.user} may {action} could not be asked: {error.message}",
+                f"{access.DENIED}whether {caller.user} may {action} could not be asked: "
+                f"{error.message}",
                 hint=error.hint,
             ) from None
 
