@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from queue import Empty, SimpleQueue
 from types import FrameType
@@ -18,8 +18,6 @@ from typing import TYPE_CHECKING, Final
 from gketrace.errors import ExitCode, GketraceError, NotFoundError
 from gketrace.follow.joiner import Followed, Joiner, Phase
 from gketrace.follow.outcome import Outcome
-from gketrace.trace import Missing
-from gketrace_cli.addressbook import AddressBook
 from gketrace_cli.follow.counting import read_counters
 from gketrace_cli.follow.intake import Intake
 from gketrace_cli.follow.output import Output, Sampler
@@ -28,6 +26,7 @@ from gketrace_cli.follow.scope import Scope, changes
 from gketrace_cli.follow.streams import Streams
 from gketrace_cli.follow.tally import Tally
 from gketrace_cli.follow.view import Chosen, View, make_view
+from gketrace_cli.follow.world import World, read_world
 from gketrace_cli.names import short_names
 from gketrace_cli.render.follow import (
     connection_document,
@@ -42,7 +41,6 @@ from gketrace_cli.session import Session, background
 if TYPE_CHECKING:
     from gketrace_cli.agents import Fleet
     from gketrace_cli.conntrack_reading import Place as Target
-    from gketrace_cli.objects import Pod
     from gketrace_cli.options import Options
 
 __all__ = ["Request", "follow"]
@@ -76,17 +74,6 @@ class Request:
     """Seconds; None: until it is interrupted."""
 
 
-@dataclass(slots=True)
-class _World:
-    """The cluster as it was read last."""
-
-    scope: Scope
-    book: AddressBook
-    node_of: dict[str, str]
-    pods: dict[str, Pod]
-    missing: tuple[Missing, ...] = field(default=())
-
-
 def follow(session: Session, options: Options, request: Request) -> ExitCode:
     """Raises: `GketraceError` when it cannot begin."""
     return _Follow(session, options, request).run()
@@ -100,7 +87,7 @@ class _Follow:
         self._options = options
         self._request = request
         self._targets, self._gaps = find_places(session, None, None)
-        self._world = _read_world(session, request, None)
+        self._world = read_world(session, request.read, None)
         session.progress.mute()
         self._stop = threading.Event()
         self._side: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -273,7 +260,7 @@ class _Follow:
                 scope = self._request.read(self._session, old.scope)
                 different = changes(old.scope, scope)
                 if different:
-                    world = _read_world(self._session, self._request, old.scope)
+                    world = read_world(self._session, self._request.read, old.scope)
                     self._side.put(partial(self._replan, world, different))
                 if failed:
                     self._side.put(partial(self._say, "objects are read again"))
@@ -287,7 +274,7 @@ class _Follow:
                     self._side.put(partial(self._note, text))
                 failed = why
 
-    def _replan(self, world: _World, different: Sequence[str]) -> None:
+    def _replan(self, world: World, different: Sequence[str]) -> None:
         old, self._world = self._world, world
         for text in different:
             self._note(text)
@@ -296,7 +283,7 @@ class _Follow:
             self._intake.switch()
             self._streams.follow(self._all_targets(world), world.scope.filters)
 
-    def _all_targets(self, world: _World) -> list[Target]:
+    def _all_targets(self, world: World) -> list[Target]:
         from gketrace_cli.conntrack_reading import Place as Target
 
         pod = world.scope.pod
@@ -426,43 +413,3 @@ class _Follow:
 
 def _line(document: object) -> str:
     return json.dumps(document, ensure_ascii=False) + "\n"
-
-
-def _read_world(session: Session, request: Request, before: Scope | None) -> _World:
-    """Raises: `GketraceError`; without names it does."""
-    scope = request.read(session, before)
-    missing: tuple[Missing, ...] = ()
-    try:
-        read = session.read({"pods": session.cluster.pods, "services": session.cluster.services})
-    except GketraceError as error:
-        read = {"pods": session.pods.known, "services": ()}
-        missing = (Missing(what="names", why=f"addresses have no names: {error.message}"),)
-    pods = {
-        ip: pod
-        for pod in read["pods"]
-        if not pod.host_network and pod.phase not in ("Succeeded", "Failed")
-        for ip in pod.pod_ips
-    }
-    for pod in read["pods"]:
-        session.pods.add(pod)
-    by_key = {pod.key: pod for pod in read["pods"] if not pod.host_network}
-    for end in scope.endpoints:  # often the only one that knows a pod's second address
-        owner = by_key.get(f"{end.namespace}/{end.pod}")
-        if owner is not None and end.address_type != "FQDN":
-            pods.setdefault(end.address, owner)
-    node_of = {ip: pod.node for ip, pod in pods.items()}
-    for node in session.nodes:
-        node_of.update(dict.fromkeys((*node.internal_ips, *node.external_ips), node.name))
-        seen = session.fleet.addresses(node.name)
-        node_of.update((str(one.address), node.name) for one in seen)
-    book = AddressBook(nodes=session.nodes, pods=_with_addresses(pods), services=read["services"])
-    return _World(scope=scope, book=book, node_of=node_of, pods=pods, missing=missing)
-
-
-def _with_addresses(pods: dict[str, Pod]) -> list[Pod]:
-    """The pods, each with all of the addresses that it is known by."""
-    known: dict[str, tuple[str, ...]] = {}
-    for ip, pod in pods.items():
-        known[pod.key] = (*known.get(pod.key, ()), ip)
-    by_key = {pod.key: pod for pod in pods.values()}
-    return [replace(pod, pod_ips=known[key]) for key, pod in by_key.items()]
