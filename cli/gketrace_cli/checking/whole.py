@@ -107,7 +107,8 @@ def read_world(session: Session) -> tuple[World, int]:
     alive = [p for p in read["pods"] if p.phase not in ("Succeeded", "Failed")]
     by_node: dict[str, list[Pod]] = {node.name: [] for node in nodes}
     for pod in alive:
-        if pod.node in by_node:
+        # One that has not started yet has no namespace to read.
+        if pod.node in by_node and pod.phase == "Running":
             by_node[pod.node].append(pod)
     session.progress.say(f"reading {len(nodes)} nodes")
     sights = read_sights(session, by_node)
