@@ -218,7 +218,9 @@ def grants(subject: As, missing: Iterable[Right]) -> list[dict[str, Any]]:
     plain = re.sub(r"[^a-z0-9.-]+", "-", said).strip("-.")[:200] or "user"
     for namespace, rights in by_place.items():
         kind = "Role" if namespace else "ClusterRole"
-        metadata = {"name": f"gketrace-for-{plain}"} | ({"namespace": namespace} if namespace else {})
+        metadata = {"name": f"gketrace-for-{plain}"} | (
+            {"namespace": namespace} if namespace else {}
+        )
         rules: dict[tuple[str, str, str], list[str]] = {}
         for right in rights:
             rules.setdefault((right.group, right.verb, right.name), []).append(right.resource)
