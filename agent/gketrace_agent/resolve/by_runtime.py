@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from gketrace.errors import GketraceError, GoneError, UnavailableError
 from gketrace_agent.kernel.hostpaths import HostPaths
-from gketrace_agent.kernel.netns import NetnsHandle, open_path, open_pid
+from gketrace_agent.kernel.netns import NetnsHandle, open_path
 from gketrace_agent.resolve.cri import (
     LABEL_NAME,
     LABEL_NAMESPACE,
@@ -17,7 +17,7 @@ from gketrace_agent.resolve.cri import (
     CriSandbox,
 )
 from gketrace_agent.resolve.model import Container, Finding, Journal, PodRef
-from gketrace_agent.resolve.process import read_process
+from gketrace_agent.resolve.process import open_owned, read_process
 from gketrace_agent.resolve.scan import CgroupScan
 from gketrace_proto.cri import api_pb2
 
@@ -149,7 +149,11 @@ class RuntimeSearch:
     def _open(
         self, pod: PodRef, sandbox: CriSandbox, running: list[Container], journal: Journal
     ) -> NetnsHandle:
-        """Opens the sandbox's namespace by every name it has and checks that they agree."""
+        """Opens the sandbox's namespace by every name it has and checks that they agree.
+
+        A process counts when its cgroup is the pod's, or where that names no pod (Kata's
+        hypervisor), beside the namespace's own path.
+        """
         opened: list[tuple[str, NetnsHandle]] = []
         try:
             if sandbox.netns_path:
@@ -158,15 +162,25 @@ class RuntimeSearch:
                     opened.append((str(path), open_path(path)))
                 except (GoneError, UnavailableError) as error:
                     journal.failed("namespace path", str(error))
+            # What a runtime says may be older than the end of its process, whose PID may be another
+            # pod's by now.
+            uids = {uid for uid in (sandbox.uid, *pod.uids) if uid}
             pids: list[tuple[str, int, int | None]] = []
             if sandbox.pid:
                 pids.append((f"sandbox PID {sandbox.pid}", sandbox.pid, None))
             pids += [(f"{c.name} PID {c.pid}", c.pid, c.start_time) for c in running]
             for by, pid, start_time in pids:
                 try:
-                    opened.append((by, open_pid(self._paths, pid, starttime=start_time)))
+                    handle, owner = open_owned(self._paths, pid, start_time)
                 except GoneError as error:
                     journal.failed("process", str(error))
+                    continue
+                if owner in uids or (owner == "" and opened):
+                    opened.append((by, handle))
+                    continue
+                handle.close()
+                whose = f"pod {owner}" if owner else "no pod, and no namespace path confirms it"
+                journal.failed("process", f"{by} is in a cgroup of {whose}")
             if not opened:
                 raise GoneError(
                     f"{pod}: nothing of its sandbox {sandbox.id[:12]} is left: "

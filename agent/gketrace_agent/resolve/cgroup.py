@@ -86,7 +86,11 @@ def parse_cgroup_file(text: str, *, source: str = "cgroup") -> CgroupOwner | Non
     is not ``ID:CONTROLLERS:PATH``.
     """
     pod_only: CgroupOwner | None = None
-    for number, line in enumerate(text.splitlines(), start=1):
+    # The kernel lets a cgroup's name hold whatever else splitlines() takes for an end of line.
+    lines = text.split("\n")
+    if not lines[-1]:
+        del lines[-1]
+    for number, line in enumerate(lines, start=1):
         parts = line.split(":", 2)
         if len(parts) != 3 or not parts[0].isdigit():
             raise ParseError("not a cgroup line", source=source, line=number, text=line)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from gketrace.errors import ForbiddenError, GoneError
 from gketrace_agent.kernel.hostpaths import HostPaths
-from gketrace_agent.kernel.netns import process_starttime
+from gketrace_agent.kernel.netns import NetnsHandle, open_pid, process_starttime
+from gketrace_agent.resolve.cgroup import parse_cgroup_file
 
-__all__ = ["Process", "read_process"]
+__all__ = ["Process", "open_owned", "read_process"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,3 +50,25 @@ def read_process(paths: HostPaths, pid: int) -> Process:
         command=os.path.basename(first) or name,
         netns_inode=inode,
     )
+
+
+def open_owned(paths: HostPaths, pid: int, start_time: int | None) -> tuple[NetnsHandle, str]:
+    """A process's namespace and the UID of the pod whose cgroup it is in, empty for none: both of
+    one process, that of `start_time` where that is known.  The caller closes the namespace.
+
+    Raises `GoneError` and `ForbiddenError` as `open_pid` does.
+    """
+    before = process_starttime(paths, pid) if start_time is None else start_time
+    handle = open_pid(paths, pid, starttime=before)
+    try:
+        try:
+            text = paths.pid(pid, "cgroup").read_text(errors="replace")
+        except (FileNotFoundError, ProcessLookupError):
+            raise GoneError(f"process {pid} has ended") from None
+        if process_starttime(paths, pid) != before:
+            raise GoneError(f"process {pid} ended while its cgroup was being read")
+        owner = parse_cgroup_file(text, source=f"/proc/{pid}/cgroup")
+    except BaseException:
+        handle.close()
+        raise
+    return handle, "" if owner is None else owner.pod_uid

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gketrace.errors import GketraceError, NotFoundError, UsageError
+from gketrace.errors import GketraceError, NotFoundError, UnavailableError, UsageError
 from gketrace_agent.kernel.hostpaths import HostPaths
 from gketrace_agent.kernel.netns import NetnsHandle
 from gketrace_agent.resolve.by_cgroup import find_by_cgroup
@@ -99,6 +99,12 @@ class Resolver:
             raise
         inode = found.handle.inode
         host = inode == host_inode
+        if host and found.method == "cri" and not (found.said_host or pod.host_network):
+            found.handle.close()
+            raise UnavailableError(
+                f"{pod}: found in the node's own network namespace, and its runtime says that it "
+                "has one of its own"
+            )
         if host:
             journal.done("host network", f"{inode} is the node's own: hostNetwork")
         elif found.said_host or pod.host_network:

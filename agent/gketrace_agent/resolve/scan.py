@@ -80,7 +80,10 @@ def scan_cgroups(paths: HostPaths) -> CgroupScan:
             owner = parse_cgroup_file(text, source=f"/proc/{pid}/cgroup")
             if owner is None or _is_gofer(paths, pid):
                 continue
-            members.append(Member(pid=pid, start_time=process_starttime(paths, pid), owner=owner))
+            start_time = process_starttime(paths, pid)
+            # The PID may be another process's since the first reading.
+            if paths.pid(pid, "cgroup").read_text(errors="replace") == text:
+                members.append(Member(pid=pid, start_time=start_time, owner=owner))
         except (FileNotFoundError, ProcessLookupError, GoneError):
             continue
     return CgroupScan(

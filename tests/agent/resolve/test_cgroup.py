@@ -141,3 +141,10 @@ def test_host_processes_have_no_owner() -> None:
 def test_an_unreadable_line_is_quoted() -> None:
     with pytest.raises(ParseError, match=r"/proc/7/cgroup:2: not a cgroup line: 'kubepods'"):
         parse_cgroup_file("0::/\nkubepods\n", source="/proc/7/cgroup")
+
+
+def test_a_cgroup_s_name_may_hold_what_looks_like_an_end_of_line() -> None:
+    owner = parse_cgroup_file(f"0::/kubepods/pod{UID}/{ID}/a\u2028b\x0bc\x85\n")
+    assert owner is not None
+    assert owner.container_id == ID
+    assert parse_cgroup_file("") is None
