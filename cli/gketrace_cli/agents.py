@@ -61,8 +61,10 @@ class Agent:
     """The gRPC target."""
     how: str
     """``--agent``, ``direct``, ``port-forward`` or ``--local``, with the pod's name."""
-    channel: grpc.Channel
-    stub: AgentStub
+    channel: Any
+    """A `grpc.Channel`; None: there is no agent, only what it once said (`gketrace_cli.bundle.replay`)."""
+    stub: Any
+    """An `AgentStub`; None without a channel."""
     way: Way | None = None
     """The port-forward it goes through."""
     access: AgentAccess | None = None
@@ -104,7 +106,8 @@ class Fleet:
 
     def close(self) -> None:
         for agent in self._agents.values():
-            agent.channel.close()
+            if agent.channel is not None:
+                agent.channel.close()
         if self._forwards is not None:
             self._forwards.close()
 
@@ -204,7 +207,8 @@ class Fleet:
 
     def _drop(self, node: str, why: GketraceError) -> None:
         agent = self._agents.pop(node)
-        agent.channel.close()
+        if agent.channel is not None:
+            agent.channel.close()
         self._missing[node] = why
 
     # who is there

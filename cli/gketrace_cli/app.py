@@ -13,6 +13,7 @@ import typer
 from gketrace_cli import __version__
 from gketrace_cli.commands import (
     auth,
+    bundle,
     capture,
     check,
     connections,
@@ -71,6 +72,7 @@ app.callback()(_root)
 _auth: Final = typer.Typer(help="What you may do.", rich_markup_mode=None)
 _auth.command("can-i", epilog=EPILOG)(with_options(auth.can_i))
 app.add_typer(_auth, name="auth")
+app.command("bundle", epilog=EPILOG)(with_options(bundle.bundle))
 app.command("capture", epilog=EPILOG)(with_options(capture.capture))
 app.command("check", epilog=EPILOG)(with_options(check.check))
 app.command("connections", epilog=EPILOG)(with_options(connections.connections))

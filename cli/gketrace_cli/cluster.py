@@ -137,6 +137,10 @@ class Cluster:
     def nodes(self) -> tuple[Node, ...]:
         return tuple(parse_node(obj) for obj in self._items("", "nodes", "", {}))
 
+    def items(self, group: str, plural: str, namespace: str = "") -> list[dict[str, Any]]:
+        """A list of any kind, as the server has it."""
+        return self._items(group, plural, namespace, {})
+
     def read(self, namespace: str = "", *, kinds: Iterable[str] = KINDS) -> Reading:
         """Several lists at once; those with namespaces are cut to `namespace` when it is given.
 

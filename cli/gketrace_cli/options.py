@@ -26,6 +26,8 @@ from gketrace_cli.account import Account, parse_account
 
 __all__ = ["Color", "Connect", "Output", "Options", "parse_agents", "with_options"]
 
+ON_BUNDLES: Final = ("check", "connections", "conntrack", "pod", "rules", "service", "trace")
+"""Commands that answer from a bundle as they do from a cluster."""
 DEFAULT_TIMEOUT: Final = 10.0
 """Seconds for the whole answer of one API or agent call."""
 
@@ -139,6 +141,14 @@ class Options:
         bool | None,
         typer.Option("--local", help="Start an agent on this node for this one command."),
     ] = None
+    bundle: Annotated[
+        str | None,
+        typer.Option(
+            "--bundle",
+            metavar="FILE",
+            help="Answer from a file that 'gketrace bundle' made, not from a cluster.",
+        ),
+    ] = None
     output: Annotated[
         Output | None, typer.Option("--output", "-o", help="Output format (default: text).")
     ] = None
@@ -160,6 +170,23 @@ class Options:
         """These, and where one is not given, the outer one (given before the command)."""
         given = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(outer, **{name: value for name, value in given.items() if value is not None})
+
+    def check_bundle(self, command: str) -> None:
+        """Raises: `UsageError` when a bundle cannot answer, or more than it is asked."""
+        if command not in ON_BUNDLES:
+            raise UsageError(
+                f"gketrace {command} cannot be run on a bundle",
+                hint="on a bundle: " + ", ".join(ON_BUNDLES),
+            )
+        live = {
+            "--context": self.context,
+            "--kubeconfig": self.kubeconfig,
+            "--agent": self.agent,
+            "--local": self.local,
+        }
+        for name, value in live.items():
+            if value:
+                raise UsageError(f"{name} and --bundle exclude each other")
 
     @property
     def agents_in(self) -> str:
@@ -230,7 +257,10 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         outer = ctx.obj if isinstance(ctx.obj, Options) else Options()
         if "ctx" in own:
             values["ctx"] = ctx
-        command(options=given.over(outer), **values)
+        options = given.over(outer)
+        if options.bundle is not None and ctx.invoked_subcommand is None:
+            options.check_bundle(str(ctx.command.name))
+        command(options=options, **values)
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter("ctx", keyword, annotation=typer.Context)]

@@ -28,6 +28,7 @@ from gketrace_cli.options import Connect, Options
 if TYPE_CHECKING:
     from gketrace_cli.agent_access import AgentAccess
     from gketrace_cli.agents import Fleet
+    from gketrace_cli.bundle.replay import Replay
 
 __all__ = ["LABEL", "Pods", "Progress", "Session", "background"]
 
@@ -138,11 +139,12 @@ class Session:
         if options.local and given:
             raise UsageError("--local and --agent exclude each other")
         self._given = given
-        self.cluster: Final = Cluster.open(
-            kubeconfig=options.kubeconfig or "",
-            context=options.context or "",
-            timeout=options.seconds,
-        )
+        self._saved: Replay | None = None
+        if options.bundle is not None:
+            from gketrace_cli.bundle.replay import Replay
+
+            self._saved = Replay.open(options.bundle)
+        self.cluster: Final = self._open_cluster()
         self.namespace: Final = options.namespace or self.cluster.namespace or "default"
         self._fleet: Fleet | None = None
         self._closers: list[Callable[[], None]] = []
@@ -172,6 +174,15 @@ class Session:
         self.cluster.close()
 
     # the cluster
+
+    def _open_cluster(self) -> Cluster:
+        if self._saved is not None:
+            return self._saved.cluster()
+        return Cluster.open(
+            kubeconfig=self.options.kubeconfig or "",
+            context=self.options.context or "",
+            timeout=self.options.seconds,
+        )
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -233,6 +244,8 @@ class Session:
 
     def _reach_agents(self) -> Fleet:
         """Runs in a thread of its own; imports grpc while the cluster answers."""
+        if self._saved is not None:
+            return self._saved.fleet()
         found = None
         if not self.options.local:
             where = self.options.agents_in
