@@ -137,11 +137,13 @@ class Programme:
                         if f"--to-destination {address}" in rule.text:
                             return rule.citation
         host, _, port = address.rpartition(":")
+        host = host.strip("[]")
+        named = f"__{host.replace(':', '.')}/{port}"
         for table in self.nft:
             for name in table.chain_names:
                 if name.startswith(("service-", "local-")):
                     for rule in table.chain(name) or ():
-                        if f"{host} . {port}" in rule.text or f"__{host}/{port}" in rule.text:
+                        if f"{host} . {port}" in rule.text or named in rule.text:
                             return rule.citation
         return None
 

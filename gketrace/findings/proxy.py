@@ -349,6 +349,7 @@ def _pinned(sight: Sight, name: ServicePort, one: Expected, end: str) -> Iterato
                 text = f"/proc/net/xt_recent/{listed}: {entry.text or entry.address}"
                 remembered.append((str(entry.address), text, Source.RECENT))
     host, _, port = end.rpartition(":")
+    host = host.strip("[]").replace(":", ".")
     for table in sight.programme.nft:
         for set_name in table.set_names:
             if set_name.startswith("affinity-") and set_name.endswith(f"__{host}/{port}"):
