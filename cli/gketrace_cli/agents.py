@@ -62,7 +62,7 @@ class Agent:
     how: str
     """``--agent``, ``direct``, ``port-forward`` or ``--local``, with the pod's name."""
     channel: Any
-    """A `grpc.Channel`; None: there is no agent, only what it once said (`gketrace_cli.bundle.replay`)."""
+    """A `grpc.Channel`; None: there is only what the agent once said (see `bundle.replay`)."""
     stub: Any
     """An `AgentStub`; None without a channel."""
     way: Way | None = None
