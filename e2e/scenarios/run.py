@@ -144,6 +144,9 @@ def run_pair(lab: Lab, first: Scenario, second: Scenario) -> PairOutcome:
     with staged(lab) as stage:
         first.fault(stage)
         second.fault(stage)
+        for scenario in (first, second):
+            if scenario.symptom is not None:  # some faults show only while there is traffic
+                scenario.symptom(stage)
         alter: Callable[[World], World] | None = first.alter or second.alter
         if first.alter is not None and second.alter is not None:
             one, two = first.alter, second.alter
