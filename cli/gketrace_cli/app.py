@@ -18,6 +18,7 @@ from gketrace_cli.commands import (
     check,
     connections,
     conntrack,
+    diff,
     install,
     pod,
     rules,
@@ -79,6 +80,7 @@ app.command("connections", epilog=EPILOG)(with_options(connections.connections))
 app.command("conntrack", cls=conntrack.ConntrackCommand, epilog=EPILOG)(
     with_options(conntrack.conntrack)
 )
+app.command("diff", epilog=EPILOG)(with_options(diff.diff))
 app.command("explain", epilog=EPILOG)(with_options(check.explain))
 app.command("install", epilog=EPILOG)(with_options(install.install))
 app.command("pod", epilog=EPILOG)(with_options(pod.pod))

@@ -118,7 +118,7 @@ class SavedNode:
         return reading
 
     @cached_property
-    def _snapshots(self) -> Mapping[str, Maybe[NetnsSnapshot]]:
+    def snapshots(self) -> Mapping[str, Maybe[NetnsSnapshot]]:
         sight = self._reading.sight(self.record.info)
         found: dict[str, Maybe[NetnsSnapshot]] = {HOST: sight.host, **sight.pods}
         return {
@@ -143,7 +143,7 @@ class SavedNode:
         their addresses.  Raises: `GketraceError`."""
         known = {
             key: shot
-            for key, shot in self._snapshots.items()
+            for key, shot in self.snapshots.items()
             if isinstance(shot, NetnsSnapshot) and (key in (HOST, pod) or key in pods)
         }
         view = _View(self.record.node, known)
@@ -161,7 +161,7 @@ class SavedNode:
 
     def _absent(self, pods: Mapping[str, tuple[str, ...]]) -> Iterable[AbsentPod]:
         for key, addresses in pods.items():
-            shot = self._snapshots.get(key)
+            shot = self.snapshots.get(key)
             if shot is None:
                 yield AbsentPod(pod_ips=addresses, why=f"pod {key} is not in this bundle")
             elif isinstance(shot, Unavailable):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -13,6 +13,7 @@ from gketrace.findings.detect import find
 from gketrace.findings.model import Finding, Severity
 from gketrace.findings.registry import code_of
 from gketrace.findings.world import Way, World
+from gketrace.topology import SeenAddress
 from gketrace.trace import Missing
 from gketrace_cli.asking import inquiry, make_topology
 from gketrace_cli.checking.offline import trace_offline
@@ -121,10 +122,16 @@ def read_world(session: Session) -> tuple[World, int]:
         missing=sights.missing,
     )
     seen = {node.name: session.fleet.addresses(node.name) for node in nodes}
-    topology = make_topology(nodes, alive, world.services, seen)
-    there = [node for node in nodes if node.name in world.sights]
+    session.progress.say("tracing")
+    return trace_world(world, seen)
+
+
+def trace_world(world: World, seen: Mapping[str, tuple[SeenAddress, ...]]) -> tuple[World, int]:
+    """The world with its ways traced, and how many were not; `seen`: each node's own addresses."""
+    alive = [p for p in world.pods if p.phase not in ("Succeeded", "Failed")]
+    topology = make_topology(world.nodes, alive, world.services, seen)
+    there = [node for node in world.nodes if node.name in world.sights]
     asked, left_out = probes(there, alive, world.services, world.endpoints)
-    session.progress.say(f"tracing {len(asked)} ways")
     traced = trace_offline(topology, world.sights, [inquiry(question) for question, _ in asked])
     answers = [
         Answer(question=question, paths=paths)
@@ -151,4 +158,4 @@ def missing_of(checked: Checked) -> tuple[Missing, ...]:
     return tuple(dict.fromkeys(gaps))
 
 
-__all__ += ["missing_of"]
+__all__ += ["missing_of", "trace_world"]
