@@ -1,4 +1,4 @@
-"""The Kubernetes objects that answers rest on, as values: only the fields that matter to packets."""
+"""The Kubernetes objects that answers rest on, as values: the fields that matter to packets."""
 
 from __future__ import annotations
 
