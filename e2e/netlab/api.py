@@ -241,9 +241,11 @@ class Lab:
         answer: dict[str, Any] = lifecycle.control(self.name, request)
         return answer
 
-    def restart_agents(self, *, without: Sequence[str] = ()) -> None:
-        """Packaged agents only: anew, without some of the capabilities that they are given."""
-        lifecycle.control(self.name, {"op": "agents", "without": list(without)})
+    def restart_agents(self, *, without: Sequence[str] = (), seccomp: str = "") -> None:
+        """Packaged agents only: anew, without some of the capabilities that they are given, or with
+        another type of seccomp profile."""
+        request = {"op": "agents", "without": list(without), "seccomp": seccomp}
+        lifecycle.control(self.name, request)
 
     def _runtime(self, node: str, action: str) -> None:
         request = {"op": "runtime", "node": find_node(self.state, node), "action": action}

@@ -105,7 +105,11 @@ class Kubelet:
     def load(self, socket: str, node: str, image: dict[str, str], snapshotter: str) -> None:
         """Imports an archive and waits until the runtime's CRI side has noticed."""
         ctr = ["ctr", "--address", socket, "--namespace", "k8s.io", "images"]
-        _run([*ctr, "import", "--snapshotter", snapshotter, image["archive"]])
+        argv = [*ctr, "import", "--snapshotter", snapshotter]
+        if "/" not in image["name"]:
+            # The archive names it without a registry; CRI looks such names up as Docker's.
+            argv += ["--index-name", f"docker.io/library/{image['name']}"]
+        _run([*argv, image["archive"]])
         deadline = time.monotonic() + _SECONDS
         while not (
             self._clients[node]

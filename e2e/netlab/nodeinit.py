@@ -343,7 +343,12 @@ class NodeInit:
         """Once the kubelet has started the pods `keys`."""
         # The bridge plugin turns IPv6 forwarding on everywhere; see sysctls.
         sysctl("net.ipv6.conf.eth0.forwarding", "0")
-        self.wait_for_pods(p for p in self.world.pods_on(self.node.name) if p.key in keys)
+        pods = [pod for pod in self.world.pods_on(self.node.name) if pod.key in keys]
+        for pod in pods:
+            # A new sandbox has a new MAC, and announces it perhaps before its port forwards.
+            if self.topology == "bridge" and not pod.host_network:
+                run(["ip", "neigh", "flush", "to", pod.ip, "dev", "cbr0"])
+        self.wait_for_pods(pods)
         self.control_agent("start")
         return self.status()
 

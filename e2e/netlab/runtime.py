@@ -41,9 +41,9 @@ def with_sidecar(pod: dict[str, Any]) -> dict[str, Any]:
     return {**pod, "spec": {**spec, "containers": [*spec["containers"], sidecar]}}
 
 
-def packaged_agent(node: Node, without: tuple[str, ...] = ()) -> dict[str, Any]:
+def packaged_agent(node: Node, without: tuple[str, ...] = (), seccomp: str = "") -> dict[str, Any]:
     """The agent's pod as deploy/daemonset.yaml's controller makes it, on `node`; of its added
-    capabilities those in `without` are left out.
+    capabilities those in `without` are left out; `seccomp` is another type of profile.
 
     The file's arguments hold, but for where the API is: the lab has no ClusterIP for it.
     """
@@ -57,6 +57,8 @@ def packaged_agent(node: Node, without: tuple[str, ...] = ()) -> dict[str, Any]:
     (container,) = spec["containers"]
     security = container["securityContext"]
     added = [name for name in security["capabilities"]["add"] if name not in without]
+    if seccomp:
+        security = {**security, "seccompProfile": {"type": seccomp}}
     container = {
         **container,
         "env": [
@@ -138,12 +140,12 @@ class Runtime:
         """All pods of the world."""
         self._told |= self._ask(op="run", pods=[self._request(pod) for pod in self._world.pods])
 
-    def start_agents(self, without: tuple[str, ...] = ()) -> None:
-        """The packaged agents, anew; `without` some capabilities.  Waits for their start-up probe,
-        as the kubelet does."""
+    def start_agents(self, without: tuple[str, ...] = (), seccomp: str = "") -> None:
+        """The packaged agents, anew; see `packaged_agent`.  Waits for their start-up probe, as the
+        kubelet does."""
         requests = []
         for node in self._world.nodes:
-            item = packaged_agent(node, without)
+            item = packaged_agent(node, without, seccomp)
             requests.append(
                 {"object": item, "node": node.name, "files": self._files(), "grace": 10}
             )

@@ -442,7 +442,7 @@ class Supervisor:
             return self.nodes[request["node"]].ask(request)
         if request["op"] == "container-exec":
             return self.runtime.execute(request["pod"], request["container"], request["argv"])
-        self.runtime.start_agents(tuple(request["without"]))
+        self.runtime.start_agents(tuple(request["without"]), request["seccomp"])
         self.tell_api()
         return None
 
