@@ -25,6 +25,7 @@ from gketrace_cli.capture.batch import PacketBatch, batch_from_blocks, batch_fro
 from gketrace_cli.capture.files import FileSink
 from gketrace_cli.capture.merge import Chunk, Merge
 from gketrace_cli.capture.offline import OfflineFilter
+from gketrace_cli.capture.pcapng import PcapngWriter
 from gketrace_cli.capture.reader import CaptureReader
 from gketrace_cli.capture.running import Outcome, TapOutcome
 from gketrace_cli.capture.stream import Batch, Started, Statistics, TapsEnded, TapStatistics
@@ -284,6 +285,34 @@ def batch(tap: Tap, *times: int) -> Batch:
 
 
 MS = 1_000_000
+
+
+@pytest.mark.parametrize("sizes", [(44, 97, 128, 60), (14, 600, 33), (44, 3000, 512, 511), (128,)])
+def test_data_of_any_size_is_where_it_belongs(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    """In the order of the buffer, in another order, and of several batches in turn."""
+    one, other = tap(snap_length=0), tap(1, "n2", snap_length=0)
+    wanted = [packet(one, time, sizes[time % len(sizes)] - time % 3) for time in range(2500)]
+    parts = [batch_from_packets(one, wanted[:1300]), batch_from_packets(other, wanted[1300:])]
+    backwards = np.arange(1299, -1, -1)
+    alternating = np.argsort(np.r_[np.arange(1300) * 2, np.arange(1200) * 2 + 1])
+    everything = [one.data for one in wanted]
+    for chunk, data in (
+        (Chunk(batches=tuple(parts)), everything),
+        (Chunk(batches=(parts[0].take(backwards),)), everything[1299::-1]),
+        (Chunk(batches=tuple(parts), order=alternating), [everything[row] for row in alternating]),
+    ):
+        with (tmp_path / "file").open("wb", buffering=0) as file:
+            PcapngWriter(file.fileno()).write(chunk)
+        raw = (tmp_path / "file").read_bytes()
+        found, at = [], 0
+        while at < len(raw):
+            kind, length = struct.unpack_from("<II", raw, at)
+            if kind == 6:
+                (size,) = struct.unpack_from("<I", raw, at + 20)
+                found.append(raw[at + 28 : at + 28 + size])
+                assert raw[at + 28 + size : at + length - 16] == bytes(-size % 4)
+            at += length
+        assert found == data
 
 
 def test_order_across_nodes() -> None:
