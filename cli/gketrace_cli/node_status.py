@@ -133,7 +133,8 @@ def _of_info(info: pb.GetInfoReply, client: str) -> list[str]:
         name = info.data_plane or "unknown"
         problems.append(f"data plane {name}: {info.data_plane_reason or 'no reason given'}")
     problems += [
-        f"{rules.backend} rules of IPv{rules.family} are not seen: {rules.unavailable}"
+        f"{rules.backend} rules{f' of IPv{rules.family}' if rules.family else ''} are not seen:"
+        f" {rules.unavailable}"
         for rules in info.rulesets
         if rules.unavailable
     ]

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
-from gketrace.errors import TimeoutExceeded, UnavailableError
+from gketrace.errors import ForbiddenError, TimeoutExceeded, UnavailableError
 
 __all__ = [
     "NETLINK_NETFILTER",
@@ -31,6 +31,7 @@ __all__ = [
     "Dump",
     "Message",
     "NetlinkError",
+    "NetlinkForbidden",
     "NetlinkSocket",
     "attribute",
     "attributes",
@@ -87,13 +88,22 @@ class Dump:
 
 
 class NetlinkError(UnavailableError):
-    """The kernel's answer was an error number."""
+    """The kernel's answer was an error number; a `NetlinkForbidden` where that is EPERM."""
+
+    def __new__(cls, number: int, what: str, detail: str = "") -> NetlinkError:
+        return super().__new__(NetlinkForbidden if number == errno.EPERM else cls)
 
     def __init__(self, number: int, what: str, detail: str = "") -> None:
         self.errno: Final = number
         name = errno.errorcode.get(number, str(number))
         told = f": {detail}" if detail else ""
-        super().__init__(f"{what}: {os.strerror(number)} ({name}){told}")
+        hint = "the agent needs NET_ADMIN" if number == errno.EPERM else ""
+        super().__init__(f"{what}: {os.strerror(number)} ({name}){told}", hint=hint)
+
+
+class NetlinkForbidden(ForbiddenError, NetlinkError):
+    """What reading netfilter or another namespace's links takes is missing: CAP_NET_ADMIN in the
+    namespace's user namespace (net/netfilter/nfnetlink.c, nfnetlink_rcv)."""
 
 
 class NetlinkSocket:

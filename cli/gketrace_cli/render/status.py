@@ -39,7 +39,9 @@ def _draw_node(page: Page, one: NodeStatus) -> None:
     if info is not None:
         page.entry("agent", f"{info.version}, {page.short(one.how)}")
         page.entry("plane", f"{info.data_plane}: {info.data_plane_reason}")
-        backend = info.iptables_backend or "no rules of kube-proxy in iptables"
+        unseen = any(rules.unavailable for rules in info.rulesets)
+        nothing = "not all seen" if unseen else "no rules of kube-proxy in iptables"
+        backend = info.iptables_backend or nothing
         page.entry("iptables", f"{backend}; {_rules(one)}")
         page.entry("runtime", info.runtime or "none answers")
         page.entry("kernel", info.kernel)
@@ -63,7 +65,8 @@ def _rules(one: NodeStatus) -> str:
         for rules in one.info.rulesets
         if not rules.unavailable and rules.rules
     ]
-    return ", ".join(parts) or "no rules"
+    unseen = any(rules.unavailable for rules in one.info.rulesets)
+    return ", ".join(parts) or ("see below" if unseen else "no rules")
 
 
 def status_document(reading: Reading) -> dict[str, Any]:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import errno
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -103,6 +105,25 @@ def test_messages_are_those_of_pyroute2(bed: Bed) -> None:
     assert mine == {(one["index"], one.get("ifname").encode() + b"\0") for one in links}
     theirs = [(one["dst_len"], one.get("dst")) for one in routes]
     assert [(n, d and socket.inet_ntoa(d)) for n, d in destinations] == theirs
+
+
+def test_a_missing_capability_is_named() -> None:
+    """A process of root's that lacks NET_ADMIN, as a container's may, asks for nftables' number."""
+    script = (
+        "import socket\n"
+        "from gketrace.errors import ForbiddenError\n"
+        "from gketrace_agent.kernel.netlink import NETLINK_NETFILTER, NetlinkSocket\n"
+        "from gketrace_agent.kernel.nfnetlink import nft_generation\n"
+        "try:\n"
+        "    nft_generation(NetlinkSocket(NETLINK_NETFILTER))\n"
+        "except ForbiddenError as error:\n"
+        "    print(error)\n"
+    )
+    setpriv = ["setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-net_admin"]
+    done = subprocess.run(
+        [*setpriv, sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.endswith("(EPERM); the agent needs NET_ADMIN\n"), done.stderr
 
 
 def test_an_error_has_its_number_and_the_kernels_words(bed: Bed) -> None:
