@@ -103,7 +103,8 @@ def test_objects_name_the_runtime_s_containers(lab: Lab) -> None:
 
 def test_status_and_exec(lab: Lab) -> None:
     status = lab.status()
-    assert (status["pods_backend"], status["agents"]) == ("containerd", "process")
+    agents = "image" if lab.agent_image else "process"
+    assert (status["pods_backend"], status["agents"]) == ("containerd", agents)
     assert all(pod["running"] for pod in status["pods"].values())
     assert lab.command("exec", "pod/web-0", "--", "hostname").stdout == "web-0\n"
     argv = ["/hello-app", "-E", "-S", "-c", "import os; print(os.listdir('/app'))"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,12 @@ from e2e.netlab.probes import Address, Hold, Prober, Result, finish
 from e2e.netlab.targets import find_node, find_pod, resolve
 from e2e.netlab.world import World, default_backend, load_world
 
-__all__ = ["COMMAND", "Lab", "Probe"]
+__all__ = ["AGENT_IMAGE_VARIABLE", "COMMAND", "Lab", "Probe"]
 
 COMMAND = Path(__file__).resolve().parents[1] / "lab"
+AGENT_IMAGE_VARIABLE = "GKETRACE_LAB_AGENT_IMAGE"
+"""The environment's variable with the image archive that labs run their agents from, as containers
+beside pods that are containers too, unless a test asks for something else."""
 _TIMEOUT = 1.0
 """Seconds until a probe is a timeout. Everything in the lab answers within milliseconds."""
 
@@ -45,12 +49,12 @@ class Lab:
         topology: str = "bridge",
         era: str = "1.36",
         backend: str | None = None,
-        pods: str = "process",
+        pods: str = "",
         agent_image: str = "",
     ) -> None:
         self.name = name
-        self.pods = pods
-        self.agent_image = agent_image
+        self.agent_image = agent_image or os.environ.get(AGENT_IMAGE_VARIABLE, "")
+        self.pods = pods or ("containerd" if self.agent_image else "process")
         self.topology = topology
         self.era = era
         self.backend = backend or default_backend(era)
@@ -86,7 +90,7 @@ class Lab:
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=600 if self.agent_image else 120,
         )
 
     def __enter__(self) -> Lab:

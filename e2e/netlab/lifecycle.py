@@ -160,7 +160,7 @@ def running_state(name: str) -> dict[str, Any]:
 def control(name: str, request: dict[str, Any]) -> Any:
     """Asks the lab's supervisor; raises LabError with what it says."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(60)
+        sock.settimeout(120)
         try:
             sock.connect(str(state_dir(name) / "control.sock"))
             with contextlib.closing(sock.makefile("rw", encoding="utf-8")) as stream:
