@@ -12,7 +12,8 @@ connection when something in the packets themselves says so:
   identification and payload (`Evidence.PACKET`).
 
 Where one packet could be of several conversations at one place, nothing is joined by it: the
-connection says that it is `contested`.
+connection says that it is `contested`.  Connections that are known to be two, since both were seen
+with that packet at one place, do not contest it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import combinations
 from typing import Final, TypeAlias
 
 from gketrace.capture.packets import Tap
@@ -27,7 +29,14 @@ from gketrace.capture.segments import ACK, SYN, FlowKey, Sighting, reverse_key
 from gketrace.conntrack import ConntrackEntry
 from gketrace.packet import Protocol, Tuple5
 
-__all__ = ["Conversation", "Evidence", "Joined", "conversations", "join_conversations"]
+__all__ = [
+    "Conversation",
+    "Evidence",
+    "Joined",
+    "Tracked",
+    "conversations",
+    "join_conversations",
+]
 
 _UDP_IDLE: Final = 120 * 10**9
 """Nanoseconds after which the same tuples are another conversation, without a SYN to tell: as
@@ -36,6 +45,14 @@ _TOGETHER: Final = 5 * 10**9
 """Nanoseconds between two sightings of one packet, at most; clocks are corrected before."""
 
 Place: TypeAlias = tuple[Tap, FlowKey]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tracked:
+    """A connection-tracking entry, and whose."""
+
+    node: str
+    entry: ConntrackEntry
 
 
 class Evidence(Enum):
@@ -135,6 +152,8 @@ class Joined:
     evidence: frozenset[Evidence]
     contested: bool = False
     """A packet of it could also be one of another connection."""
+    entries: tuple[Tracked, ...] = ()
+    """Those that translate one of its tuples into another, whatever it was joined by."""
 
 
 class _Union:
@@ -165,13 +184,13 @@ class _Union:
 
 
 def join_conversations(
-    found: Sequence[Conversation], entries: Iterable[ConntrackEntry] = ()
+    found: Sequence[Conversation], entries: Iterable[Tracked] = ()
 ) -> list[Joined]:
     """Which conversations are one connection.  Each is in exactly one."""
     union = _Union(found)
     _by_sequence(found, union)
     _by_tuples(found, union)
-    _by_entries(found, union, entries)
+    translating = _by_entries(found, union, entries)
     contested = _by_packets(found, union)
     groups: dict[int, list[int]] = {}
     for number in range(len(found)):
@@ -179,11 +198,16 @@ def join_conversations(
     reasons: dict[int, set[Evidence]] = {}
     for one, why in union.evidence:
         reasons.setdefault(union.root(one), set()).add(why)
+    tracked: dict[int, dict[Tracked, None]] = {}
+    for number, other, entry in translating:
+        if union.root(number) == union.root(other):
+            tracked.setdefault(union.root(number), {})[entry] = None
     return [
         Joined(
             members=[found[number] for number in members],
             evidence=frozenset(reasons.get(root, ())),
             contested=any(number in contested for number in members),
+            entries=tuple(tracked.get(root, ())),
         )
         for root, members in groups.items()
     ]
@@ -227,22 +251,31 @@ def _by_tuples(found: Sequence[Conversation], union: _Union) -> None:
 
 
 def _by_entries(
-    found: Sequence[Conversation], union: _Union, entries: Iterable[ConntrackEntry]
-) -> None:
+    found: Sequence[Conversation], union: _Union, entries: Iterable[Tracked]
+) -> list[tuple[int, int, Tracked]]:
+    """→ which two conversations each entry translates into one another.
+
+    An entry is of its node: one of the two was seen there."""
     by_key: dict[FlowKey, list[int]] = {}
     for number, one in enumerate(found):
         by_key.setdefault(one.client, []).append(number)
         if not one.client_known:
             by_key.setdefault(reverse_key(one.client), []).append(number)
-    for entry in entries:
+    translating: list[tuple[int, int, Tracked]] = []
+    for tracked in entries:
+        entry = tracked.entry
         before, after = _key_of(entry.orig), _key_of(entry.reply.inverted())
         if before == after:
             continue
         for number in by_key.get(before, ()):
             for other in by_key.get(after, ()):
                 one, two = found[number], found[other]
+                if tracked.node not in (one.tap.node, two.tap.node):
+                    continue
                 if one.apart(two) < _TOGETHER and one.agrees(two):
                     union.join(number, other, Evidence.CONNTRACK)
+                    translating.append((number, other, tracked))
+    return translating
 
 
 def _key_of(half: Tuple5) -> FlowKey:
@@ -268,15 +301,20 @@ def _by_packets(found: Sequence[Conversation], union: _Union) -> set[int]:
         times = [sighting.time for _, sighting in holding]
         if max(times) - min(times) > _TOGETHER:
             continue
-        places: dict[tuple[Tap, int, object], set[int]] = {}
+        places: dict[int, set[tuple[Tap, int, object]]] = {}
         for number, sighting in holding:
             place = (sighting.tap, sighting.ifindex, sighting.direction)
-            places.setdefault(place, set()).add(union.root(number))
-        pairs = [(one, other) for n, one in enumerate(numbers) for other in numbers[:n]]
-        if any(len(roots) > 1 for roots in places.values()) or not all(
-            found[one].agrees(found[other]) and union.fits(one, other) for one, other in pairs
+            places.setdefault(union.root(number), set()).add(place)
+        pairs = list(combinations(places, 2))
+        apart = [pair for pair in pairs if places[pair[0]] & places[pair[1]]]
+        if len(apart) == len(pairs):
+            continue  # each is known to be another one: no packet is to be given to anybody
+        if apart or not all(
+            found[one].agrees(found[other]) and union.fits(one, other)
+            for one, other in combinations(numbers, 2)
         ):
-            contested.update(numbers)
+            open_roots = {root for pair in pairs if pair not in apart for root in pair}
+            contested.update(number for number in numbers if union.root(number) in open_roots)
             continue
         for other in numbers[1:]:
             union.join(numbers[0], other, Evidence.PACKET)

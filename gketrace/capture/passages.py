@@ -8,7 +8,8 @@ packet leaves one node before it comes into the next one, and on one node there 
 A `Unit` is one packet that was sent once, and its passages.  It is found again at the next station
 by what NAT leaves alone (`Sighting.key`); where an offload merged or cut segments, by its range of
 sequence numbers.  A packet that is found at no station before is a unit that begins there: it was
-made there, or the stations before did not see it.
+made there, or the stations before did not see it.  One that comes by a station again with a smaller
+TTL is in a routing loop: it is still one packet.
 """
 
 from __future__ import annotations
@@ -104,6 +105,10 @@ class Unit:
     fate: Fate = Fate.ARRIVED
     pieces: dict[int, int] = field(default_factory=dict)
     """Station → sequence number up to which pieces of it were seen."""
+    laps: dict[int, int] = field(default_factory=dict)
+    """Station → how often it saw it again, each time with a smaller TTL: a routing loop."""
+    ttls: dict[int, int] = field(default_factory=dict)
+    """Station → TTL with which it was seen there last."""
 
     @property
     def begin(self) -> int:
@@ -112,6 +117,11 @@ class Unit:
     @property
     def last(self) -> Passage:
         return self.passages[-1]
+
+    @property
+    def rounds(self) -> int:
+        """How often it came by one place, at most."""
+        return 1 + max(self.laps.values(), default=0)
 
     @property
     def whole(self) -> bool:
@@ -132,6 +142,11 @@ class Flow:
         """Payload, without what was sent again."""
         fresh = (u for u in self.units if u.repeat in (Repeat.NOTHING, Repeat.REORDERED))
         return sum(unit.first.size for unit in fresh)
+
+    @property
+    def rounds(self) -> int:
+        """How often a packet came by one place, at most; more than once in a routing loop."""
+        return max((unit.rounds for unit in self.units), default=0)
 
     def count(self, repeat: Repeat) -> int:
         return sum(unit.repeat is repeat for unit in self.units)
@@ -217,14 +232,22 @@ class _Matcher:
         self._starts: dict[int, list[Unit]] = {}
 
     def place(self, station: int, one: Sighting) -> None:
-        unit = self._best(self._exact.get(one.key, ()), station, one)
+        same = self._exact.get(one.key, ())
+        for known in same:
+            if known.ttls.get(station, 0) > one.ttl:
+                known.ttls[station] = one.ttl
+                known.laps[station] = known.laps.get(station, 0) + 1
+                return
+        unit = self._best(same, station, one)
         if unit is not None:
             unit.passages.append(Passage(station, one.time, one.number, bool(unit.pieces)))
+            unit.ttls[station] = one.ttl
             return
         ranged = one.flow[0] == Protocol.TCP and one.size > 0
         if ranged and self._range(station, one):
             return
-        unit = Unit(first=one, passages=[Passage(station, one.time, one.number, False)])
+        first = Passage(station, one.time, one.number, False)
+        unit = Unit(first=one, passages=[first], ttls={station: one.ttl})
         self.units.append(unit)
         self._exact.setdefault(one.key, []).append(unit)
         if ranged:

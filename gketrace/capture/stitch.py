@@ -20,6 +20,7 @@ from gketrace.capture.conversations import (
     Conversation,
     Evidence,
     Joined,
+    Tracked,
     conversations,
     join_conversations,
 )
@@ -39,7 +40,6 @@ from gketrace.capture.segments import (
     sightings,
     tuple5_of,
 )
-from gketrace.conntrack import ConntrackEntry
 from gketrace.packet import Packet, Protocol, Tuple5
 
 __all__ = [
@@ -111,6 +111,8 @@ class StitchedConnection:
     expected_back: tuple[Crossing, ...] = ()
     watched: frozenset[Spot] = frozenset()
     """Taps that were open from its beginning until after its end, and lost nothing."""
+    entries: tuple[Tracked, ...] = ()
+    """Connection-tracking entries that translate it."""
     ended_early: bool = False
     """The capture ended so soon after its last packet that an answer could still come."""
 
@@ -237,7 +239,7 @@ class Stitched:
 def stitch_packets(
     packets: Sequence[CapturedPacket],
     *,
-    entries: Iterable[ConntrackEntry] = (),
+    entries: Iterable[Tracked] = (),
     routes: Sequence[Route] = (),
     windows: Mapping[Tap, Window] | None = None,
     clocks: Clocks | None = None,
@@ -289,6 +291,7 @@ def _connection(
         client_known=any(member.client_known for member in joined.members),
         evidence=joined.evidence,
         contested=joined.contested,
+        entries=joined.entries,
     )
     _expect(made, routes, windows)
     ends = [windows[tap].end for tap in _taps(made) if tap in windows] or [end]

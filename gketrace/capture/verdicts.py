@@ -8,15 +8,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Final
 
 from gketrace.capture.packets import Direction
-from gketrace.capture.passages import Fate, Flow, Repeat, Station, Unit
+from gketrace.capture.passages import GRACE, Fate, Flow, Repeat, Station, Unit
 from gketrace.capture.plan import Crossing
-from gketrace.capture.segments import FIN, RST, SYN
+from gketrace.capture.segments import ACK, FIN, RST, SYN
 from gketrace.capture.stitch import Ending, StitchedConnection
 from gketrace.packet import Protocol
 
 __all__ = ["Death", "State", "deaths_of", "failed", "hop_times", "sender_text", "state_of"]
+
+_TRIES: Final = 3
+_MASK: Final = 0xFFFFFFFF
+_HALF: Final = 1 << 31
 
 
 class State(Enum):
@@ -35,7 +40,8 @@ class State(Enum):
     UNANSWERED = "unanswered"
     """Packets were sent, and nothing came back to where they came from."""
     STALLED = "stalled"
-    """Answered, and then something was sent again and again and never arrived."""
+    """Answered, and then something was sent again and again, and never arrived or was never
+    acknowledged."""
     PENDING = "pending"
     """Not answered when the capture ended, too soon to tell."""
     MIDDLE = "middle"
@@ -64,6 +70,8 @@ class Death:
     units: tuple[Unit, ...]
     certain: bool
     """False: the capture ended soon after, or lost packets at the next tap."""
+    unacknowledged: bool = False
+    """They got as far as was captured, were sent again and again, and nobody acknowledged them."""
 
 
 def state_of(connection: StitchedConnection) -> State:
@@ -79,7 +87,8 @@ def state_of(connection: StitchedConnection) -> State:
         return _silent(connection)
     if answer is not None and not _came_back(connection, answer):
         return _silent(connection)
-    if _stuck(connection):
+    stuck = _stuck(connection)
+    if stuck and not (resets and resets[0].time <= min(unit.begin for unit in stuck)):
         return State.STALLED
     if resets and not _after_closing(connection, resets[0]):
         return State.RESET
@@ -125,8 +134,33 @@ def _after_closing(connection: StitchedConnection, reset: Ending) -> bool:
     return len({fin.by_client for fin in fins}) == 2 and reset.time >= fins[-1].time
 
 
-def _stuck(connection: StitchedConnection) -> bool:
-    return any(_never_arrived(flow) for flow in (connection.there, connection.back))
+def _stuck(connection: StitchedConnection) -> list[Unit]:
+    there, back = connection.there, connection.back
+    return [
+        unit
+        for flow, answers in ((there, back), (back, there))
+        for unit in (*_never_arrived(flow), *_unacknowledged(connection, flow, answers))
+    ]
+
+
+def _unacknowledged(connection: StitchedConnection, flow: Flow, answers: Flow) -> list[Unit]:
+    """Data that was sent at least three times, for a second or more, and that no packet of the
+    other side acknowledges, wherever that was seen."""
+    if connection.protocol != Protocol.TCP or any(ending.reset for ending in connection.endings):
+        return []
+    copies: dict[int, list[Unit]] = {}
+    for unit in flow.units:
+        if unit.first.size:
+            copies.setdefault(unit.first.seq, []).append(unit)
+    acks = [unit.first.ack for unit in answers.units if unit.first.flags & ACK]
+    return [
+        unit
+        for seq, same in copies.items()
+        if len(same) >= _TRIES
+        and same[0].begin + GRACE <= connection.end
+        and not any(0 < ((ack - seq) & _MASK) < _HALF for ack in acks)
+        for unit in same
+    ]
 
 
 def _never_arrived(flow: Flow) -> list[Unit]:
@@ -177,7 +211,21 @@ def deaths_of(connection: StitchedConnection) -> tuple[Death, ...]:
                     certain=all(unit.fate is Fate.LOST for unit in lost),
                 )
             )
-    there = connection.there
+    there, back_flow = connection.there, connection.back
+    for back, flow, answers in ((False, there, back_flow), (True, back_flow, there)):
+        units = tuple(_unacknowledged(connection, flow, answers))
+        if units and not any(death.back == back for death in found):
+            place = max(unit.last.station for unit in units)
+            found.append(
+                Death(
+                    back=back,
+                    station=flow.stations[place],
+                    next=None,
+                    units=units,
+                    certain=True,
+                    unacknowledged=True,
+                )
+            )
     if not found and there.stations and state_of(connection) is State.UNANSWERED:
         last = len(there.stations) - 1
         units = tuple(unit for unit in there.units if unit.last.station == last)

@@ -229,20 +229,28 @@ def _capture(
     planned: PlannedCapture | None = None
     if planning is not None:
         from gketrace_cli.capture.planned import PlannedCapture
+        from gketrace_cli.capture.tracking import Tracking
 
-        planned = PlannedCapture(planning.plan)
+        tracking = Tracking(session.fleet, planning.plan, tell)
+        tracking.start()
+        planned = PlannedCapture(planning.plan, tracking)
+    if len(taps) > 1 and not wish.connections and (planned is None or wish.write in ("", "-")):
+        later = "" if planned is None else "; connections have them corrected"
+        tell(f"times are by each node's own clock{later}")
     if wish.write:
         from gketrace_cli.capture.files import FileSink
 
         keep_memory()
         texts = {address: (name,) for address, name in names.items()}
 
-        def make(comments: Callable[[], Sequence[str]]) -> FileSink:
+        def make(comments: Callable[[], Sequence[str]] = tuple, suffix: str = ".part") -> FileSink:
             nonlocal file
-            file = FileSink(wish.write, per_node=wish.per_node, comments=comments, names=texts)
+            file = FileSink(
+                wish.write, per_node=wish.per_node, comments=comments, names=texts, suffix=suffix
+            )
             return file
 
-        sinks.append(make(tuple) if planned is None else planned.files(wish.write, make))
+        sinks.append(make() if planned is None else planned.files(wish.write, make))
     elif not wish.connections:
         sinks.append(_printer(session, form, style, names, kept))
 

@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any, Final
 
 from gketrace.capture.clock import Clocks
+from gketrace.capture.conversations import Tracked
 from gketrace.capture.packets import Tap
 from gketrace.capture.passages import Flow, Repeat, Station
 from gketrace.capture.plan import Crossing, Rewrite, rule_text
@@ -137,6 +138,8 @@ def draw_connection(
     answered = connection.answered_in
     if answered is not None:
         page.entry("answered", f"in {span(answered)}")
+    for tracked in connection.entries:
+        page.entry("tracked", page.short(_tracked_text(tracked)))
     for ending in connection.endings:
         what = "reset" if ending.reset else "closed"
         page.entry(what, page.short(f"by {sender_text(connection, ending)}"))
@@ -144,6 +147,9 @@ def draw_connection(
         page.entry("error", page.short(_error_text(error)), "red")
     for death in deaths_of(connection):
         page.entry("died" if death.certain else "unseen", page.short(_death(death)), "red")
+    for flow, way in ((connection.there, "there"), (connection.back, "back")):
+        if flow.rounds > 1:
+            page.entry("loop", page.short(_loop(flow, way)), "red")
     for text in _foreseen(connection):
         page.entry("trace", page.short(text), "red")
     if not connection.client_known:
@@ -235,6 +241,20 @@ def _end(address: IPAddress, port: int | None) -> str:
     return f"{host}:{'*' if port is None else port}"
 
 
+def _tracked_text(tracked: Tracked) -> str:
+    """``by conntrack of node n1: 203.0.113.10:4000 → 10.142.0.7:80 is 10.142.0.7:… → …``."""
+    orig, after = tracked.entry.orig, tracked.entry.reply.inverted()
+    before, behind = (
+        f"{_end_of(half.src, half.sport)} → {_end_of(half.dst, half.dport)}"
+        for half in (orig, after)
+    )
+    return f"by conntrack of node {tracked.node}: {before} is {behind}"
+
+
+def _end_of(address: IPAddress, port: int | None) -> str:
+    return str(address) if port is None else _end(address, port)
+
+
 def _evidence(connection: StitchedConnection) -> str:
     return ", ".join(sorted(evidence.value for evidence in connection.evidence)) or "?"
 
@@ -244,7 +264,7 @@ def _named(half: Tuple5, names: Mapping[IPAddress, str]) -> str:
 
     def end(address: IPAddress, port: int | None) -> str:
         name = names.get(address)
-        text = str(address) if port is None else _end(address, port)
+        text = _end_of(address, port)
         return f"{text} ({name})" if name else text
 
     ends = f"{end(half.src, half.sport)} → {end(half.dst, half.dport)}"
@@ -280,7 +300,7 @@ def _death(death: Death) -> str:
     what += " back" if death.back else ""
     text = f"{what} last seen {death.station.direction.value} at {_station(death.station)}"
     if death.next is None:
-        return text
+        return f"{text}, and never acknowledged" if death.unacknowledged else text
     if isinstance(death.next, Crossing):
         spot, direction = str(death.next.spot), death.next.direction.value
     else:
@@ -289,6 +309,16 @@ def _death(death: Death) -> str:
     if isinstance(death.next, Crossing):
         text += f" (hop {death.next.hop} of the plan)"
     return text if death.certain else f"{text}; the capture ended or lost packets there"
+
+
+def _loop(flow: Flow, way: str) -> str:
+    """Packets that come by the same place again."""
+    unit = max(flow.units, key=lambda unit: unit.rounds)
+    station = flow.stations[max(unit.laps, key=unit.laps.__getitem__)]
+    return (
+        f"a packet {way} came by {_station(station)} {unit.rounds} times, with a smaller TTL each "
+        "time: routes lead in a circle"
+    )
 
 
 def _foreseen(connection: StitchedConnection) -> list[str]:
@@ -356,6 +386,14 @@ def connection_document(
         "clientKnown": connection.client_known,
         "contested": connection.contested,
         "evidence": sorted(evidence.value for evidence in connection.evidence),
+        "conntrack": [
+            {
+                "node": tracked.node,
+                "orig": _tuple_document(tracked.entry.orig, {}),
+                "reply": _tuple_document(tracked.entry.reply, {}),
+            }
+            for tracked in connection.entries
+        ],
         "there": _flow_document(connection, connection.there, clocks),
         "back": _flow_document(connection, connection.back, clocks),
         "endings": [
@@ -399,6 +437,7 @@ def _flow_document(
         "bytes": flow.bytes,
         "retransmissions": flow.count(Repeat.RETRANSMISSION),
         "reordered": flow.count(Repeat.REORDERED),
+        "rounds": flow.rounds,
         "stations": [
             {
                 "node": station.tap.node,

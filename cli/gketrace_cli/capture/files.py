@@ -32,9 +32,13 @@ class CaptureFile:
         *,
         comments: Sequence[str] = (),
         names: Mapping[IPAddress, Sequence[str]] | None = None,
+        suffix: str = ".part",
     ) -> None:
-        """Raises `UsageError` when it cannot be made, `BrokenPipeError`."""
+        """`suffix`: of its name while it is not whole.
+
+        Raises `UsageError` when it cannot be made, `BrokenPipeError`."""
         self._path = path
+        self._suffix = suffix
         self._part = ""
         if path == STDOUT:
             sys.stdout.flush()
@@ -49,7 +53,7 @@ class CaptureFile:
         where = path
         try:
             if not path.exists() or stat.S_ISREG(path.stat().st_mode):
-                where = path.with_name(f"{path.name}.part")
+                where = path.with_name(f"{path.name}{self._suffix}")
                 self._part = str(where)
             self._fd = os.open(where, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         except OSError as error:
@@ -70,16 +74,30 @@ class CaptureFile:
         """Writes the interfaces' statistics, and gives the file its name."""
         for tap, one in taps.items():
             self.writer.statistics(tap, one.statistics, one.started_ns, one.ended_ns)
-        os.close(self._fd)
+        self._close()
         if self._part:
             os.replace(self._part, self._path)
             self._part = ""
 
     def abandon(self) -> None:
-        """Leaves what there is under another name, and says so."""
-        os.close(self._fd)
+        """Leaves what there is under another name, and says so.  May be called twice."""
+        if not self._close():
+            return
         if self._part:
             tell(f"{self._part} has the {self.writer.packets} packets that were written until then")
+
+    def _close(self) -> bool:
+        """Whether it was open."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+        return fd >= 0
+
+    def discard(self) -> None:
+        """Removes what there is: it is in another file."""
+        self._close()
+        if self._part:
+            os.unlink(self._part)
 
 
 def node_path(path: str, node: str) -> str:
@@ -98,13 +116,16 @@ class FileSink:
         per_node: bool = False,
         comments: Callable[[], Sequence[str]] = tuple,
         names: Mapping[IPAddress, Sequence[str]] | None = None,
+        suffix: str = ".part",
     ) -> None:
+        """`suffix`: of the files' names while they are not whole."""
         if per_node and path == STDOUT:
             raise UsageError("--per-node writes several files", hint="give -w FILE")
         self._path = path
         self._per_node = per_node
         self._comments = comments
         self._names = names
+        self._suffix = suffix
         self._files: dict[str, CaptureFile] = {}
         if not per_node:
             self._file("")
@@ -120,7 +141,9 @@ class FileSink:
         key = node if self._per_node else ""
         if key not in self._files:
             path = node_path(self._path, node) if self._per_node else self._path
-            self._files[key] = CaptureFile(path, comments=self._comments(), names=self._names)
+            self._files[key] = CaptureFile(
+                path, comments=self._comments(), names=self._names, suffix=self._suffix
+            )
         return self._files[key]
 
     def started(self, taps: tuple[Tap, ...]) -> None:
@@ -148,3 +171,8 @@ class FileSink:
         """After an error elsewhere."""
         for file in self._files.values():
             file.abandon()
+
+    def discard(self) -> None:
+        """Removes what was written."""
+        for file in self._files.values():
+            file.discard()

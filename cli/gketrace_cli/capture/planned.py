@@ -1,21 +1,21 @@
 """Captures along paths: what they do beyond those of named places.
 
-Files are written at the end, with corrected times and comments; what goes through a pipe is
-commented by the plan at once.  At the end the connections are printed.
+Files are written at the end, with corrected times and comments.  Until then FILE.part has all
+packets as they come, by each node's own clock and with the plan's comments: what goes through a
+pipe is like that, too.  At the end the connections are printed.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from gketrace.capture.packets import Tap
 from gketrace.capture.plan import Plan
-from gketrace.errors import ExitCode, UsageError
+from gketrace.errors import ExitCode
 from gketrace.packet import IPAddress
 from gketrace_cli.capture.connections import connection_document, draw_connections, exit_code
 from gketrace_cli.capture.files import FileSink
@@ -30,14 +30,26 @@ from gketrace_cli.capture.stitching import (
 from gketrace_cli.render.documents import envelope
 from gketrace_cli.render.layout import Page, write
 
-__all__ = ["PlannedCapture", "connections_of", "print_connections"]
+if TYPE_CHECKING:
+    from gketrace_cli.capture.tracking import Tracking
+
+__all__ = ["MakeFiles", "PlannedCapture", "connections_of", "print_connections"]
+
+
+class MakeFiles(Protocol):
+    """Opens the files that were asked for."""
+
+    def __call__(self, comments: Callable[[], Sequence[str]] = ..., suffix: str = ...) -> FileSink:
+        """`comments`: of the section header; `suffix`: of names while files are not whole."""
 
 
 class PlannedCapture:
     """One capture along a plan's paths.  Its collector gets all events."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, tracking: Tracking) -> None:
+        """`tracking` has been started."""
         self._plan = plan
+        self._tracking = tracking
         self.collector = Collector()
         self._collection: Collection | None = None
 
@@ -45,22 +57,22 @@ class PlannedCapture:
     def collection(self) -> Collection:
         """After the last event."""
         if self._collection is None:
-            self._collection = self.collector.result(routes=self._plan.routes)
+            self._tracking.finish()
+            self._collection = self.collector.result(
+                routes=self._plan.routes, entries=self._tracking.entries
+            )
             if self._collection.left_out:
                 tell(
-                    f"{self._collection.left_out} packets beyond what is kept are neither in "
-                    "connections nor, with -w, in the file"
+                    f"{self._collection.left_out} packets beyond what is kept are in no "
+                    "connection, and have no corrected time"
                 )
         return self._collection
 
-    def files(self, path: str, make: Callable[[Callable[[], Sequence[str]]], FileSink]) -> Sink:
-        """A sink for `path`; `make`: section comments → what writes it.  Raises `UsageError`."""
-        if path == "-":
-            return _Commented(PlanComments(self._plan), make(tuple))
-        folder = Path(path).resolve().parent
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise UsageError(f"cannot write {path}: no files can be made in {folder}")
-        return _AtTheEnd(self, make)
+    def files(self, path: str, make: MakeFiles) -> Sink:
+        """A sink for `path`.  Raises `UsageError`."""
+        now = _Commented(PlanComments(self._plan), make())
+        pipe = path == "-" or (Path(path).exists() and not Path(path).is_file())
+        return now if pipe else _AtTheEnd(self, now, make)
 
 
 class _Commented:
@@ -79,25 +91,30 @@ class _Commented:
     def finish(self, outcome: Outcome) -> None:
         self._inner.finish(outcome)
 
+    def discard(self) -> None:
+        self._inner.discard()
+
+    def abandon(self) -> None:
+        self._inner.abandon()
+
 
 class _AtTheEnd:
-    """Writes files when all is known."""
+    """Writes files when all is known, and until then those that are left if it never is."""
 
-    def __init__(
-        self, capture: PlannedCapture, make: Callable[[Callable[[], Sequence[str]]], FileSink]
-    ) -> None:
+    def __init__(self, capture: PlannedCapture, now: _Commented, make: MakeFiles) -> None:
         self._capture = capture
+        self._now = now
         self._make = make
 
     def started(self, taps: tuple[Tap, ...]) -> None:
-        """Nothing is written yet."""
+        self._now.started(taps)
 
     def write(self, chunk: Chunk) -> None:
-        """The collector has it."""
+        self._now.write(chunk)
 
     def finish(self, outcome: Outcome) -> None:
         collection = self._capture.collection
-        files = self._make(lambda: collection.section_comments)
+        files = self._make(lambda: collection.section_comments, ".whole")
         try:
             files.started(tuple(outcome.taps))
             if collection.packets:
@@ -106,6 +123,10 @@ class _AtTheEnd:
             files.abandon()
             raise
         files.finish(outcome)
+        if collection.left_out:
+            self._now.abandon()  # it has more packets than the files have
+        else:
+            self._now.discard()
 
 
 def print_connections(

@@ -15,13 +15,13 @@ from typing import Final
 import numpy as np
 
 from gketrace.capture.clock import HERE, ClockBounds, Clocks, observe
+from gketrace.capture.conversations import Tracked
 from gketrace.capture.dissect import dissect
 from gketrace.capture.packets import CapturedPacket, Direction, Tap
 from gketrace.capture.passages import Window
 from gketrace.capture.plan import Crossing, Plan, Route, Spot
 from gketrace.capture.segments import FlowKey, flow_key, sightings, tuple5_of
 from gketrace.capture.stitch import Stitched, stitch_packets
-from gketrace.conntrack import ConntrackEntry
 from gketrace.packet import Packet
 from gketrace_cli.capture.batch import batch_from_packets
 from gketrace_cli.capture.connections import cited, packet_comments, span
@@ -105,7 +105,7 @@ class Collector:
                 self._windows[tap] = replace(window, complete=window.complete and complete)
 
     def result(
-        self, *, routes: Sequence[Route] = (), entries: Iterable[ConntrackEntry] = ()
+        self, *, routes: Sequence[Route] = (), entries: Iterable[Tracked] = ()
     ) -> Collection:
         """What was captured so far."""
         packets = [packet for event in self._batches for packet in event.batch.packets()]
@@ -127,7 +127,7 @@ def collect_packets(
     bounds: ClockBounds | None = None,
     reference: str = "",
     routes: Sequence[Route] = (),
-    entries: Iterable[ConntrackEntry] = (),
+    entries: Iterable[Tracked] = (),
     left_out: int = 0,
     corrected: bool = False,
 ) -> Collection:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
+
+import jsonschema
 
 from gketrace.capture.clock import ClockBounds
 from gketrace.capture.packets import CapturedPacket, Direction
@@ -19,6 +23,7 @@ from gketrace_cli.capture.connections import (
     packet_comments,
 )
 from gketrace_cli.capture.stitching import Collection, collect_packets
+from gketrace_cli.render.documents import envelope
 from gketrace_cli.render.layout import Page
 from tests.core.capture import frames
 from tests.core.capture.network import ACK, ENTRY, INSIDE, PSH, RST, SYN, TAPS, Network
@@ -27,6 +32,7 @@ from tests.core.capture.test_stitch import Talk
 from tests.core.clusters import Cluster
 
 SECOND = 10**9
+SCHEMA = json.loads((Path(__file__).parents[3] / "docs/schema/capture.json").read_text())
 NAMES = {ip_address("10.40.0.6"): "pod/default/hello"}
 
 
@@ -188,6 +194,52 @@ def test_refused_reset_and_stalled() -> None:
     )
 
 
+def test_data_that_nobody_acknowledges() -> None:
+    """It gets as far as anybody looked, again and again: an ICMP error may be lost behind."""
+    network = Network()
+    talk = Talk(network)
+    talk.open()
+    talk.send(PSH | ACK, 80)
+    talk.send(ACK, back=True)
+    for number in range(3):
+        talk.send(PSH | ACK, 1400, back=True, again=number > 0, after=SECOND)
+    found = collected(network)
+    assert state(found) is State.STALLED
+    died = "3 packets back last seen out at n33 eth0, and never acknowledged"
+    assert f"   died       {died}" in text(found)
+    talk.send(ACK)  # late, but it is
+    assert state(collected(network)) is State.OPEN
+
+
+def test_a_packet_that_goes_round_is_one_packet() -> None:
+    """Its TTL gets smaller each time that it comes by."""
+    network = Network()
+    Talk(network).send(SYN, until=3)
+    arrived = network.captured[-1]
+    for lap in range(1, 4):
+        data = bytearray(arrived.data)
+        data[22] -= 2 * lap
+        again = replace(arrived, data=bytes(data), time_ns=arrived.time_ns + lap * 40_000)
+        network.captured.append(again)
+        network.truth.append(network.truth[-1])
+    found = collected(network)
+    (connection,) = found.stitched.connections
+    assert [unit.rounds for unit in connection.there.units] == [4]
+    assert connection_document(connection, {})["there"]["rounds"] == 4
+    loop = next(line for line in text(found) if line.startswith("   loop"))
+    assert loop.startswith("   loop       a packet there came by n2j eth0 4 times, with")
+
+
+def test_what_was_sent_after_a_reset_does_not_stall() -> None:
+    network = Network()
+    talk = Talk(network)
+    talk.open()
+    talk.send(RST, back=True)
+    talk.send(PSH | ACK, 1400, back=True, until=3)
+    talk.send(PSH | ACK, 1400, back=True, again=True, after=SECOND, until=3)
+    assert state(collected(network)) is State.RESET
+
+
 def test_json_and_what_is_not_certain() -> None:
     network = Network()
     talk = Talk(network)
@@ -196,6 +248,7 @@ def test_json_and_what_is_not_certain() -> None:
     found = collected(network, whole=False)
     (connection,) = found.stitched.connections
     document = connection_document(connection, NAMES, found.clocks)
+    jsonschema.validate(envelope("CapturedConnection", document), SCHEMA)
     assert document["state"] == "open"
     assert document["server"]["dstName"] == "pod/default/hello"
     assert [s["interface"] for s in document["there"]["stations"]][3:] == ["cbr0", "veth1", "eth0"]

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gketrace.capture.clock import ClockBounds, observe
-from gketrace.capture.conversations import Evidence
+from gketrace.capture.conversations import Evidence, Tracked
 from gketrace.capture.packets import CapturedPacket
 from gketrace.capture.passages import Fate, Repeat, Window
 from gketrace.capture.segments import sightings
@@ -234,15 +234,41 @@ def test_middle_of_a_connection() -> None:
     assert {len(unit.passages) for unit in found.there.units + found.back.units} == {6}
 
 
-def test_datagrams_by_identification_and_payload_or_by_conntrack() -> None:
-    def build(*ends: Any, payload: bytes, **rest: Any) -> bytes:
-        return frames.udp(*ends, payload, **rest)
+def datagram(*ends: Any, payload: bytes, **rest: Any) -> bytes:
+    return frames.udp(*ends, payload, **rest)
 
+
+def test_datagrams_over_ipv6_have_only_conntrack() -> None:
+    """No identification, and the same payload: what NAT did is in the entry alone."""
+    network, entries = Network(), []
+    door, pod = ("fd00:43::21", 53), ("fd00:40::10", 5353)
+    for port in (40000, 40001, 40002):
+        client, masked = ("fd00:142::9", port), ("fd00:142::7", port - 30000)
+        network.hand_over("a", 0, {"payload": b"q"}, (client, door), (masked, pod), build=datagram)
+        orig, reply = (
+            Tuple5(
+                src=parse_address(one[0]),
+                dst=parse_address(other[0]),
+                protocol=17,
+                sport=one[1],
+                dport=other[1],
+            )
+            for one, other in ((client, door), (pod, masked))
+        )
+        entries.append(Tracked(node=ENTRY, entry=ConntrackEntry(orig=orig, reply=reply)))
+    assert all(connection.contested for connection in stitched(network).connections)
+    found = stitched(network, entries=entries).connections
+    assert [len(connection.there.stations) for connection in found] == [6, 6, 6]
+    assert [c.first.sport for c in found] == [c.entries[0].entry.orig.sport for c in found]
+    assert not any(connection.contested for connection in found)
+
+
+def test_datagrams_by_identification_and_payload_or_by_conntrack() -> None:
     network = Network()
     for port in (40000, 40001):  # the same payload twice, at the same time, without an id
         outside = (("203.0.113.10", port), FRONT)
         inside = (("10.142.0.7", port - 30000), POD)
-        network.hand_over("a", 0, {"payload": b"ping"}, outside, inside, build=build)
+        network.hand_over("a", 0, {"payload": b"ping"}, outside, inside, build=datagram)
     found = stitched(network).connections
     assert len(found) == 4
     assert all(connection.contested for connection in found)
@@ -257,22 +283,37 @@ def test_datagrams_by_identification_and_payload_or_by_conntrack() -> None:
         )
 
     entries = [
-        ConntrackEntry(
-            orig=half(("203.0.113.10", port), FRONT),
-            reply=half(POD, ("10.142.0.7", port - 30000)),
+        Tracked(
+            node=ENTRY,
+            entry=ConntrackEntry(
+                orig=half(("203.0.113.10", port), FRONT),
+                reply=half(POD, ("10.142.0.7", port - 30000)),
+            ),
         )
         for port in (40000, 40001)
     ]
     found = stitched(network, entries=entries).connections
     assert [len(connection.there.stations) for connection in found] == [6, 6]
     assert all(Evidence.CONNTRACK in connection.evidence for connection in found)
+    assert [connection.entries for connection in found] == [(entry,) for entry in entries]
+    assert not any(connection.contested for connection in found)
+    # Of one of them alone: the other's two sides stay apart, and say why.
+    found = stitched(network, entries=entries[:1]).connections
+    assert [(len(c.there.stations), c.contested) for c in found] == [
+        (6, False),
+        (1, True),
+        (5, True),
+    ]
+    # An entry of a node that neither side was seen at says nothing of them.
+    elsewhere = [replace(entry, node="n3") for entry in entries]
+    assert len(stitched(network, entries=elsewhere).connections) == 4
 
     network = Network()
     for number in range(2):
         segment = {"payload": b"ping", "identity": 7 + number}
         outside = (("203.0.113.10", 40000 + number), FRONT)
         inside = (("10.142.0.7", 10000 + number), POD)
-        network.hand_over("a", 0, segment, outside, inside, build=build)
+        network.hand_over("a", 0, segment, outside, inside, build=datagram)
     found = stitched(network).connections
     assert [len(connection.there.stations) for connection in found] == [6, 6]
     assert not any(connection.contested for connection in found)
