@@ -10,28 +10,23 @@ import select
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Final, TypeAlias
 
 from gketrace.errors import GketraceError, UsageError
 from gketrace.trace import NetnsKind
-from gketrace_agent.capture_counts import CAPTURES, CaptureCounts, Captures
+from gketrace_agent.capture_counts import CAPTURES
 from gketrace_agent.capture_limits import CaptureLimits
+from gketrace_agent.capture_taps import CapturePlace, OpenTap, encode_packets, open_tap
 from gketrace_agent.kernel.hostpaths import HostPaths
-from gketrace_agent.kernel.libpcap import ANY, FilterCompiler
 from gketrace_agent.kernel.netns import run_in_netns
-from gketrace_agent.kernel.packet_ring import BLOCK_SIZE, Blocks, PacketRing, find_interface
+from gketrace_agent.kernel.packet_ring import BLOCK_SIZE
 from gketrace_agent.observe.netns_use import netns_is_used
-from gketrace_agent.observe.snapshot import Namespace
-from gketrace_proto import codec
 from gketrace_proto.v1alpha1 import capture_pb2 as pb
 
-__all__ = ["CAPTURES", "CaptureCounts", "CapturePlace", "Captures", "capture_packets", "exclusions"]
+__all__ = ["capture_packets"]
 
 Reply: TypeAlias = pb.CaptureReply | bytes
 """A message, or one that is encoded already."""
-Exclusion: TypeAlias = tuple[str, str]
-"""(filter of what is left out, why)."""
 
 _MOST_TAPS: Final = 32
 _HEADERS: Final = 128
@@ -49,83 +44,10 @@ _GATHER_SHARE: Final = 0.4
 """Of the latency: for so long blocks are gathered, so that messages are few."""
 _STEP: Final = 0.01
 """Seconds between looks at how many there are."""
-_FULL: Final = 4
-"""Part of a ring, from which on blocks are no longer gathered."""
 _MOST_BLOCKS: Final = 16
 """Of one message."""
 _HELD_UP: Final = 0.05
 """Seconds for a message, from which on the client is what holds up the capture."""
-_METADATA: Final = "host 169.254.169.254 or host fd20:ce::254"
-_KUBELET: Final = 10250
-_KONNECTIVITY: Final = 8132
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CapturePlace:
-    """Where one tap is."""
-
-    request: pb.CaptureTap
-    namespace: Namespace
-    excluded: tuple[Exclusion, ...]
-
-
-@dataclass(slots=True, kw_only=True)
-class _Tap:
-    """An open tap."""
-
-    index: int
-    place: CapturePlace
-    ring: PacketRing
-    granted: int
-    """Bytes of the ring, of the agent's share."""
-    started: pb.CaptureTapStarted
-    packets: int = 0
-    bytes: int = 0
-    waiting: int = 0
-    """Dropped while the client held up."""
-    reason: pb.CaptureEndReason.ValueType = pb.CAPTURE_END_REASON_UNSPECIFIED
-    """Why it ends."""
-    text: str = ""
-    until: float = 0.0
-    """It ends when what is in the ring has been handed over, at this time."""
-    over: bool = False
-
-    def count(self) -> int:
-        """Brings the kernel's numbers up to date; returns what was dropped since the last time."""
-        before = self.ring.dropped
-        self.ring.count()
-        dropped = self.ring.dropped - before
-        CAPTURES.add(dropped=dropped)
-        return dropped
-
-    def statistics(self) -> pb.CaptureTapStatistics:
-        if not self.over:
-            self.count()
-        return pb.CaptureTapStatistics(
-            received=self.ring.received,
-            dropped=self.ring.dropped,
-            dropped_waiting=self.waiting,
-            freezes=self.ring.freezes,
-            packets=self.packets,
-            bytes=self.bytes,
-        )
-
-
-def exclusions(*, host: bool, ports: Sequence[int], forwarded: bool) -> tuple[Exclusion, ...]:
-    """What a tap leaves out unless it is asked not to.
-
-    `host`: it is in the node's own namespace; `ports`: the agent's; `forwarded`: the client comes
-    through the API server, so that what is captured passes the kubelet's port again.
-    """
-    found: list[Exclusion] = []
-    if host:
-        found += [(f"tcp port {port}", "the agents' own traffic") for port in ports]
-        if forwarded:
-            why = "by it the API server forwards this capture"
-            found.append((f"tcp port {_KUBELET}", f"the kubelet: {why}"))
-            found.append((f"tcp port {_KONNECTIVITY}", f"konnectivity: {why}"))
-    found.append((_METADATA, "the metadata server"))
-    return tuple(found)
 
 
 def capture_packets(
@@ -169,7 +91,7 @@ class _Capture:
         self._node = node
         self._paths = paths
         self._active = active
-        self._taps: list[_Tap] = []
+        self._taps: list[OpenTap] = []
         self._most_ring = limits.ring_bytes
         self._lowered: list[str] = []
         asked = request.limits
@@ -209,7 +131,15 @@ class _Capture:
             )
         try:
             tap = run_in_netns(
-                place.namespace.handle, lambda: self._open(index, place, snap, granted)
+                place.namespace.handle,
+                lambda: open_tap(
+                    place,
+                    index=index,
+                    snap=snap,
+                    ring_bytes=granted,
+                    retire_ms=self._retire_ms,
+                    hardware_timestamps=self._request.hardware_timestamps,
+                ),
             )
         except GketraceError as error:
             CAPTURES.give_memory(granted)
@@ -217,46 +147,6 @@ class _Capture:
             raise type(error)(f"{where}: {error.message}", hint=error.hint) from None
         self._taps.append(tap)
         self._poll.register(tap.ring, select.POLLIN)
-
-    def _open(self, index: int, place: CapturePlace, snap: int, granted: int) -> _Tap:
-        """Runs inside the namespace."""
-        asked = place.request
-        interface = find_interface(asked.interface)
-        with FilterCompiler(interface.name, snap, hatype=interface.hatype) as compiler:
-            text = _filter_text(place, compiler, loopback=interface.loopback)
-            program = compiler.compile(text)
-            cooked, link_type = compiler.cooked, compiler.link_type
-        ring = PacketRing(
-            interface,
-            program,
-            cooked=cooked,
-            ring_bytes=granted,
-            retire_ms=self._retire_ms,
-            ignore_outgoing=asked.direction == pb.CAPTURE_DIRECTION_IN,
-            hardware_timestamps=self._request.hardware_timestamps,
-        )
-        return _Tap(
-            index=index,
-            place=place,
-            ring=ring,
-            granted=granted,
-            started=pb.CaptureTapStarted(
-                interface=interface.name,
-                ifindex=interface.ifindex,
-                link_type=link_type,
-                netns=codec.encode(place.namespace.ref),
-                mtu=interface.mtu,
-                hardware=interface.hardware,
-                snap_length=snap,
-                ring_bytes=ring.size,
-                instructions=program.instructions,
-                filter=text,
-                excluded=[
-                    pb.CaptureExclusion(filter=what, reason=why) for what, why in place.excluded
-                ],
-                hardware_timestamps=self._request.hardware_timestamps,
-            ),
-        )
 
     def close(self) -> None:
         for tap in self._taps:
@@ -309,14 +199,14 @@ class _Capture:
         while again and self._active():
             for tap in taps:
                 yield from self._send(tap)
-            again = any(map(_is_full, taps))
+            again = any(tap.is_full() for tap in taps)
 
-    def _gather(self, taps: Sequence[_Tap]) -> None:
+    def _gather(self, taps: Sequence[OpenTap]) -> None:
         end = time.monotonic() + _GATHER_SHARE * self._latency
-        while not any(map(_is_full, taps)) and (left := end - time.monotonic()) > 0:
+        while not any(tap.is_full() for tap in taps) and (left := end - time.monotonic()) > 0:
             time.sleep(min(_STEP, left))
 
-    def _send(self, tap: _Tap) -> Iterator[Reply]:
+    def _send(self, tap: OpenTap) -> Iterator[Reply]:
         blocks = tap.ring.take(blocks=_MOST_BLOCKS, packets=self._packets, size=self._bytes)
         message = encode_packets(tap.index, blocks) if blocks.parts else b""
         packets, size = sum(blocks.counts), blocks.size
@@ -353,7 +243,7 @@ class _Capture:
 
     def _end(
         self,
-        taps: Sequence[_Tap],
+        taps: Sequence[OpenTap],
         reason: pb.CaptureEndReason.ValueType,
         text: str,
         *,
@@ -404,52 +294,3 @@ class _Capture:
                 monotonic_ns=time.monotonic_ns(),
             )
         )
-
-
-def _is_full(tap: _Tap) -> bool:
-    """Whether it is time to read, whatever else is waited for."""
-    enough = max(tap.ring.blocks // _FULL, 1)
-    return tap.ring.ready(enough) >= enough
-
-
-def _filter_text(place: CapturePlace, compiler: FilterCompiler, *, loopback: bool) -> str:
-    """The whole filter.  The asked one is compiled by itself first, so that it cannot end the
-    parentheses around it."""
-    asked = place.request
-    text = asked.filter.strip()
-    if text:
-        compiler.compile(text)
-    parts: list[str] = []
-    if place.excluded:
-        parts.append(f"not ({' or '.join(what for what, _ in place.excluded)})")
-    if asked.direction == pb.CAPTURE_DIRECTION_OUT:
-        parts.append("outbound")
-    elif loopback:
-        # Packets pass it twice, out and in again.
-        parts.append("inbound")
-    elif asked.interface == ANY:
-        parts.append("not (outbound and ifindex 1)")
-    if text:
-        parts.append(f"({text})" if parts else text)
-    return " and ".join(parts)
-
-
-def encode_packets(tap: int, blocks: Blocks) -> bytes:
-    """A CaptureReply with CapturePackets, as protobuf would write it.
-
-    By hand, because that copies the packets once where protobuf copies them three times.
-    """
-    lengths = [len(part) for part in blocks.parts]
-    head = pb.CapturePackets(tap=tap, counts=blocks.counts, lengths=lengths).SerializeToString()
-    data = b"\x22" + _varint(sum(lengths))  # field 4, with a length
-    whole = len(head) + len(data) + sum(lengths)
-    return b"".join((b"\x12", _varint(whole), head, data, *blocks.parts))  # field 2 of the reply
-
-
-def _varint(value: int) -> bytes:
-    made = bytearray()
-    while value > 0x7F:
-        made.append(value & 0x7F | 0x80)
-        value >>= 7
-    made.append(value)
-    return bytes(made)

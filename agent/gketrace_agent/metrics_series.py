@@ -23,7 +23,7 @@ from prometheus_client.core import (
 )
 
 from gketrace_agent.calls import BUCKETS, CALLS, LOSSES
-from gketrace_agent.captures import CAPTURES
+from gketrace_agent.capture_counts import CAPTURES
 from gketrace_agent.kernel.netns import count_open
 from gketrace_agent.observe.conntrack_names import Destination, ServiceNames
 from gketrace_agent.observe.conntrack_sample import Sample

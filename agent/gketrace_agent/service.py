@@ -364,7 +364,8 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     def Capture(
         self, request: capture_pb2.CaptureRequest, context: grpc.ServicerContext
     ) -> Iterator[capture_pb2.CaptureReply]:
-        from gketrace_agent.captures import CapturePlace, capture_packets, exclusions
+        from gketrace_agent.capture_taps import CapturePlace, exclusions
+        from gketrace_agent.captures import capture_packets
 
         peer = context.peer()
         forwarded = peer.startswith(("ipv4:127.", "ipv6:%5B::1%5D", "ipv6:[::1]"))

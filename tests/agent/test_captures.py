@@ -20,8 +20,9 @@ import pytest
 from gketrace.capture.packets import CapturedPacket, Direction, LinkType, Tap
 from gketrace.errors import ExhaustedError, NotFoundError, UsageError
 from gketrace_agent import service as service_module
+from gketrace_agent.capture_counts import CAPTURES
 from gketrace_agent.capture_limits import CaptureLimits
-from gketrace_agent.captures import CAPTURES, exclusions
+from gketrace_agent.capture_taps import exclusions
 from gketrace_agent.config import Config, Limits, Listen
 from gketrace_agent.namespaces import OpenTarget
 from gketrace_agent.observe.snapshot import Namespace
