@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gketrace.conntrack import ConntrackEntry
+from gketrace.errors import UnavailableError
 from gketrace_agent.kernel.conntrack_layout import Layout, entry_of, layout_of
 
 __all__ = ["Array", "Batch", "Group", "Layouts", "frame"]
@@ -163,9 +164,11 @@ class Layouts:
     def batch(self, words: Array, starts: Array) -> Batch:
         """The messages that begin at `starts` (in words) of `words`, grouped.
 
-        Raises ValueError for a message whose attributes do not fit in one another.
+        Raises `UnavailableError` for what is no message of connection tracking.
         """
         lengths = words[starts].astype(np.int64)
+        if len(starts) and int((starts + ((lengths + 3) >> 2)).max()) > len(words):
+            raise UnavailableError("conntrack: a message is longer than its datagram")
         groups: list[Group] = []
         for length in np.unique(lengths).tolist():
             at = np.flatnonzero(lengths == length)
@@ -188,7 +191,12 @@ class Layouts:
                 groups.append(Group(layout, rows[same], at[same]))
                 rows, at = rows[~same], at[~same]
         while len(at):
-            layout = layout_of(rows[0].tobytes()[:length])
+            try:
+                layout = layout_of(rows[0].tobytes()[:length])
+            except ValueError as error:
+                raise UnavailableError(
+                    f"conntrack: the kernel's answer is not understood: {error}"
+                ) from None
             places = np.array([offset // 4 for offset in layout.signature])
             values = rows[0, places]
             known.append((layout, places, values))

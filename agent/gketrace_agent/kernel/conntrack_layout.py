@@ -116,6 +116,16 @@ _TREE: Final[_Tree] = {
 """Attribute number → the field that it is, or the attributes inside it."""
 
 
+_TEXTS: Final = frozenset(("helper", "secctx", "labels"))
+_NUMBERS: Final = frozenset((1, 2, 4, 8))
+"""Sizes that a number may have."""
+_SIZES: Final[Mapping[str, frozenset[int]]] = {
+    **dict.fromkeys(("orig_src", "orig_dst", "reply_src", "reply_dst"), frozenset((4, 16))),
+    "orig_proto": frozenset((1,)),
+    "reply_proto": frozenset((1,)),
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Field:
     """A payload inside a message."""
@@ -143,11 +153,21 @@ class Layout:
 def layout_of(message: bytes) -> Layout:
     """Walks the attributes of one message (its headers included).
 
-    Raises ValueError when their lengths do not fit in one another.
+    Raises ValueError when their lengths do not fit in one another, for a field of another size than
+    it can have, and without two tuples.
     """
+    if len(message) < HEADERS:
+        raise ValueError(f"a conntrack message of {len(message)} bytes")
     fields: dict[str, Field] = {}
     signature = [16]
     _walk(message, HEADERS, len(message), _TREE, fields, signature)
+    for name, field in fields.items():
+        if name not in _TEXTS and field.size not in _SIZES.get(name, _NUMBERS):
+            raise ValueError(f"conntrack {name} of {field.size} bytes")
+    for half in ("orig", "reply"):
+        ends = [fields.get(f"{half}_{end}") for end in ("src", "dst")]
+        if None in ends or len({end.size for end in ends if end is not None}) > 1:
+            raise ValueError("a conntrack tuple without its two addresses")
     protocol = fields.get("orig_proto")
     if protocol is not None:
         signature.append(protocol.offset)

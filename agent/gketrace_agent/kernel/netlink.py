@@ -98,7 +98,8 @@ class NetlinkError(UnavailableError):
         name = errno.errorcode.get(number, str(number))
         told = f": {detail}" if detail else ""
         hint = "the agent needs NET_ADMIN" if number == errno.EPERM else ""
-        super().__init__(f"{what}: {os.strerror(number)} ({name}){told}", hint=hint)
+        said = os.strerror(number) if number in errno.errorcode else "unknown error"
+        super().__init__(f"{what}: {said} ({name}){told}", hint=hint)
 
 
 class NetlinkForbidden(ForbiddenError, NetlinkError):

@@ -10,7 +10,7 @@ from gketrace_agent.kernel.hostpaths import HostPaths
 from gketrace_agent.kernel.netns import NetnsHandle, open_pid, process_starttime
 from gketrace_agent.resolve.cgroup import parse_cgroup_file
 
-__all__ = ["Process", "open_owned", "read_process"]
+__all__ = ["Process", "open_owned", "read_cgroup", "read_process"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +52,14 @@ def read_process(paths: HostPaths, pid: int) -> Process:
     )
 
 
+def read_cgroup(paths: HostPaths, pid: int) -> str:
+    """/proc/PID/cgroup.  Raises FileNotFoundError or ProcessLookupError.
+
+    Not `read_text`: a carriage return in a cgroup's name is no end of line.
+    """
+    return paths.pid(pid, "cgroup").read_bytes().decode("utf-8", "replace")
+
+
 def open_owned(paths: HostPaths, pid: int, start_time: int | None) -> tuple[NetnsHandle, str]:
     """A process's namespace and the UID of the pod whose cgroup it is in, empty for none: both of
     one process, that of `start_time` where that is known.  The caller closes the namespace.
@@ -62,7 +70,7 @@ def open_owned(paths: HostPaths, pid: int, start_time: int | None) -> tuple[Netn
     handle = open_pid(paths, pid, starttime=before)
     try:
         try:
-            text = paths.pid(pid, "cgroup").read_text(errors="replace")
+            text = read_cgroup(paths, pid)
         except (FileNotFoundError, ProcessLookupError):
             raise GoneError(f"process {pid} has ended") from None
         if process_starttime(paths, pid) != before:

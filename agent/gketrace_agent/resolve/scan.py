@@ -10,6 +10,7 @@ from gketrace.errors import GoneError
 from gketrace_agent.kernel.hostpaths import HostPaths
 from gketrace_agent.kernel.netns import process_starttime
 from gketrace_agent.resolve.cgroup import CgroupOwner, parse_cgroup_file
+from gketrace_agent.resolve.process import read_cgroup
 
 __all__ = ["CgroupScan", "Member", "scan_cgroups"]
 
@@ -74,7 +75,7 @@ def scan_cgroups(paths: HostPaths) -> CgroupScan:
         count += 1
         pid = int(name)
         try:
-            text = paths.pid(pid, "cgroup").read_text(errors="replace")
+            text = read_cgroup(paths, pid)
             if "pod" not in text:
                 continue
             owner = parse_cgroup_file(text, source=f"/proc/{pid}/cgroup")
@@ -82,7 +83,7 @@ def scan_cgroups(paths: HostPaths) -> CgroupScan:
                 continue
             start_time = process_starttime(paths, pid)
             # The PID may be another process's since the first reading.
-            if paths.pid(pid, "cgroup").read_text(errors="replace") == text:
+            if read_cgroup(paths, pid) == text:
                 members.append(Member(pid=pid, start_time=start_time, owner=owner))
         except (FileNotFoundError, ProcessLookupError, GoneError):
             continue
