@@ -6,15 +6,15 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from gketrace.access import CA_CONFIGMAP, GROUP, METHODS, Need
 from gketrace.errors import GketraceError
 
 from .account import Account
-from .agent_access import request_token
-from .apiserver import ApiServer
-from .kubeconfig import Credentials
+
+if TYPE_CHECKING:
+    from .apiserver import ApiServer
 
 __all__ = [
     "Answer",
@@ -176,6 +176,11 @@ def ask(api: ApiServer, rights: Iterable[Right]) -> list[Answer]:
 
 def as_account(api: ApiServer, account: Account, timeout: float) -> ApiServer:
     """The same API server as this ServiceAccount.  Raises `GketraceError`."""
+    # Not above: the command's help is to be quick.
+    from .agent_access import request_token
+    from .apiserver import ApiServer
+    from .kubeconfig import Credentials
+
     token = request_token(api, account, "")
     credentials = Credentials(authorization=f"Bearer {token}")
     settings = replace(api.settings, user=str(account), credentials=lambda: credentials)
