@@ -13,6 +13,9 @@ from pathlib import Path
 from tests.fuzz.fuzzer import fuzz
 from tests.fuzz.targets import TARGETS
 
+_GROWTH = 16 << 20
+"""Bytes in a run: caches that fill up, and what a slope of some samples is off by."""
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -37,10 +40,24 @@ def main() -> int:
                 "rejected": result.rejected,
                 "crashes": result.crashes,
                 "slowest_seconds": round(result.slowest_seconds, 4),
+                "growth_bytes": round(result.growth_bytes),
+                "found": [crash.why for crash in result.found.values()],
+                "goals": {
+                    "crashes": {
+                        "value": result.crashes,
+                        "goal": 0,
+                        "met": not result.crashes,
+                    },
+                    "growth_bytes": {
+                        "value": round(result.growth_bytes),
+                        "goal": _GROWTH,
+                        "met": result.growth_bytes <= _GROWTH,
+                    },
+                },
             }
         )
     )
-    return 1 if result.crashes else 0
+    return 1 if result.crashes or result.growth_bytes > _GROWTH else 0
 
 
 if __name__ == "__main__":

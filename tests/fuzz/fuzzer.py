@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
@@ -9,15 +10,18 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 
 from gketrace.errors import ParseError
 from tests.fuzz.targets import TARGETS, Target
+from tests.soak.gauges import slope
 
 __all__ = ["LIMIT", "Crash", "Result", "fuzz"]
 
 LIMIT = 5.0
 """Seconds of processor time that one input may take: what others do on the machine is no hang."""
+_PAGE = os.sysconf("SC_PAGESIZE")
 _KEPT = 20
 """Different crashes that are kept."""
 
@@ -40,6 +44,9 @@ class Result:
     rejected: int = 0
     crashes: int = 0
     slowest_seconds: float = 0.0
+    growth_bytes: float = 0.0
+    """By which the memory of what was fuzzed grew, after a quarter of the time, as a line fitted
+    through it has it."""
     found: dict[str, Crash] = field(default_factory=dict)
     """The first input of each kind of crash."""
 
@@ -68,6 +75,7 @@ def fuzz(name: str, *, seconds: float, seed: int = 0) -> Result:
     rng = random.Random(seed)
     seeds = target.seeds()
     result = Result(name=name)
+    memory = _Memory(target.pid(), seconds)
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         data = target.mutate(rng, seeds)
@@ -75,15 +83,37 @@ def fuzz(name: str, *, seconds: float, seed: int = 0) -> Result:
         try:
             with _limited(LIMIT):
                 target.run(data)
-        except ParseError as error:
+        except target.refusals as error:
             result.rejected += 1
-            if problem := _incomplete(error, data):
+            if isinstance(error, ParseError) and (problem := _incomplete(error, data)):
                 _note(result, data, f"ParseError {problem}: {error}")
         except (Exception, _Hang) as error:  # noqa: BLE001 - every one of them is what we look for
             _note(result, data, _where(error))
         result.inputs += 1
         result.slowest_seconds = max(result.slowest_seconds, time.process_time() - begun)
+        memory.look()
+    result.growth_bytes = memory.growth()
     return result
+
+
+class _Memory:
+    """A process's resident pages, looked at a hundred times."""
+
+    def __init__(self, pid: int, seconds: float) -> None:
+        self._file = Path("/proc", str(pid), "statm")
+        self._seconds = seconds
+        self._begun = time.monotonic()
+        self._times: list[float] = []
+        self._values: list[float] = []
+
+    def look(self) -> None:
+        at = time.monotonic() - self._begun
+        if at >= self._seconds * (0.25 + 0.0075 * len(self._times)):
+            self._times.append(at)
+            self._values.append(int(self._file.read_text().split()[1]) * _PAGE)
+
+    def growth(self) -> float:
+        return slope(self._times, self._values) * self._seconds * 0.75
 
 
 def _incomplete(error: ParseError, data: bytes) -> str:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeAlias
 
-__all__ = ["mutate_json", "mutate_lines"]
+__all__ = ["change_node", "mutate_json", "mutate_lines"]
 
 _WORD: Final = re.compile(rb"\S+")
 _STRANGE: Final = (
@@ -146,12 +146,12 @@ def mutate_json(rng: random.Random, seeds: Sequence[bytes]) -> bytes:
             i for n, i in enumerate(items) if n in keep or "table" in i or "metainfo" in i
         ]
     for _ in range(rng.randint(1, 6)):
-        _change_node(rng, tree)
+        change_node(rng, tree)
     separators = (", ", ": ") if rng.random() < 0.85 else (",", ":")
     return json.dumps(tree, separators=separators).encode()
 
 
-def _change_node(rng: random.Random, tree: Any) -> None:
+def change_node(rng: random.Random, tree: Any) -> None:
     slots = _slots(tree)
     if not slots:
         return

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
+from gketrace.errors import GketraceError, ParseError
 from gketrace.packet import Packet
 from gketrace.ruleset.iptables_save import parse_iptables_save
 from gketrace.ruleset.nft_json import NftTables, parse_nft_json
@@ -16,6 +19,8 @@ from gketrace.ruleset.nft_text import element_text
 from gketrace.ruleset.render import render_ruleset
 from gketrace.trace import Disposition
 from tests.core.simulate.nodes import Node, world_node
+from tests.fuzz import files, live, netlink
+from tests.fuzz.binary import mutate_bytes
 from tests.fuzz.mutate import mutate_json, mutate_lines
 
 __all__ = ["TARGETS", "Target"]
@@ -31,7 +36,11 @@ class Target:
     seeds: Callable[[], list[bytes]]
     mutate: Callable[[random.Random, list[bytes]], bytes]
     run: Callable[[bytes], None]
-    """Raises `ParseError` for what it refuses; any other exception is a crash."""
+    """Raises one of `refusals` for what it refuses; any other exception is a crash."""
+    refusals: tuple[type[Exception], ...] = (ParseError,)
+    """A `ParseError` must always name its source, line and text."""
+    pid: Callable[[], int] = os.getpid
+    """Whose memory must not grow."""
 
 
 def _iptables_seeds() -> list[bytes]:
@@ -118,9 +127,70 @@ def _walk_nft(text: bytes) -> None:
     _walk(node)
 
 
+_KERNEL: Final = (GketraceError, ValueError, KeyError, IndexError, struct.error)
+"""What the agent takes for an answer that is not understood, where it reads the kernel."""
+
 TARGETS: Final = {
     "iptables-save": Target(seeds=_iptables_seeds, mutate=mutate_lines, run=_read_iptables),
     "nft-json": Target(seeds=_nft_seeds, mutate=mutate_json, run=_read_nft),
     "walk-iptables": Target(seeds=_iptables_seeds, mutate=mutate_lines, run=_walk_iptables),
     "walk-nft": Target(seeds=_nft_seeds, mutate=mutate_json, run=_walk_nft),
+    "netlink-route": Target(
+        seeds=netlink.route_seeds, mutate=mutate_bytes, run=netlink.read_route, refusals=_KERNEL
+    ),
+    "netlink-nftables": Target(
+        seeds=netlink.nftables_seeds,
+        mutate=mutate_bytes,
+        run=netlink.read_nftables,
+        refusals=_KERNEL,
+    ),
+    "netlink-conntrack": Target(
+        seeds=netlink.conntrack_seeds,
+        mutate=mutate_bytes,
+        run=netlink.read_conntrack,
+        refusals=(GketraceError, ValueError),
+    ),
+    "netlink-events": Target(
+        seeds=netlink.conntrack_seeds,
+        mutate=mutate_bytes,
+        run=netlink.read_events,
+        refusals=(GketraceError, ValueError),
+    ),
+    "cri": Target(
+        seeds=live.cri_seeds,
+        mutate=live.mutate_parts,
+        run=live.resolve,
+        refusals=(GketraceError,),
+    ),
+    "proc": Target(
+        seeds=files.proc_seeds,
+        mutate=mutate_lines,
+        run=files.read_proc,
+        refusals=(GketraceError, ValueError),
+    ),
+    "requests": Target(
+        seeds=live.request_seeds,
+        mutate=live.mutate_request,
+        run=live.ask,
+        refusals=(live.Refused,),
+        pid=live.agent_pid,
+    ),
+    "kubeconfig": Target(
+        seeds=files.config_seeds,
+        mutate=files.mutate_config,
+        run=files.read_config,
+        refusals=(GketraceError,),
+    ),
+    "objects": Target(
+        seeds=files.object_seeds,
+        mutate=files.mutate_object,
+        run=files.read_object,
+        refusals=(GketraceError,),
+    ),
+    "packets": Target(
+        seeds=files.packet_seeds,
+        mutate=mutate_bytes,
+        run=files.read_packets,
+        refusals=(GketraceError,),
+    ),
 }

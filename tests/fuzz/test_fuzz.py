@@ -11,13 +11,16 @@ from tests.fuzz import fuzzer
 from tests.fuzz.fuzzer import fuzz
 from tests.fuzz.targets import TARGETS, Target
 
+_LONG = ("iptables-save", "nft-json", "walk-iptables", "walk-nft")
+
 
 @pytest.mark.parametrize("name", sorted(TARGETS))
 def test_nothing_crashes(name: str) -> None:
-    result = fuzz(name, seconds=10, seed=1)
+    result = fuzz(name, seconds=10 if name in _LONG else 1.5, seed=1)
     assert [crash.why for crash in result.found.values()] == []
-    assert result.inputs > 100
-    assert 0 < result.rejected < result.inputs
+    assert result.rejected > 0
+    if name in _LONG:
+        assert 100 < result.inputs > result.rejected
 
 
 def _spin(_: bytes) -> None:
