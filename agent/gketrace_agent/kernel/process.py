@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import IO, Final
 
 from gketrace.errors import ExhaustedError, TimeoutExceeded, UnavailableError
+from gketrace_agent.kernel.capabilities import missing_capabilities
 
 __all__ = ["Child", "Completed", "collect", "find_program", "run", "start"]
 
@@ -51,14 +52,17 @@ class Completed:
         return self.returncode == 0
 
     def failure(self) -> str:
-        """One sentence on how it failed: the program, how it ended, what it wrote to stderr."""
+        """One sentence on how it failed: the program, how it ended, what it wrote to stderr, and
+        which capability it lacked."""
         ended = (
             f"was killed by signal {-self.returncode}"
             if self.returncode < 0
             else f"exited with status {self.returncode}"
         )
         said = " ".join(self.stderr.split())[:300]
-        return f"{os.path.basename(self.argv[0])} {ended}{f': {said}' if said else ''}"
+        hint = missing_capabilities(said)
+        told = f": {said}" if said else ""
+        return f"{os.path.basename(self.argv[0])} {ended}{told}{f'; {hint}' if hint else ''}"
 
 
 class Child:
