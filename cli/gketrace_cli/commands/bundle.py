@@ -30,6 +30,9 @@ def bundle(
     output: Annotated[
         str | None, typer.Option("--output", "-o", metavar="FILE", help="Where to write it.")
     ] = None,
+    redact: Annotated[
+        bool, typer.Option("--redact", help="Mask addresses and names, the same way everywhere.")
+    ] = False,
 ) -> None:
     """Save the objects, and each node's rules, routes and connections, in one file.
 
@@ -54,6 +57,10 @@ def bundle(
         inside = None if what is None else _pods_of(session, what)
         saved = record(session, scope, inside)
         session.progress.clear()
+    if redact:
+        from gketrace_cli.bundle.redact import redact_bundle
+
+        saved = redact_bundle(saved)
     size = write_bundle(saved, output)
     gaps = _gaps(saved)
     print(  # noqa: T201

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gketrace.errors import ExitCode
+from gketrace.errors import ExitCode, UsageError
 from gketrace_cli.options import Options, Output
 
 if TYPE_CHECKING:
@@ -76,6 +76,8 @@ def check(
     form = output or CheckOutput((options.output or Output.TEXT).value)
     if form is not CheckOutput.SARIF:
         options = replace(options, output=Output(form.value))
+    if watch is not None and options.bundle is not None:
+        raise UsageError("a bundle holds one moment: it cannot be watched")
     ignores = read_ignores(ignore or (), ignore_file)
     least = _severity(severity)
     before: tuple[Finding, ...] | None = None

@@ -1,0 +1,231 @@
+"""Bundles of the lab: the same answers as live, redacted ones too, and what `diff` names."""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from e2e.answers import Ran, run_cli
+from e2e.netlab import Lab
+from gketrace_cli.bundle.redact import redact_bundle
+from gketrace_cli.bundle.store import read_bundle, to_members, write_bundle
+from gketrace_cli.main import run
+
+COMMANDS = (
+    ("service", "hello-server"),
+    ("service", "web", "--from", "pod/web-1"),
+    ("pod", "web-0"),
+    ("pod", "hostnet-0"),
+    ("trace", "pod/web-0", "service/web:80"),
+    ("trace", "pod/web-0", "8.8.8.8:443"),
+    ("rules", "2jdh"),
+    ("conntrack",),
+    ("conntrack", "pod/web-0"),
+    ("connections",),
+    ("check",),
+)
+TICKING = re.compile(
+    r'"(packets|bytes|origPackets|origBytes|replyPackets|replyBytes|timeoutSeconds|ageSeconds'
+    r'|usedSeconds|updatedSeconds|takenAt|id|use)": [^,\n]+'
+)
+"""What a second reading finds changed on a cluster where nothing happened: counters and clocks."""
+SAID = ((re.compile(r"seen \d+ s ago"), "seen N s ago"),)
+STATES = re.compile(r"\b(REACHABLE|STALE|DELAY|PROBE)\b")
+
+
+def still(text: str) -> str:
+    """The answer without what ticks by itself (docs/bundles.md, The same answer)."""
+    text = TICKING.sub(lambda m: f'"{m[1]}": 0', text)
+    for pattern, word in SAID:
+        text = pattern.sub(word, text)
+    return STATES.sub("USABLE", text)
+
+
+@pytest.fixture(scope="module")
+def saved(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(lab, tmp_path_factory.mktemp("bundle") / "all.gkt")
+
+
+def save(lab: Lab, path: Path) -> Path:
+    ran = run_cli(lab, "bundle", "-A", "-o", str(path))
+    assert ran.code == 0, ran.err
+    return path
+
+
+def answer(capsys: pytest.CaptureFixture[str], *words: str) -> Ran:
+    capsys.readouterr()
+    code = run(words)
+    said = capsys.readouterr()
+    return Ran(code=code, out=said.out, err=said.err)
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_a_bundle_answers_as_the_cluster_does(
+    lab: Lab, saved: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    live = run_cli(lab, *words, "-o", "json")
+    later = answer(capsys, *words, "-o", "json", "--bundle", str(saved))
+    assert later.code == live.code, later.err
+    if words[0] in ("conntrack", "connections") and len(words) == 1:
+        # Connections of the lab itself come and go between the two readings.
+        assert set(json.loads(later.out)) == set(json.loads(live.out))
+        assert json.loads(later.out)["kind"] == json.loads(live.out)["kind"]
+        return
+    assert still(later.out) == still(live.out)
+
+
+def test_only_its_owner_reads_it(saved: Path) -> None:
+    assert stat.S_IMODE(saved.stat().st_mode) == 0o600
+
+
+def test_no_secrets(saved: Path) -> None:
+    blob = b"\n".join(to_members(read_bundle(str(saved))).values())
+    for word in (b"last-applied", b"eyJ", b"client-key", b"BEGIN ", b'"env"', b"certificate"):
+        assert word not in blob
+
+
+def test_a_redacted_bundle_holds_no_name_and_gives_the_same_verdicts(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = read_bundle(str(saved))
+    path = tmp_path / "redacted.gkt"
+    write_bundle(redact_bundle(whole), str(path))
+    text = b"\n".join(to_members(read_bundle(str(path))).values()).decode("latin1")
+    standard = {"default", "kubernetes", "kube-system", "kube-public", "kube-node-lease"}
+    for name in ({*whole.nodes} | {*names(whole.lists)}) - standard:
+        assert not re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text), name
+    for address in addresses(whole.lists):
+        assert not re.search(rf"(?<![\w.:]){re.escape(address)}(?![\w.:])", text), address
+    before = answer(capsys, "check", "-o", "json", "--bundle", str(saved))
+    after = answer(capsys, "check", "-o", "json", "--bundle", str(path))
+    assert after.code == before.code
+    assert verdicts(after) == verdicts(before)
+
+
+def names(lists: Any) -> Iterator[str]:
+    for listed in lists.values():
+        for item in listed.items:
+            yield item["metadata"]["name"]
+
+
+def addresses(lists: Any) -> Iterator[str]:
+    for item in lists["pods"].items:
+        yield from (one["ip"] for one in item["status"].get("podIPs", ()))
+    for item in lists["services"].items:
+        yield from (one for one in item["spec"].get("clusterIPs", ()) if one != "None")
+
+
+def verdicts(ran: Ran) -> list[tuple[str, str, int]]:
+    found = json.loads(ran.out)["findings"]
+    return sorted((one["code"], one["severity"], len(one["subjects"])) for one in found)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One change on node 2jdh, how it is undone, and what diff must name first."""
+
+    title: str
+    command: str
+    undo: str
+    noun: str
+    name: str
+
+
+FAULTS = (
+    Fault(
+        "a sysctl",
+        "sysctl -qw net.ipv4.ip_forward=0",
+        "sysctl -qw net.ipv4.ip_forward=1",
+        "sysctls",
+        "net.ipv4.ip_forward",
+    ),
+    Fault(
+        "a rule",
+        "iptables-nft -w -I FORWARD -d 10.40.0.0/24 -p tcp -j DROP",
+        "iptables-nft -w -D FORWARD -d 10.40.0.0/24 -p tcp -j DROP",
+        "rulesets",
+        "-A FORWARD -d 10.40.0.0/24 -p tcp -j DROP",
+    ),
+    Fault(
+        "a route",
+        "ip route add blackhole 10.40.1.0/24",
+        "ip route del blackhole 10.40.1.0/24",
+        "routes",
+        "blackhole 10.40.1.0/24",
+    ),
+    Fault(
+        "a policy rule",
+        "ip rule add to 10.40.2.0/24 prio 50 prohibit",
+        "ip rule del prio 50",
+        "rules",
+        "from all to 10.40.2.0/24 prohibit",
+    ),
+    Fault(
+        "a policy",
+        "iptables-nft -w -P FORWARD DROP",
+        "iptables-nft -w -P FORWARD ACCEPT",
+        "rulesets",
+        ":FORWARD DROP",
+    ),
+    Fault("a link", "ip link set cbr0 mtu 1280", "ip link set cbr0 mtu 1460", "links", "cbr0: mtu"),
+)
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.title)
+def test_diff_names_what_changed_the_verdict(
+    lab: Lab,
+    saved: Path,
+    fault: Fault,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    node = "node/2jdh"
+    assert lab.exec(node, fault.command.split()).returncode == 0
+    try:
+        broken = save(lab, tmp_path / "broken.gkt")
+    finally:
+        lab.exec(node, fault.undo.split())
+    ran = answer(capsys, "diff", str(saved), str(broken), "-o", "json")
+    assert ran.code == 1, ran.err
+    document = json.loads(ran.out)
+    assert document["verdicts"]
+    first = [one for one in document["differences"] if one["changedVerdict"]]
+    assert fault.name in [one["name"] for one in first], first[:5]
+    assert {one["noun"] for one in first} == {fault.noun}
+    assert document["differences"][0]["changedVerdict"]
+
+
+def test_nothing_differs_from_itself(saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ran = answer(capsys, "diff", str(saved), str(saved))
+    assert (ran.code, ran.out) == (0, "Nothing differs that matters to packets.\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("status",),
+        ("capture", "pod/web-0"),
+        ("install",),
+        ("service", "web", "--follow"),
+        ("pod", "web-0", "--follow"),
+        ("connections", "--follow"),
+        ("conntrack", "-E"),
+        ("conntrack", "-D", "-p", "udp", "--yes"),
+        ("check", "--watch", "5"),
+    ],
+    ids=" ".join,
+)
+def test_what_a_bundle_cannot_do_is_said(
+    saved: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = answer(capsys, *words, "--bundle", str(saved))
+    assert ran.code == 2
+    assert ran.err.startswith("error: ")
+    assert "\n" not in ran.err.strip()
