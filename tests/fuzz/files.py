@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
-import os
 import random
 import struct
 import tempfile
@@ -48,11 +49,17 @@ __all__ = [
 
 _WORLD: Final = Path(__file__).parents[1] / "data/worlds/kube-proxy-1.36-iptables-legacy"
 _UID: Final = "11fe6a9c-6bfb-4f1c-9c2b-2f1c1d4b5a66"
-_FOLDER: Final = Path(tempfile.gettempdir())
+
+
+@functools.cache
+def _folder() -> str:
+    made = tempfile.TemporaryDirectory(prefix="gkfuzz")
+    atexit.register(made.cleanup)
+    return made.name
 
 
 def _scratch(name: str, data: bytes) -> Path:
-    path = _FOLDER / f"gkfuzz-{os.getpid()}-{name}"
+    path = Path(_folder(), name)
     path.write_bytes(data)
     return path
 
