@@ -10,17 +10,24 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jsonschema import validate
 
-from e2e.netlab import Lab
+from e2e.netlab import Lab, Probe
 from gketrace.capture.packets import CapturedPacket
+from gketrace.errors import ExitCode, GketraceError
 from gketrace_cli.capture.reader import CaptureReader
+from gketrace_cli.capture.restitch import restitch
 from gketrace_cli.capture.stitching import collect_packets
+from gketrace_cli.commands.capture import CaptureOutput
+from gketrace_cli.options import Options
 
+SCHEMA = json.loads((Path(__file__).parents[1] / "docs/schema/capture.json").read_text())
 CLIENT = "client/203.0.113.10"
 NODES = {"33fg": "10.142.0.7", "2jdh": "10.142.0.8"}
 POD = "hello-server-579859fb5b-szrwh"
@@ -111,16 +118,20 @@ def places(flow: dict[str, Any]) -> list[str]:
 
 
 def test_each_hop_of_a_connection_with_its_rewrites(
-    lab: Lab, capture: Callable[..., Running]
+    lab: Lab, capture: Callable[..., Running], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    path = tmp_path / "hello.pcapng"
     running = capture(
-        "service/hello-server", "--from", "203.0.113.10", "--connections", "-o", "json", taps=6
+        *("service/hello-server", "--from", "203.0.113.10", "-w", str(path), "-o", "json"), taps=6
     )
     for node, port in (("33fg", 45001), ("2jdh", 45002)):
         assert "Hello" in curl(lab, node, port).stdout
+    part = tmp_path / "hello.pcapng.part"
+    wait_until(lambda: ports(part) == {45001, 45002})  # what would be left after a kill
     code, out = running.stop()
     document = json.loads(out)
     assert code == 0, running.told
+    validate(document, SCHEMA)
     over, at = of_port(document, 45001), of_port(document, 45002)
     inside = ["2jdh cbr0 out", "2jdh veth out", "2jdh pod eth0 in"]
     assert places(over["there"]) == ["33fg eth0 in", "33fg eth0 out", "2jdh eth0 in", *inside]
@@ -135,40 +146,53 @@ def test_each_hop_of_a_connection_with_its_rewrites(
         assert [r["kind"] for r in rewrites] == ["DNAT", "SNAT"]
         assert "--to-destination 10.40.0.6:8080" in rewrites[0]["rule"]
         assert found["there"]["packets"] == found["there"]["stations"][-1]["packets"]
+        (entry,) = found["conntrack"]
+        assert (entry["orig"]["src"], entry["orig"]["sport"]) == (
+            "203.0.113.10",
+            found["client"]["sport"],
+        )
+        assert entry["reply"]["dport"] == found["server"]["sport"]
+    assert [found["conntrack"][0]["node"][-4:] for found in (over, at)] == ["33fg", "2jdh"]
     # What the server saw, by its own log.
     peers = {tuple(line["peer"]) for line in lab.peers(POD)}
     seen = {(found["server"]["src"], found["server"]["sport"]) for found in (over, at)}
     assert seen <= peers
+    assert document["files"] == [str(path)]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["hello.pcapng"]
+    commented_and_stitched_again(path, capsys)
 
 
-def test_a_file_is_commented_and_stitched_again(
-    lab: Lab, capture: Callable[..., Running], tmp_path: Path
-) -> None:
-    path = tmp_path / "hello.pcapng"
-    running = capture("service/hello-server", "--from", "203.0.113.10", "-w", str(path), taps=6)
-    assert curl(lab, "33fg", 45003).returncode == 0
-    code, out = running.stop()
-    assert code == 0, running.told
-    assert "203.0.113.10:45003 → 10.142.0.7:31830" in out
+def commented_and_stitched_again(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = subprocess.run(
         ["tcpdump", "-nr", str(path)], capture_output=True, text=True, check=True
     ).stdout
-    assert lines.count("203.0.113.10.45003 > 10.142.0.7.31830: Flags [S]") == 1
+    assert lines.count("203.0.113.10.45001 > 10.142.0.7.31830: Flags [S]") == 1
     packets = read(path)
     assert any("DNAT to 10.40.0.6:8080" in packet.comment for packet in packets)
     assert any("MASQUERADE" in packet.comment for packet in packets)
-    again = subprocess.run(
-        [
-            *(str(Path(sys.executable).parent / "gketrace"), "capture"),
-            *("-r", str(path), "--connections"),
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "NO_COLOR": "1"},
-    )
-    assert again.returncode == 0, again.stderr
-    assert "DNAT to 10.40.0.6:8080 by KUBE-SEP-" in again.stdout
+    again = {}
+    for form in (CaptureOutput.TEXT, CaptureOutput.JSON, CaptureOutput.JSONL):
+        assert restitch(str(path), "", form, Options(), numeric=False) is ExitCode.OK
+        again[form] = capsys.readouterr().out
+    assert "203.0.113.10:45001 → 10.142.0.7:31830" in again[CaptureOutput.TEXT]
+    assert "DNAT to 10.40.0.6:8080 by KUBE-SEP-" in again[CaptureOutput.TEXT]
+    for text in (again[CaptureOutput.JSON], *again[CaptureOutput.JSONL].splitlines()):
+        validate(json.loads(text), SCHEMA)
     skewed(packets)
+
+
+def ports(path: Path) -> set[int]:
+    """Clients' ports that a file has by now."""
+    with suppress(GketraceError):  # it is being written: its last block may be half there
+        return {p for p in (45001, 45002) if any(p.to_bytes(2) in one.data for one in read(path))}
+    return set()
+
+
+def wait_until(done: Callable[[], bool], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def read(path: Path) -> list[CapturedPacket]:
@@ -207,39 +231,222 @@ def skewed(packets: list[CapturedPacket]) -> None:
     assert certain
 
 
-def rule(lab: Lab, action: str, *words: str) -> None:
-    done = lab.exec("node/2jdh", ["iptables-nft", action, "FORWARD", *words])
-    assert done.returncode == 0, done.stderr
+@dataclass(frozen=True)
+class Fault:
+    """Something broken on purpose, after the plan was made."""
+
+    target: str
+    broken: str
+    mended: str
+    state: str
+    last: str
+    """Where the packets that die are seen last."""
+    next: str
+    """Part of where they should have been seen next; empty: there is no tap behind."""
+    back: bool = False
+    reset_by: str = ""
+    error: str = ""
+    large: bool = False
+    """The client asks for a large reply."""
+    works: bool = False
+    lasting: bool = False
+    """It is mended when the capture is over."""
 
 
-@pytest.mark.parametrize(
-    ("target", "state"),
-    [(("DROP",), "unanswered"), (("REJECT", "--reject-with", "tcp-reset"), "refused")],
-)
-def test_where_it_dies_and_who_resets_it(
-    lab: Lab, capture: Callable[..., Running], target: tuple[str, ...], state: str
-) -> None:
-    """The rule comes after the plan was made, which so knows where packets should have gone."""
-    port = 45010 + len(target)
-    words = ("-s", "10.142.0.7", "-p", "tcp", "--dport", "8080", "-j", *target)
+VETH, WAY = "vetheaaa87b1", "10.40.0.0/24 dev cbr0"
+_NARROW = "ip route replace 203.0.113.10 via 10.142.0.2 mtu lock 600"
+_WIDE = "ip route del 203.0.113.10"
+_QUIET = "OUTPUT -p icmp --icmp-type fragmentation-needed -j DROP"
+LARGE = """
+import socket, sys
+s = socket.socket()
+s.bind(("", int(sys.argv[1])))
+s.settimeout(1)
+s.connect(("10.142.0.7", 31830))
+s.sendall(b"hold\\n")
+s.recv(4096)
+s.sendall(b"x" * 3000)
+got = 0
+while got < 3000:
+    got += len(s.recv(4096))
+"""
+_TO_POD = "-s 10.142.0.7 -p tcp --dport 8080"
+FAULTS = {
+    "no route": Fault(
+        # The default route leads back to the router, and round again, until the TTL is used up.
+        target="node/2jdh",
+        broken=f"ip route del {WAY}",
+        mended=f"ip route replace {WAY} proto kernel scope link src 10.40.0.1",
+        state="unreachable",
+        last="2jdh eth0 out",
+        next="cbr0",
+        error="ICMP TTL exceeded from 10.142.0.8",
+    ),
+    "dropped": Fault(
+        target="node/2jdh",
+        broken=f"iptables-nft -I FORWARD {_TO_POD} -j DROP",
+        mended=f"iptables-nft -D FORWARD {_TO_POD} -j DROP",
+        state="unanswered",
+        last="2jdh eth0 in",
+        next="cbr0",
+    ),
+    "rejected": Fault(
+        target="node/2jdh",
+        broken=f"iptables-nft -I FORWARD {_TO_POD} -j REJECT --reject-with tcp-reset",
+        mended=f"iptables-nft -D FORWARD {_TO_POD} -j REJECT --reject-with tcp-reset",
+        state="refused",
+        last="2jdh eth0 in",
+        next="cbr0",
+        reset_by="node gke-lab-cluster-default-pool-9e4ce61e-2jdh",
+    ),
+    "no listener": Fault(
+        # The pod's kernel answers, as it does for a port that nothing listens on.
+        target=f"pod/{POD}",
+        broken="iptables-nft -I INPUT -p tcp --dport 8080 -j REJECT --reject-with tcp-reset",
+        mended="iptables-nft -F INPUT",
+        state="refused",
+        last="",
+        next="",
+        reset_by=f"pod default/{POD}",
+    ),
+    "reset by the server": Fault(
+        target=f"pod/{POD}",
+        broken="iptables-nft -I INPUT -p tcp --dport 8080 --tcp-flags PSH PSH "
+        "-j REJECT --reject-with tcp-reset",
+        mended="iptables-nft -F INPUT",
+        state="reset",
+        last="",
+        next="",
+        reset_by=f"pod default/{POD}",
+    ),
+    "no forwarding": Fault(
+        target="node/2jdh",
+        broken="sysctl -qw net.ipv4.ip_forward=0",
+        mended="sysctl -qw net.ipv4.ip_forward=1",
+        state="unanswered",
+        last="2jdh eth0 in",
+        next="cbr0",
+    ),
+    "no veth": Fault(
+        target="node/2jdh",
+        broken=f"ip link set {VETH} down",
+        mended=f"ip link set {VETH} up",
+        state="unanswered",
+        last="2jdh cbr0 out",
+        next=VETH,
+    ),
+    "small MTU": Fault(
+        # The pod is told, and sends smaller packets.
+        target="node/33fg",
+        broken=_NARROW,
+        mended=_WIDE,
+        state="closed",
+        last="33fg eth0 in",
+        next="eth0",
+        back=True,
+        error="ICMP fragmentation needed (MTU 600) from 10.142.0.7",
+        large=True,
+        works=True,
+    ),
+    "small MTU, silent": Fault(
+        # Until the end: what is sent again later would arrive, and be reset.
+        target="node/33fg",
+        broken=f"{_NARROW} && iptables-nft -I {_QUIET}",
+        mended=f"{_WIDE} && iptables-nft -D {_QUIET}",
+        state="stalled",
+        last="33fg eth0 in",
+        next="eth0",
+        back=True,
+        large=True,
+        lasting=True,
+    ),
+}
+
+
+def ask(lab: Lab, fault: Fault, port: int) -> bool:
+    """Whether the client got its answer."""
+    if fault.large:
+        argv = ["python3", "-c", LARGE, str(port)]
+        return lab.exec(CLIENT, argv).returncode == 0
+    return curl(lab, "33fg", port, seconds=0.6).returncode == 0
+
+
+def test_where_it_dies_and_who_resets_it(lab: Lab, capture: Callable[..., Running]) -> None:
+    """Each fault comes after the plan was made, which so knows where packets should have gone."""
     running = capture(
         "service/hello-server", "--from", "203.0.113.10", "--connections", "-o", "json", taps=6
     )
-    rule(lab, "-I", *words)
-    try:
-        assert curl(lab, "33fg", port, seconds=1.5).returncode != 0
-    finally:
-        rule(lab, "-D", *words)
-    code, out = running.stop(after=1.3)
+    with ExitStack() as lasting:
+        for number, (name, fault) in enumerate(FAULTS.items()):
+            run(lab, fault.target, fault.broken)
+            with ExitStack() as at_once:
+                mending = lasting if fault.lasting else at_once
+                mending.callback(run, lab, fault.target, fault.mended)
+                assert ask(lab, fault, 45020 + number) == fault.works, name
+            if fault.large:  # the pod forgets what it was told of the MTU
+                run(lab, f"pod/{POD}", "ip route flush cache")
+        code, out = running.stop(after=1.3)
     assert code == 1, running.told
-    found = of_port(json.loads(out), port)
-    assert (found["state"], found["failed"]) == (state, True)
-    assert places(found["there"])[-1] == "2jdh eth0 in"
-    (death,) = (death for death in found["deaths"] if not death["back"])
-    assert death["lastSeen"].endswith("2jdh eth0")
-    assert "cbr0" in death["text"]
-    if state == "refused":
-        assert [e["by"][-4:] for e in found["endings"] if e["kind"] == "RST"] == ["2jdh"]
+    validate(json.loads(out), SCHEMA)
+    for number, (name, fault) in enumerate(FAULTS.items()):
+        found = of_port(json.loads(out), 45020 + number)
+        named = found["state"], found["deaths"], found["errors"], found["endings"]
+        assert found["state"] == fault.state, (name, named)
+        assert found["failed"] == (not fault.works), name
+        if fault.last:
+            death = next(d for d in found["deaths"] if d["back"] == fault.back)
+            node, interface, direction = fault.last.split()
+            assert death["certain"], name
+            assert death["lastSeen"].endswith(f"{node} {interface}"), (name, named)
+            first, _, then = death["text"].partition(", not ")
+            assert f"last seen {direction} at " in first, (name, named)
+            assert fault.next in then, (name, named)
+        resets = [ending["by"] for ending in found["endings"] if ending["kind"] == "RST"]
+        assert resets[:1] == [fault.reset_by][: bool(fault.reset_by)], (name, named)
+        texts = [error["text"] for error in found["errors"]]
+        assert all(fault.error in text for text in texts), (name, named)
+        assert bool(texts) == bool(fault.error), (name, named)
+        rounds = found["there"]["rounds"]
+        assert (rounds > 1) == (name == "no route"), (name, rounds)
+
+
+def run(lab: Lab, target: str, command: str) -> None:
+    done = lab.exec(target, ["sh", "-ec", command])
+    assert done.returncode == 0, (command, done.stderr)
+
+
+WEB6 = (("10.43.240.21", 80), ("fd00:43::21", 80))
+
+
+def test_both_families_and_several_endpoints(lab: Lab, capture: Callable[..., Running]) -> None:
+    """Each connection has the endpoint that answered it, and the source that this one saw."""
+    running = capture(
+        *("service/web6", "--from", "pod/web-0", "--connections", "-o", "json"), taps=12
+    )
+    probes = [Probe(source="pod/web-0", address=ip, port=port) for ip, port in WEB6 * 8]
+    results = lab.connect_all(probes)
+    code, out = running.stop()
+    assert code == 0, running.told
+    document = json.loads(out)
+    validate(document, SCHEMA)
+    assert len(document["connections"]) == len(probes)
+    assert len({result.pod for result in results}) > 1
+    for result in results:
+        assert result.source is not None
+        found = next(
+            one
+            for one in document["connections"]
+            if (one["client"]["src"], one["client"]["sport"]) == result.source
+        )
+        assert (found["state"], found["contested"]) == ("closed", False)
+        server = found["server"]
+        assert (server["src"], server["sport"]) == result.peer_seen
+        assert (server["dst"], server["dport"]) == result.local
+        assert server["dstName"] == f"pod/{result.pod}"
+        translated = {(e["reply"]["src"], e["reply"]["sport"]) for e in found["conntrack"]}
+        assert translated == {result.local}
+        rewrites = [r["kind"] for s in found["there"]["stations"] for r in s["rewrites"]]
+        assert rewrites == ["DNAT"] or result.pod == "default/web-0"
 
 
 def test_the_plan_as_tcpdump_commands(lab: Lab) -> None:

@@ -209,7 +209,14 @@ class StitchedConnection:
         first, last = places
         assert first is not None
         assert last is not None
-        return tuple(r for crossing in way[first + 1 : last + 1] for r in crossing.rewrites)
+        done = tuple(r for crossing in way[first + 1 : last + 1] for r in crossing.rewrites)
+        if done or way[last].also is None:
+            return done
+        # With br_netfilter a bridge's own device has a packet behind PREROUTING already.
+        behind = way[last + 1].rewrites if last + 1 < len(way) else ()
+        return tuple(
+            r for r in behind if r.kind != "SNAT" and r.after.dst == _packet(here.flow).dst
+        )
 
     def made_at(self, ending: Ending) -> bool:
         """Whether its node made it, and did not forward it: by its TTL no router has had it, and

@@ -201,14 +201,16 @@ def deaths_of(connection: StitchedConnection) -> tuple[Death, ...]:
         for unit in flow.units:
             if unit.fate is not Fate.ARRIVED:
                 places.setdefault(unit.last.station, []).append(unit)
-        for place, lost in sorted(places.items(), reverse=True):
+        for place, gone in sorted(places.items(), reverse=True):
+            # Of the latest it is too soon to tell: they do not make the others less certain.
+            lost = [unit for unit in gone if unit.fate is Fate.LOST]
             found.append(
                 Death(
                     back=back,
                     station=flow.stations[place],
                     next=flow.stations[place + 1],
-                    units=tuple(lost),
-                    certain=all(unit.fate is Fate.LOST for unit in lost),
+                    units=tuple(lost or gone),
+                    certain=bool(lost),
                 )
             )
     there, back_flow = connection.there, connection.back
