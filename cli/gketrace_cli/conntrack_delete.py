@@ -125,6 +125,7 @@ class Removal:
     def _require_permission(self) -> None:
         """Before anything is shown: a refusal afterwards would leave half a deletion."""
         fleet = self.session.fleet
+        self.session.options.check_live("deleted")
         infos = {place.node: fleet.agent(place.node).info for place in self.places}
         refusing = [n for n, info in infos.items() if info and not info.allow_system_changes]
         if refusing:

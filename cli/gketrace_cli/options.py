@@ -188,6 +188,11 @@ class Options:
             if value:
                 raise UsageError(f"{name} and --bundle exclude each other")
 
+    def check_live(self, done: str) -> None:
+        """Raises: `UsageError` on a bundle, of which nothing can be `done`."""
+        if self.bundle is not None:
+            raise UsageError(f"a bundle holds one moment: nothing can be {done} on it")
+
     @property
     def agents_in(self) -> str:
         """The agents' namespace."""
@@ -260,6 +265,8 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         options = given.over(outer)
         if options.bundle is not None and ctx.invoked_subcommand is None:
             options.check_bundle(str(ctx.command.name))
+            if values.get("follow"):
+                options.check_live("followed")
         command(options=options, **values)
 
     keyword = inspect.Parameter.KEYWORD_ONLY

@@ -1,0 +1,71 @@
+"""Files that are no bundles, and bundles that somebody changed."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from gketrace.errors import UsageError
+from gketrace_cli.bundle import store
+from gketrace_cli.bundle.model import Bundle, NodeRecord
+from gketrace_cli.bundle.store import read_bundle, write_bundle
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    bundle = Bundle(created=1.0, gketrace="0", context="c", namespace="default", scope=("-A",))
+    bundle.nodes["n1"] = NodeRecord(node="n1")
+    path = tmp_path / "good.gkt"
+    write_bundle(bundle, str(path))
+    return path
+
+
+def altered(path: Path, changes: dict[str, bytes]) -> str:
+    with zipfile.ZipFile(path) as old:
+        members = {name: old.read(name) for name in old.namelist()} | changes
+    bad = path.with_name("bad.gkt")
+    with zipfile.ZipFile(bad, "w") as new:
+        for name, data in members.items():
+            new.writestr(name, data)
+    return str(bad)
+
+
+def test_what_was_written_is_read(good: Path) -> None:
+    assert list(read_bundle(str(good)).nodes) == ["n1"]
+    assert good.stat().st_mode & 0o777 == 0o600
+    assert [one.name for one in good.parent.iterdir()] == ["good.gkt"]
+
+
+@pytest.mark.parametrize("keep", [0, 10, 200, -1])
+def test_truncated(good: Path, keep: int) -> None:
+    bad = good.with_name("short.gkt")
+    bad.write_bytes(good.read_bytes()[:keep])
+    with pytest.raises(UsageError, match="no bundle, or cut short"):
+        read_bundle(str(bad))
+
+
+@pytest.mark.parametrize("name", ["../evil", "/etc/passwd", "nodes/00000/../../x", "other"])
+def test_foreign_names(good: Path, name: str) -> None:
+    with pytest.raises(UsageError, match="which no bundle has"):
+        read_bundle(altered(good, {name: b"x"}))
+
+
+def test_another_version(good: Path) -> None:
+    manifest = json.loads(zipfile.ZipFile(good).read("manifest.json"))
+    manifest["version"] = 99
+    with pytest.raises(UsageError, match="version 99"):
+        read_bundle(altered(good, {"manifest.json": json.dumps(manifest).encode()}))
+
+
+def test_changed_content(good: Path) -> None:
+    with pytest.raises(UsageError, match="not what the manifest says"):
+        read_bundle(altered(good, {"objects.json": b"{}  "}))
+
+
+def test_too_large(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "MAX_MEMBER", 10)
+    with pytest.raises(UsageError, match="too large"):
+        read_bundle(str(good))
