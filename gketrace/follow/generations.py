@@ -24,6 +24,10 @@ class Generations:
         """The one that it was put to; None: that one is dropped."""
         return self._of.get(one)
 
+    def knows(self, key: TupleKey) -> bool:
+        """Whether a flow has this tuple, either way."""
+        return _either_way(key) in self._by_key
+
     def place(self, one: Seen, at: float, fresh: Flow) -> tuple[Flow, list[Flow]]:
         """Puts an entry to its connection, or to `fresh`; also those that it showed to be the same
         one, and that are no more."""

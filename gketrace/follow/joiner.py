@@ -185,6 +185,10 @@ class Joiner:
         news, self._told = self._told, []
         return news
 
+    def knows(self, taken: TupleKey) -> bool:
+        """Whether an entry of this tuple, or of its answers, has come lately."""
+        return self._generations.knows(taken)
+
     def steps(self) -> list[Step]:
         """The events since the last time; empty without ``steps=True``."""
         found = self._steps or []
@@ -375,7 +379,9 @@ class Joiner:
             PlaceEntries(
                 place=place,
                 entries=records,
-                complete=(here := self._places.get(place)) is not None and here.complete,
+                complete=(here := self._places.get(place)) is not None
+                and here.complete
+                and here.heard >= flow.first_heard,  # else its event may be on the way
             )
             for place, records in by_place.items()
         ]

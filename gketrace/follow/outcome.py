@@ -50,12 +50,25 @@ class Outcome(Enum):
     """Answered, never closed, and its entries ran out of time."""
     REMOVED = "removed"
     """Answered, not closed, and its entries were deleted before their time."""
+    STALLED = "stalled"
+    """Answered, and then something was sent again and again that never arrived or was never
+    acknowledged.  Packets say so, not conntrack."""
+    UNREACHABLE = "unreachable"
+    """An ICMP error, and no other answer.  Packets say so."""
     UNSEEN = "end not seen"
     """It ended while events were lost."""
 
 
 FAILED: Final = frozenset(
-    {Outcome.RESET, Outcome.REFUSED, Outcome.UNANSWERED, Outcome.NO_RETURN, Outcome.HANDSHAKE}
+    {
+        Outcome.RESET,
+        Outcome.REFUSED,
+        Outcome.UNANSWERED,
+        Outcome.NO_RETURN,
+        Outcome.HANDSHAKE,
+        Outcome.STALLED,
+        Outcome.UNREACHABLE,
+    }
 )
 
 

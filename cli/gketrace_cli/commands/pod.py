@@ -40,6 +40,7 @@ def pod(
     failed: following.FailedOption = False,
     duration: following.DurationOption = None,
     events: following.EventsOption = False,
+    packets: following.PacketsOption = False,
     output: following.OutputOption = None,
 ) -> None:
     """Show how a pod is wired: container, PID, namespace, veth, bridge or host route, next hops.
@@ -57,6 +58,7 @@ def pod(
         failed=failed,
         duration=duration,
         events=events,
+        packets=packets,
         output=output,
     )
     if follow:

@@ -68,6 +68,7 @@ def service(
     failed: following.FailedOption = False,
     duration: following.DurationOption = None,
     events: following.EventsOption = False,
+    packets: following.PacketsOption = False,
     output: following.OutputOption = None,
 ) -> None:
     """Follow a packet through each front door of a Service to each endpoint, and back.
@@ -85,6 +86,7 @@ def service(
         failed=failed,
         duration=duration,
         events=events,
+        packets=packets,
         output=output,
     )
     if follow:

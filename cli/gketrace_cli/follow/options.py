@@ -27,6 +27,7 @@ __all__ = [
     "FollowOutput",
     "Followed",
     "OutputOption",
+    "PacketsOption",
     "SinceOption",
     "StateOption",
     "ToOption",
@@ -81,6 +82,12 @@ DurationOption = Annotated[
 EventsOption = Annotated[
     bool, typer.Option("--events", help="With --follow -o jsonl: each step, too.")
 ]
+PacketsOption = Annotated[
+    bool,
+    typer.Option(
+        "--packets", help="With --follow: also capture headers: hop times, who reset, ICMP errors."
+    ),
+]
 _UNITS: Final = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -96,6 +103,7 @@ class Followed:
     failed: bool = False
     duration: str | None = None
     events: bool = False
+    packets: bool = False
     output: FollowOutput | None = None
 
 
@@ -109,6 +117,7 @@ def plain_output(options: Options, typed: Followed) -> Options:
         "--failed": typed.failed,
         "--duration": typed.duration,
         "--events": typed.events,
+        "--packets": typed.packets,
     }
     for name, value in given.items():
         if value:
@@ -204,6 +213,7 @@ def _follow(
                 steps=typed.events,
                 since=since,
                 duration=duration,
+                packets=typed.packets,
             ),
         )
     raise typer.Exit(int(code))

@@ -9,26 +9,32 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from queue import Empty, SimpleQueue
 from types import FrameType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from gketrace.errors import ExitCode, GketraceError, NotFoundError
 from gketrace.follow.joiner import Followed, Joiner, Phase
 from gketrace.follow.outcome import Outcome
+from gketrace.packet import Tuple5
 from gketrace_cli.follow.counting import read_counters
 from gketrace_cli.follow.intake import Intake
 from gketrace_cli.follow.output import Output, Sampler
+from gketrace_cli.follow.packet_plan import PacketPlan, plan_packets
+from gketrace_cli.follow.packets import PacketWatch
 from gketrace_cli.follow.rulebook import RuleBook
 from gketrace_cli.follow.scope import Scope, changes
+from gketrace_cli.follow.seen import judge_alone, refine
 from gketrace_cli.follow.streams import Streams
-from gketrace_cli.follow.tally import Tally
+from gketrace_cli.follow.tally import Tally, end_text
 from gketrace_cli.follow.view import Chosen, View, make_view
 from gketrace_cli.follow.world import World, read_world
 from gketrace_cli.names import short_names
 from gketrace_cli.render.follow import (
+    alone_document,
+    alone_lines,
     connection_document,
     connection_lines,
     step_document,
@@ -72,6 +78,16 @@ class Request:
     """Seconds; None: what was there before and does not end is not shown."""
     duration: float | None = None
     """Seconds; None: until it is interrupted."""
+    packets: bool = False
+    """Captures them, too."""
+
+
+class _Waiting(NamedTuple):
+    """A connection that cannot be shown yet."""
+
+    followed: Followed
+    asked: float
+    deadline: float
 
 
 def follow(session: Session, options: Options, request: Request) -> ExitCode:
@@ -107,7 +123,10 @@ class _Follow:
         self._sampler: Sampler | None = None
         if sys.stdout.isatty() and not request.jsonl:
             self._sampler = Sampler(self._output.write, _LINES, time.monotonic)
-        self._pending: list[tuple[float, Followed]] = []
+        self._pending: list[_Waiting] = []
+        self._packets: PacketWatch | None = None
+        self._replanning = False
+        self._alone = 0
         self._warned: set[int] = set()
         """Connections of which a failure was shown before their end."""
         self._died: dict[int, str] = {}
@@ -123,6 +142,9 @@ class _Follow:
         before = [(s, signal.signal(s, self._interrupt)) for s in (signal.SIGINT, signal.SIGTERM)]
         try:
             self._hello()
+            if self._request.packets:
+                self._packets = PacketWatch(self._session.fleet, self._say_later)
+                self._capture(plan_packets(self._session, self._world.scope))
             self._streams.follow(self._all_targets(self._world), self._world.scope.filters)
             background(self._watch, "objects")
             self._loop()
@@ -130,6 +152,8 @@ class _Follow:
         finally:
             for number, handler in before:
                 signal.signal(number, handler)
+            if self._packets is not None:
+                self._packets.close()
             self._streams.close()
             self._rulebook.close()
             for session in self._sessions:
@@ -150,7 +174,8 @@ class _Follow:
                 return
             self._take(0.1)
             self._show(time.time())
-            if not self._ready and self._intake.ready >= len(self._targets):
+            watched = self._packets is None or self._packets.started
+            if not self._ready and watched and self._intake.ready >= len(self._targets):
                 self._ready = True
                 nodes = "the node is" if len(self._targets) == 1 else "all nodes are"
                 self._say(f"{nodes} followed from now on")
@@ -164,16 +189,19 @@ class _Follow:
         """What has come, for at most so long when nothing has."""
         until = time.monotonic() + 0.1
         while time.monotonic() < until:
-            try:
-                while True:
-                    self._side.get_nowait()()
-            except Empty:
-                pass
+            self._run_side()
             try:
                 arrived = self._streams.arrived.get(timeout=seconds)
             except Empty:
                 return
             self._intake.take(arrived)
+
+    def _run_side(self) -> None:
+        try:
+            while True:
+                self._side.get_nowait()()
+        except Empty:
+            return
 
     def _show(self, now: float) -> None:
         if self._request.steps:
@@ -182,8 +210,10 @@ class _Follow:
         for followed in self._joiner.told(self._intake.now(now)):
             self._consider(followed, now)
         waiting, self._pending = self._pending, []
-        for deadline, followed in waiting:
-            self._try(followed, deadline, now)
+        for one in waiting:
+            self._try(one, now)
+        if self._packets is not None:
+            self._only_packets(self._packets, now)
 
     def _consider(self, followed: Followed, now: float) -> None:
         """Whether it is to be shown at all."""
@@ -195,9 +225,11 @@ class _Follow:
             if source not in self._intake.unseen_nodes(self._gaps):
                 self._tally.beside += record
                 return
-        if not self._request.chosen.takes(followed) or not self._recent(followed):
+        # Packets may find that it failed, so what is chosen is asked when they have come.
+        later = self._packets is not None and record
+        if not (later or self._request.chosen.takes(followed)) or not self._recent(followed):
             return
-        self._try(followed, now + _WALK_SECONDS, now)
+        self._try(_Waiting(followed, now, now + _WALK_SECONDS), now)
 
     def _recent(self, followed: Followed) -> bool:
         """False: it was there before, and is not news."""
@@ -208,23 +240,75 @@ class _Follow:
             return True
         return since is not None and began is None
 
-    def _try(self, followed: Followed, deadline: float, now: float) -> None:
-        """Shows it, or keeps it until its rules are known."""
+    def _try(self, waiting: _Waiting, now: float) -> None:
+        """Shows it, or keeps it until its rules are known and its packets have come."""
+        followed, asked, deadline = waiting
         way = self._rulebook.way(followed.connection)
         judgement = followed.judgement
         walked = judgement.failed and judgement.outcome in _WALKED
         death = self._died.get(followed.number) if walked else ""
         if death is None:
             death = self._rulebook.death(followed.connection, followed.began or self._began)
-        if (way is None or death is None) and now < deadline and not self._output.broken.is_set():
-            self._pending.append((deadline, followed))
+        watch = self._packets
+        fails = judgement.failed
+        behind = watch is not None and not watch.ready(asked, failed=fails)
+        missing = way is None or death is None or behind
+        if missing and now < deadline and not self._output.broken.is_set():
+            self._pending.append(waiting)
             return
+        seen = None
+        if watch is not None:
+            seen = watch.take(followed, final=followed.phase in _RECORDS)
+            if seen is not None:
+                followed = replace(followed, judgement=refine(judgement, seen))
+            if followed.phase in _RECORDS and not self._request.chosen.takes(followed):
+                return
         if followed.phase in _RECORDS:
             self._died.pop(followed.number, None)
         elif walked and death is not None:
             self._died[followed.number] = death
         world = self._world
-        self._emit(make_view(followed, world.book, world.node_of, way, death))
+        self._emit(make_view(followed, world.book, world.node_of, way, death, seen))
+
+    def _only_packets(self, watch: PacketWatch, now: float) -> None:
+        """Connections that no node has an entry of."""
+
+        def knows(sent: Tuple5) -> bool:
+            key = sent.src.packed, sent.dst.packed, sent.protocol, sent.sport or 0, sent.dport or 0
+            return self._joiner.knows((*key, 0))
+
+        def heard(until: float) -> bool:
+            return self._joiner.heard_all(self._intake.now(until))
+
+        for seen in watch.alone(knows, heard, now):
+            first = seen.connection.first
+            chosen = self._request.chosen
+            if not self._world.scope.concerns(first) or not chosen.takes_alone(first):
+                continue
+            judgement = judge_alone(seen)
+            if chosen.states and judgement.outcome.value not in chosen.states:
+                continue
+            self._alone -= 1  # beside the joiner's numbers
+            self._tally.add_alone(seen, judgement, end_text(first))
+            if self._request.jsonl:
+                document = alone_document(seen, judgement, self._alone, self._ends)
+                self._output.write(_line(document))
+                continue
+            text = partial(alone_lines, self._page, seen, judgement)
+            if self._sampler is None:
+                self._output.write(text())
+            else:
+                self._sampler.offer(text, failed=True)
+
+    def _ends(self, first: Tuple5) -> tuple[str, str]:
+        book = self._world.book
+        return book.host(first.src), book.door(first.dst, first.dport, first.protocol)
+
+    def _capture(self, plan: PacketPlan) -> None:
+        assert self._packets is not None
+        for item in plan.missing:
+            self._say(f"packets: not seen: {item}")
+        self._packets.start(plan.routes, plan.taps)
 
     def _emit(self, view: View) -> None:
         followed = view.followed
@@ -279,9 +363,29 @@ class _Follow:
         for text in different:
             self._note(text)
         self._rulebook.forget()
+        if self._packets is not None:
+            self._plan_anew()
         if list(old.scope.filters) != list(world.scope.filters):
             self._intake.switch()
             self._streams.follow(self._all_targets(world), world.scope.filters)
+
+    def _plan_anew(self) -> None:
+        """Where packets are captured, beside the loop: it takes walks."""
+        if self._replanning:
+            return
+        self._replanning = True
+
+        def plan() -> None:
+            try:
+                found = plan_packets(self._session, self._world.scope)
+            except GketraceError as error:
+                text = f"packets are captured as before: {error.message}"
+                self._side.put(partial(self._note, text))
+            else:
+                self._side.put(partial(self._capture, found))
+            self._replanning = False
+
+        background(plan, "packets")
 
     def _all_targets(self, world: World) -> list[Target]:
         from gketrace_cli.conntrack_reading import Place as Target
@@ -322,6 +426,8 @@ class _Follow:
             raise
         self._sessions.append(session)
         self._rulebook.use(session)
+        if self._packets is not None:
+            self._packets.use(fleet)
         return fleet
 
     # what is said
@@ -342,6 +448,10 @@ class _Follow:
         """To people, beside the answer."""
         stamp = time.strftime("%H:%M:%S")
         print(self._page.short(f"{stamp} {text}"), file=sys.stderr, flush=True)  # noqa: T201
+
+    def _say_later(self, text: str) -> None:
+        """From another thread."""
+        self._side.put(partial(self._say, text))
 
     def _note(self, text: str) -> None:
         """Said, and kept for the summary."""
@@ -374,10 +484,16 @@ class _Follow:
         while self._pending and time.time() < deadline:
             time.sleep(0.05)
             waiting, self._pending = self._pending, []
-            for _, followed in waiting:
-                self._try(followed, deadline, time.time())
-        for _, followed in self._pending:
-            self._try(followed, 0.0, now)
+            for one in waiting:
+                self._try(one._replace(deadline=deadline), time.time())
+            self._run_side()
+        for one in self._pending:
+            self._try(one._replace(deadline=0.0), now)
+        if self._packets is not None:
+            self._only_packets(self._packets, time.time())
+            self._tally.lost_packets.update(self._packets.lost)
+            self._tally.dropped_packets = self._packets.dropped
+            self._tally.passed_over = self._packets.passed_over
         tally = self._tally
         tally.gaps += self._intake.gaps
         tally.lost.update(self._intake.lost)

@@ -45,6 +45,12 @@ class Scope:
             return any(str(a) in self.addresses for end in ends for a in (end.src, end.dst))
         return any(self._door(half.entry.orig) for half in connection.halves)
 
+    def concerns(self, sent: Tuple5) -> bool:
+        """Whether a packet as its client sends it is to what is followed."""
+        if self.service is None:
+            return bool(self.addresses & {str(sent.src), str(sent.dst)})
+        return self._door(sent)
+
     def _door(self, taken: Tuple5) -> bool:
         return (str(taken.dst), taken.dport or 0, taken.protocol) in self.doors
 

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from gketrace.errors import ExitCode
 from gketrace.follow.joiner import Phase
-from gketrace.follow.outcome import Outcome
+from gketrace.follow.outcome import Judgement, Outcome
+from gketrace.packet import Tuple5
+from gketrace_cli.follow.packets import SeenPackets
+from gketrace_cli.follow.seen import Hop, times_of
 from gketrace_cli.follow.view import View
 
-__all__ = ["Failure", "Gap", "Share", "Tally"]
+__all__ = ["Failure", "Gap", "Share", "Tally", "Times", "end_text", "percentiles"]
 
 _FAILURES: Final = 20
 """Kinds of failure that are told apart."""
 _DURATIONS: Final = 200_000
 """Of which percentiles are taken: the first ones."""
+
+
+_HOPS: Final = 500
+_TIMES: Final = 20_000
+"""Of one hop, of which percentiles are taken: the first ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +60,22 @@ class Failure:
 
 
 @dataclass(slots=True)
+class Times:
+    """Over one hop."""
+
+    nanoseconds: list[int] = field(default_factory=list)
+    packets: int = 0
+    bound: int | None = 0
+    """By which they may be wrong, at most; None: not known."""
+
+    def add(self, times: list[int], bound: int | None) -> None:
+        self.packets += len(times)
+        self.nanoseconds += times[: _TIMES - len(self.nanoseconds)]
+        known = self.bound is not None and bound is not None
+        self.bound = max(self.bound or 0, bound or 0) if known else None
+
+
+@dataclass(slots=True)
 class Tally:
     """Mutable."""
 
@@ -75,6 +100,14 @@ class Tally:
     """Records that were not written, as their reader was too slow."""
     forgotten: int = 0
     notes: list[str] = field(default_factory=list)
+    hops: dict[Hop, Times] = field(default_factory=dict)
+    """With packets, in the order in which they were met."""
+    lost_packets: Counter[str] = field(default_factory=Counter)
+    """Node → packets that its kernel dropped."""
+    dropped_packets: int = 0
+    """… that were dropped here for want of room, before their connection was told."""
+    passed_over: int = 0
+    """Connections whose packets were not looked at, for want of time."""
 
     def add(self, view: View) -> None:
         """One connection's record."""
@@ -94,10 +127,25 @@ class Tally:
         fine = followed.phase is Phase.CLOSED and not view.failed
         if fine and view.duration is not None and len(self.durations) < _DURATIONS:
             self.durations.append(view.duration)
+        if view.packets is not None:
+            self._time(view.packets)
         counters = followed.connection.halves[0].entry
         if followed.sights[0].counted and counters.orig_bytes is not None:
             self.counted += 1
             self.bytes += counters.orig_bytes + (counters.reply_bytes or 0)
+
+    def add_alone(self, seen: SeenPackets, judgement: Judgement, where: str) -> None:
+        """One that only packets tell.  `where`: the front door."""
+        self.connections += 1
+        self.failed += 1
+        self.outcomes[judgement.outcome] += 1
+        self._count(judgement, where, "")
+        self._time(seen)
+
+    def _time(self, seen: SeenPackets) -> None:
+        for hop, times, bound in times_of(seen):
+            if times and (hop in self.hops or len(self.hops) < _HOPS):
+                self.hops.setdefault(hop, Times()).add(times, bound)
 
     def _expect(self, view: View) -> None:
         odds = {} if view.way is None else view.way.odds().of
@@ -111,9 +159,11 @@ class Tally:
             self.shares.setdefault(name, Share()).expected += chance / total
 
     def _fail(self, view: View, end: str) -> None:
-        judgement = view.followed.judgement
+        self._count(view.followed.judgement, end, view.death)
+
+    def _count(self, judgement: Judgement, end: str, death: str) -> None:
         last = str(judgement.last or "")
-        key = judgement.outcome, end, f"{last} {judgement.next_node} {view.death}"
+        key = judgement.outcome, end, f"{last} {judgement.next_node} {death}"
         known = self.failures.get(key)
         if known is None:
             if len(self.failures) >= _FAILURES:
@@ -124,7 +174,7 @@ class Tally:
                     outcome=judgement.outcome,
                     where=key[1],
                     because=judgement.because if key[2] else "",
-                    death=view.death if key[2] else "",
+                    death=death if key[2] else "",
                 ),
             )
         known.count += 1
@@ -136,7 +186,14 @@ class Tally:
     @property
     def blind(self) -> bool:
         """Something was not seen."""
-        return bool(self.lost or self.gaps or self.unwritten or self.forgotten)
+        return bool(
+            self.lost
+            or self.gaps
+            or self.unwritten
+            or self.forgotten
+            or self.lost_packets
+            or self.dropped_packets
+        )
 
     def code(self, *, missing: bool) -> ExitCode:
         if missing or self.blind:
@@ -144,7 +201,7 @@ class Tally:
         return ExitCode.BROKEN if self.failed else ExitCode.OK
 
 
-def percentiles(values: list[float]) -> dict[int, float]:
+def percentiles(values: Sequence[float]) -> dict[int, float]:
     """50, 90, 99: nearest rank."""
     ordered = sorted(values)
     if not ordered:
@@ -153,7 +210,11 @@ def percentiles(values: list[float]) -> dict[int, float]:
 
 
 def _end(view: View) -> str:
-    last = view.followed.connection.last
+    return end_text(view.followed.connection.last)
+
+
+def end_text(last: Tuple5) -> str:
+    """Where it goes to."""
     if last.dport is None:
         return str(last.dst)
     return f"[{last.dst}]:{last.dport}" if last.dst.version == 6 else f"{last.dst}:{last.dport}"

@@ -11,8 +11,10 @@ from gketrace.conntrack_records import STATE_NAMES
 from gketrace.errors import UsageError
 from gketrace.follow.joiner import Followed
 from gketrace.follow.outcome import Outcome
+from gketrace.packet import Tuple5
 from gketrace.trace import Citation
 from gketrace_cli.addressbook import AddressBook
+from gketrace_cli.follow.packets import SeenPackets
 from gketrace_cli.follow.rulebook import Way
 
 __all__ = ["Chosen", "Named", "View", "make_view", "parse_state"]
@@ -48,6 +50,8 @@ class View:
     death: str
     """Where a packet of it would die now, by a walk; empty: nobody asked."""
     remarks: tuple[str, ...]
+    packets: SeenPackets | None = None
+    """None: nobody asked, or none were captured."""
 
     @property
     def failed(self) -> bool:
@@ -68,6 +72,7 @@ def make_view(
     node_of: dict[str, str],
     way: Way | None,
     death: str | None,
+    packets: SeenPackets | None = None,
 ) -> View:
     """`node_of`: address → node."""
     connection = followed.connection
@@ -106,6 +111,7 @@ def make_view(
         way=way,
         death=death or "",
         remarks=tuple(remarks),
+        packets=packets,
     )
 
 
@@ -118,6 +124,11 @@ class Chosen:
     states: frozenset[str] = frozenset()
     """Conntrack's states, upper case, or outcomes as `Outcome` has them."""
     failed: bool = False
+
+    def takes_alone(self, first: Tuple5) -> bool:
+        """One that failed before any node had an entry of it: no endpoint was picked."""
+        chosen = not self.sources or any(first.src in n for s in self.sources for n in s.networks)
+        return chosen and not self.targets
 
     def takes(self, followed: Followed) -> bool:
         connection = followed.connection

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from gketrace.connections import Half
 from gketrace.follow.entries import Sight
 from gketrace.follow.joiner import Followed, Phase, Step
-from gketrace.follow.outcome import Judgement, Outcome
+from gketrace.follow.outcome import FAILED, Judgement, Outcome
 from gketrace.packet import Tuple5, protocol_name
 from gketrace.trace import Citation, Missing
-from gketrace_cli.follow.tally import Share, Tally
+from gketrace_cli.capture.connections import span
+from gketrace_cli.follow.packets import SeenPackets
+from gketrace_cli.follow.seen import packet_lines, packets_document
+from gketrace_cli.follow.tally import Share, Tally, percentiles
 from gketrace_cli.follow.view import View
 from gketrace_cli.render.documents import envelope, missing_document
 from gketrace_cli.render.layout import Page
 
 __all__ = [
+    "alone_document",
+    "alone_lines",
     "connection_document",
     "connection_lines",
     "summary_document",
@@ -50,6 +55,9 @@ def connection_lines(page: Page, view: View, namespace: str) -> str:
     out.lines.append(f"{out.paint(head, style)}  {text}")
     for line in _why(view):
         out.line(page.short(line), indent=9, hang=2)
+    if view.packets is not None:
+        for line in packet_lines(view.packets):
+            out.line(page.short(line), indent=9, hang=2)
     for remark in view.remarks:
         out.line(page.short(remark), "yellow", indent=9, hang=2)
     if page.wide:
@@ -59,6 +67,19 @@ def connection_lines(page: Page, view: View, namespace: str) -> str:
             out.entry(str(half.place), _half_text(half, sight), indent=9, column=10)
             for rule in rules:
                 out.line(_rule(rule), "dim", indent=21)
+    return "\n".join(out.lines) + "\n"
+
+
+def alone_lines(page: Page, seen: SeenPackets, judgement: Judgement) -> str:
+    """One that only packets tell."""
+    out = Page(colored=page.colored, wide=page.wide, width=page.width, names=page.names)
+    at = seen.connection.begin / 1e9
+    head = f"{time.strftime('%H:%M:%S', time.localtime(at))}.{int(at * 10) % 10} "
+    first = seen.connection.first
+    way = f"{_end(first, source=True)} → {_end(first)}"
+    out.lines.append(f"{out.paint(head + judgement.outcome.value.upper(), 'red')}  {way}")
+    for line in (judgement.because, *packet_lines(seen)):
+        out.line(page.short(line), indent=9, hang=2)
     return "\n".join(out.lines) + "\n"
 
 
@@ -194,6 +215,50 @@ def connection_document(view: View) -> dict[str, Any]:
                     connection.halves, followed.sights, view.rules, strict=True
                 )
             ],
+            "packets": None if view.packets is None else packets_document(view.packets),
+        },
+    )
+
+
+def alone_document(
+    seen: SeenPackets, judgement: Judgement, number: int, names: Callable[[Tuple5], tuple[str, str]]
+) -> dict[str, Any]:
+    """As `connection_document`, of one that only packets tell: it has no entries.  `names`: of
+    its client and its front door."""
+    connection = seen.connection
+    client, door = names(connection.first)
+    begin, end = connection.begin / 1e9, connection.end / 1e9
+    packets = packets_document(seen)
+    deaths = packets["deaths"]
+    return envelope(
+        "FollowedConnection",
+        {
+            "number": number,
+            "phase": Phase.CLOSED.value,
+            "outcome": judgement.outcome.value,
+            "failed": True,
+            "because": judgement.because,
+            "protocol": protocol_name(connection.protocol),
+            "client": _end(connection.first, source=True),
+            "clientName": client or None,
+            "door": _end(connection.first),
+            "doorName": door or None,
+            "endpoint": None,
+            "endpointName": None,
+            "endpointNode": None,
+            "sourceSeen": None,
+            "began": _stamp(begin),
+            "ended": _stamp(end),
+            "durationSeconds": round(end - begin, 3),
+            "traffic": None,
+            "died": {
+                "lastSeen": deaths[0]["lastSeen"] if deaths else None,
+                "notSeenOn": None,
+                "walk": None,
+            },
+            "remarks": [],
+            "entries": [],
+            "packets": packets,
         },
     )
 
@@ -314,6 +379,21 @@ def summary_document(
                 for end, share in _ordered(tally)
             ],
             "durationSeconds": {f"p{p}": round(value, 3) for p, value in percent.items()} or None,
+            "hopLatency": [
+                {
+                    "from": hop[0],
+                    "to": hop[1],
+                    "packets": times.packets,
+                    "nanoseconds": {
+                        f"p{p}": round(value) for p, value in percentiles(times.nanoseconds).items()
+                    },
+                    "boundNs": times.bound,
+                }
+                for hop, times in tally.hops.items()
+            ],
+            "lostPackets": dict(tally.lost_packets),
+            "droppedPackets": tally.dropped_packets,
+            "passedOver": tally.passed_over,
             "bytes": tally.bytes if tally.counted else None,
             "notThroughTheService": tally.beside,
             "lostEvents": dict(tally.lost),
@@ -358,17 +438,12 @@ def verdict(title: str, tally: Tally, seconds: float, missing: Sequence[Missing]
         kinds = ", ".join(
             f"{number:,} {outcome.value}"
             for outcome, number in tally.outcomes.most_common()
-            if outcome in _FAILED_WORDS
+            if outcome in FAILED
         )
         text = f"{title}: {failed:,} of {count:,} connections failed in {seconds:.0f} s ({kinds})"
     if missing or tally.blind:
         text += "; not everything was seen"
     return text + "."
-
-
-_FAILED_WORDS = frozenset(
-    {Outcome.RESET, Outcome.REFUSED, Outcome.UNANSWERED, Outcome.NO_RETURN, Outcome.HANDSHAKE}
-)
 
 
 def summary_lines(
@@ -427,6 +502,29 @@ def summary_lines(
         texts = (f"{p} % took {_at_most(value)}" for p, value in percent.items())
         page.blank()
         page.line(f"Of those that closed {', '.join(texts)}.")
+    if tally.hops:
+        page.blank()
+        page.line("Hops, by packets (50 %, 90 %, 99 %)", "bold")
+        for (before, here), times in tally.hops.items():
+            spans = ", ".join(span(value) for value in percentiles(times.nanoseconds).values())
+            doubt = "; clocks not known" if times.bound is None else ""
+            if times.bound:
+                doubt = f" ± {span(times.bound)}"
+            page.line(page.short(f"{before} → {here}: {spans}{doubt}"), indent=2, hang=2)
+    for where, count in tally.lost_packets.items():
+        page.line(page.short(f"Lost: {count:,} packets on {where}"), "yellow", hang=3)
+    if tally.dropped_packets:
+        page.line(
+            f"Dropped for want of memory before they were looked at: {tally.dropped_packets:,} "
+            "packets",
+            "yellow",
+        )
+    if tally.passed_over:
+        page.line(
+            f"{tally.passed_over:,} connections that ended well came too fast for their packets "
+            "to be looked at.",
+            "dim",
+        )
     if tally.beside:
         page.line(
             f"{tally.beside:,} more went straight to endpoints, not through the Service.", "dim"
