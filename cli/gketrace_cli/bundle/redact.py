@@ -177,7 +177,11 @@ class _Redaction:
                     protocol=port.protocol.lower(),
                 )
                 new = replace(
-                    old, namespace=self._name(old.namespace), service=self._name(old.service)
+                    old,
+                    namespace=self._name(old.namespace),
+                    service=self._name(old.service),
+                    # A port may be called as a Service or a container is.
+                    port=self._words.pattern.sub(lambda m: self._name(m[0]), old.port),
                 )
                 for role in ChainRole:
                     if role is not ChainRole.ENDPOINT:
