@@ -71,6 +71,9 @@ class Following:
             time.sleep(0.05)
 
     def end(self) -> None:
+        """May be called twice."""
+        if self.code is not None:
+            return
         self.process.send_signal(signal.SIGINT)
         self.code = self.process.wait(30)
         for thread in self.threads:
