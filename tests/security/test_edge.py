@@ -34,7 +34,7 @@ MAKES_CODE = {"gketrace/quick.py", "gketrace/simulate/evolve.py"}
         {"uid": "a b"},
         {"container_ids": ["$(id)"]},
         {"config_hash": "\n"},
-        {"pod_ips": ["1" * 5000]},
+        {"pod_ips": ["1" * 40_000]},
         {"pod_ips": ["x\x00"]},
     ],
 )

@@ -152,25 +152,56 @@ class IptablesDumps:
         )
 
 
+@dataclass(slots=True)
+class Turn:
+    """One namespace's dumps are made one after the other: a large one takes hundreds of megabytes.
+
+    Who waited through a whole reading takes what it found: it began after they asked.
+    """
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    waiting: int = 0
+    began: float = 0.0
+    """When the reading began that found `dumps`; time.monotonic()."""
+    dumps: IptablesDumps | None = None
+    """Kept only while somebody waits."""
+
+
 class DumpCache:
     """The nft dumps that are still true, by namespace and family; shared by a node's calls.
 
     Keyed by the namespace's cookie, which is never used again, and the generation.  The rules are
     then current; their counters are as old as `IptablesDump.taken_at` says.  Legacy has no
-    generation and is always read again.
+    generation and is always read again, but once for all who wait for it.
     """
 
     def __init__(self, *, most_bytes: int = 256 << 20) -> None:
         self._most = most_bytes
         self._lock = threading.Lock()
-        self._readers: dict[int, threading.Lock] = {}
+        self._turns: dict[int, Turn] = {}
         self._dumps: OrderedDict[tuple[int, int], IptablesDump] = OrderedDict()
 
-    def reader(self, cookie: int) -> threading.Lock:
-        """Held by whoever reads a namespace's rules for the cache, so that a burst of calls reads
-        them once."""
+    def wait(self, cookie: int, timeout: float) -> Turn | None:
+        """Whoever reads a namespace's rules holds its turn: give it back with `end`.  None: it was
+        not to be had in time."""
         with self._lock:
-            return self._readers.setdefault(cookie, threading.Lock())
+            turn = self._turns.setdefault(cookie, Turn())
+            turn.waiting += 1
+        taken = turn.lock.acquire(timeout=timeout)
+        with self._lock:
+            turn.waiting -= 1
+        return turn if taken else None
+
+    def end(self, turn: Turn, began: float, dumps: IptablesDumps | None) -> None:
+        """Gives it back; `dumps`, if there are any, were read since `began`."""
+        with self._lock:
+            if dumps is not None:
+                turn.began, turn.dumps = began, dumps
+            if not turn.waiting:
+                turn.dumps = None
+                for cookie in [c for c, one in self._turns.items() if one is turn]:
+                    del self._turns[cookie]
+        turn.lock.release()
 
     def get(self, cookie: int | None, family: int, generation: int) -> IptablesDump | None:
         """The dump of this very generation, if there is one."""
@@ -192,10 +223,6 @@ class DumpCache:
             self._dumps.move_to_end((cookie, dump.family))
             while sum(len(kept.text) for kept in self._dumps.values()) > self._most:
                 self._dumps.popitem(last=False)
-            alive = {kept for kept, _ in self._dumps}
-            for idle in [c for c, lock in self._readers.items() if not lock.locked()]:
-                if idle not in alive:
-                    del self._readers[idle]
 
 
 @dataclass(slots=True)
@@ -231,10 +258,16 @@ class IptablesReading:
             () if self.generation is None else nft_tables(reader.netfilter)
         )
         """Every nf_tables table, iptables-nft's included."""
-        self._turn: threading.Lock | None = None
+        self._turn: Turn | None = None
+        self._began = time.monotonic()
+        self._shared: IptablesDumps | None = None
+        """What another reading found that began after this one was asked for."""
         self._wanted: list[_Wanted] = []
         try:
-            self._wait_for_others()
+            self._shared = self._wait_for_others()
+            self._began = time.monotonic()
+            if self._shared is not None:
+                return
             self._start_legacy()
             for family in self._nft_families():
                 self._wanted.append(self._start(NFT, family))
@@ -242,20 +275,38 @@ class IptablesReading:
             self.abandon()
             raise
 
-    def _wait_for_others(self) -> None:
-        """Takes the turn to fill the cache, unless it is filled; after the time that a dump may
-        take it reads without a turn."""
-        if self._cache is None or self._cookie is None or self._fresh or self._cached():
-            return
-        turn = self._cache.reader(self._cookie)
-        if not turn.acquire(timeout=self._programs.timeout):
-            return
-        self._turn = turn
+    def _wait_for_others(self) -> IptablesDumps | None:
+        """Takes the turn to read, unless all is in the cache; after the time that a dump may take
+        it reads without a turn.  The result, if another reading has it."""
+        if self._cache is None or self._cookie is None or self._is_cheap():
+            return None
+        asked = time.monotonic()
+        self._turn = turn = self._cache.wait(self._cookie, self._programs.timeout)
+        if turn is None:
+            return None
         self.generation = nft_generation(self._reader.netfilter)
         if self.generation is not None:
             self.tables = nft_tables(self._reader.netfilter)
-        if self._cached():
+        shared = turn.dumps if turn.began >= asked else None
+        if shared is not None or self._is_cheap():
             self._release()
+        return shared
+
+    def _is_cheap(self) -> bool:
+        """True when no dump has to be made."""
+        return not self._legacy_families() and not self._fresh and self._cached()
+
+    def _legacy_families(self) -> list[int]:
+        """Those whose module is loaded and has a table here."""
+        found = []
+        for family, names in _NAMES.items():
+            try:
+                tables = self._reader.read_net(names).split()
+            except FileNotFoundError:
+                continue
+            if tables:
+                found.append(family)
+        return found
 
     def _cached(self) -> bool:
         """True when no nft dump has to be made."""
@@ -272,19 +323,13 @@ class IptablesReading:
             if any(t.family == name and t.name in IPTABLES_TABLES for t in self.tables)
         ]
 
-    def _release(self) -> None:
+    def _release(self, dumps: IptablesDumps | None = None) -> None:
         turn, self._turn = self._turn, None
-        if turn is not None:
-            turn.release()
+        if turn is not None and self._cache is not None:
+            self._cache.end(turn, self._began, dumps)
 
     def _start_legacy(self) -> None:
-        for family, names in _NAMES.items():
-            try:
-                tables = self._reader.read_net(names).split()
-            except FileNotFoundError:
-                continue  # the module is not loaded
-            if tables:
-                self._wanted.append(self._start(LEGACY, family))
+        self._wanted += [self._start(LEGACY, family) for family in self._legacy_families()]
 
     def _start(self, backend: str, family: int) -> _Wanted:
         wanted = _Wanted(backend=backend, family=family)
@@ -319,10 +364,14 @@ class IptablesReading:
 
     def finish(self) -> IptablesDumps:
         """Waits for the dumps; those of nft again when the rules changed meanwhile."""
+        if self._shared is not None:
+            return self._shared
+        found: IptablesDumps | None = None
         try:
-            return self._finish()
+            found = self._finish()
+            return found
         finally:
-            self._release()
+            self._release(found)
 
     def _finish(self) -> IptablesDumps:
         self._collect(self._wanted)

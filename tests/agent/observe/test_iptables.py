@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -223,3 +224,28 @@ def test_python_iptables_reads_what_the_save_command_does(bed: Bed) -> None:
     assert "iptc_reader" in v4.source
     assert lines(v4.text) == lines(netns.run("iptables-legacy-save", "-c"))
     assert lines(v6.text) == lines(netns.run("ip6tables-legacy-save", "-c"))
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_burst_of_readings_of_legacy_makes_few_dumps(
+    bed: Bed, tmp_path: Path, fresh: bool
+) -> None:
+    """One after the other, as each takes memory, and never one that began before it was asked."""
+    netns = bed.netns("burst")
+    netns.run("iptables-legacy", "-A", "INPUT", "-p", "tcp", "--dport", "80", "-j", "DROP")
+    log, program = tmp_path / "log", tmp_path / "save"
+    program.write_text(
+        f'#!/bin/sh\necho begin >> {log}\nsleep 0.3\niptables-legacy-save "$@"\necho end >> {log}\n'
+    )
+    program.chmod(0o755)
+    programs, cache = Programs(legacy=(str(program),)), DumpCache()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: read(netns, programs, cache, fresh), range(8)))
+    said = log.read_text().split()
+    assert said == ["begin", "end"] * (len(said) // 2), "two at a time"
+    assert 1 <= len(said) // 2 <= 3
+    for dumps in found:
+        assert b"--dport 80" in dumps.of(LEGACY)[0].text
+    netns.run("iptables-legacy", "-A", "INPUT", "-p", "tcp", "--dport", "81", "-j", "DROP")
+    assert b"--dport 81" in read(netns, programs, cache, fresh).of(LEGACY)[0].text
+    assert not cache._turns, "nothing is kept when nobody waits"
