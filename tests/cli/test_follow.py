@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
@@ -12,9 +13,11 @@ from gketrace.follow.joiner import Joiner
 from gketrace_cli.addressbook import AddressBook
 from gketrace_cli.follow.options import Followed, FollowOutput, plain_output
 from gketrace_cli.follow.output import Sampler
+from gketrace_cli.follow.scope import changes, pod_scope
 from gketrace_cli.follow.tally import Gap, Tally, percentiles
-from gketrace_cli.follow.view import View, make_view, parse_state
+from gketrace_cli.follow.view import Chosen, View, make_view, parse_state
 from gketrace_cli.main import run
+from gketrace_cli.objects import Endpoint, Pod
 from gketrace_cli.options import Options
 from gketrace_cli.render.follow import connection_document, connection_lines, verdict
 from gketrace_cli.render.layout import Page
@@ -102,3 +105,55 @@ def test_a_joiner_without_events_tells_nothing() -> None:
     joiner.heard(Place(node="a"), 1.0)
     assert joiner.told(5.0) == []
     assert owner(ip_address("10.142.0.1")) == "a"
+
+
+def test_states_choose_by_conntrack_and_by_outcome() -> None:
+    for text, taken in (("reset", False), ("closed", True), ("TIME_WAIT", True), ("CLOSE", False)):
+        chosen = Chosen(states=frozenset({parse_state(text)}))
+        assert chosen.takes(views("closed")[-1].followed) == taken, text
+
+
+def test_an_endpoint_added_and_a_pod_replaced_are_said() -> None:
+    old = Pod(
+        namespace="default",
+        name="web-0",
+        uid="1",
+        node="a",
+        pod_ips=("10.40.0.6",),
+        phase="Running",
+        ready=True,
+        host_network=False,
+        host_ip="10.142.0.1",
+        containers=(),
+        runtime_class="",
+        labels={},
+        deletion_timestamp="",
+        reason="",
+    )
+    new = replace(old, uid="2", node="b", pod_ips=("10.40.1.7",))
+    before = pod_scope(old)
+    after = pod_scope(new, before)
+    assert changes(before, after) == [
+        "pod default/web-0 was replaced: 10.40.0.6 on a is now 10.40.1.7 on b"
+    ]
+    assert after.addresses == {"10.40.0.6", "10.40.1.7"}  # what is open to the old one goes on
+    assert after.concerns(views("closed")[-1].followed.connection.first) is False
+    one = Endpoint(
+        address="10.40.0.6",
+        port=8080,
+        protocol="TCP",
+        ready=True,
+        namespace="default",
+        pod="web-0",
+        service="web",
+        source="EndpointSlice web-1",
+        address_type="IPv4",
+        port_name="",
+        serving=True,
+        terminating=False,
+        node="a",
+        zone="",
+    )
+    plain = replace(before, pod=None)
+    text = "endpoint added: default/web-0 10.40.0.6:8080/tcp"
+    assert changes(plain, replace(plain, endpoints=(one,))) == [text]

@@ -399,3 +399,19 @@ def test_counters_are_waited_for() -> None:
     (one,) = joiner.told(3.2)
     assert one.sights[0].counted
     assert one.connection.halves[0].entry.reply_bytes == 900
+
+
+def test_a_place_that_is_behind_is_not_said_to_have_no_entry() -> None:
+    joiner = Joiner(owner=owner)
+    for place in (A, B):
+        joiner.heard(place, 4.0)
+        joiner.read_whole(place, 4.0)
+    way = node_port("203.0.113.9", 40000, A, B)
+    _, taken, let_out = way[0]
+    joiner.feed(A, 5.0, bytes([NEW]), [record(taken, let_out, "ESTABLISHED", id=1)])
+    sent = taken.src.packed, taken.dst.packed, 6, taken.sport or 0, taken.dport or 0, 0
+    assert joiner.knows(sent)
+    assert not joiner.knows((*sent[:4], 1, 0))
+    joiner.heard(A, 6.0)
+    (one,) = joiner.finish(6.0)
+    assert one.connection.unseen == ()

@@ -151,6 +151,8 @@ def parse_state(text: str) -> str:
     Raises `UsageError`.
     """
     outcomes = [one.value for one in Outcome]
+    if text.lower() in outcomes and not text.isupper():  # SCTP has a CLOSED of its own
+        return text.lower()
     if text.upper() in STATE_NAMES[1:]:
         return text.upper()
     if text.lower() in outcomes:
