@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Final, cast
 
@@ -17,6 +18,7 @@ from gketrace.errors import GketraceError, ReadOnlyError, UnavailableError, Usag
 from gketrace.packet import Packet
 from gketrace.snapshot import Unavailable
 from gketrace.trace import Flow, NetnsKind
+from gketrace_agent.access.guard import OWN
 from gketrace_agent.config import Config
 from gketrace_agent.info import NOUNS as INFO_NOUNS
 from gketrace_agent.info import detect_data_plane, own_addresses
@@ -223,7 +225,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     ) -> Iterator[agent_pb2.ListConntrackReply]:
         from gketrace_agent.conntracks import list_entries  # NumPy: see `preload`
 
-        wanted = conntrack_filters(request)
+        wanted = replace(conntrack_filters(request), among=OWN.get())
         limits = self._config.limits
         limit = min(request.limit or limits.conntrack_entries, limits.conntrack_entries)
         with (
@@ -245,7 +247,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
     ) -> Iterator[agent_pb2.FollowConntrackReply]:
         from gketrace_agent.conntracks import asked_kinds, follow_entries  # see `preload`
 
-        wanted = conntrack_filters(request)
+        wanted = replace(conntrack_filters(request), among=OWN.get())
         with (
             self._namespaces.open(
                 target_pod(request.target), timeout=self._remaining(context)

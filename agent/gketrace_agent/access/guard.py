@@ -25,11 +25,16 @@ from gketrace_proto.v1alpha1 import agent_pb2, packet_pb2, target_pb2
 if TYPE_CHECKING:
     from gketrace_agent.access.apiserver import KubeApi
 
-__all__ = ["IN_NODE", "Granted", "Guard"]
+__all__ = ["IN_NODE", "OWN", "Granted", "Guard"]
 
 IN_NODE: Final[ContextVar[Callable[[], None]]] = ContextVar("in_node")
 """In a call: to be called when a pod turns out to be in the node's own network, which needs the
 permission for the node.  Raises `ForbiddenError`, `UnavailableError`."""
+
+OWN: Final[ContextVar[Callable[[], frozenset[IPAddress]] | None]] = ContextVar("own", default=None)
+"""In a call: gives the addresses, as they are now, of which one must be in a connection for the
+caller to learn of it; None: the caller may see all.  What is left out by it is in no count, bound,
+or moment at which something is sent."""
 
 _NAMED: Final = 16
 """Namespaces that one call may name."""
@@ -44,6 +49,8 @@ class Granted:
     scope: Scope | None = None
     """None: everything may be seen."""
     masker: Masker | None = None
+    own: frozenset[IPAddress] | None = None
+    """Connections without one of these addresses are left out; None: none are."""
     in_node: Action | None = None
     """What else is needed if a pod turns out to be in the node's own network."""
     filters: list[Callable[[Message], None]] = field(default_factory=list)
@@ -211,7 +218,8 @@ class Guard:
         if no_node:
             filters.append(lambda reply: _leave_out(reply, scope.own, masker))
         filters.append(lambda reply: _mask(reply, masker, visible))
-        return Granted(scope=scope, masker=masker, in_node=on_node, filters=filters)
+        own = scope.own if no_node else None
+        return Granted(scope=scope, masker=masker, own=own, in_node=on_node, filters=filters)
 
     def _asked(self, caller: Caller, pods: list[target_pb2.PodRef], named: str) -> list[str]:
         """Namespaces that the call is about, and that of the caller's own ServiceAccount."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -131,22 +131,30 @@ class ConntrackFilters:
     """Any one of them takes an entry."""
 
     filters: Sequence[ConntrackFilter] = (ConntrackFilter(),)
+    among: Callable[[], frozenset[IPAddress]] | None = None
+    """What the caller may see: only entries with one of these addresses, as they are then, are
+    taken, counted or told of; None: all."""
 
     def kernel(self) -> tuple[KernelFilter, ...]:
         asked = (one for wanted in self.filters for one in wanted.kernel())
         return tuple(dict.fromkeys(asked))
 
     def takes(self, entry: ConntrackEntry) -> bool:
+        if self.among is not None:
+            halves = (entry.orig, entry.reply)
+            if self.among().isdisjoint(end for one in halves for end in (one.src, one.dst)):
+                return False
         return any(wanted.takes(entry) for wanted in self.filters)
 
     def mask(self, group: Group) -> Array | None:
+        own = None if self.among is None else _touches(group, self.among())
         total: Array | None = None
         for wanted in self.filters:
             which = wanted.mask(group)
             if which is None:
-                return None
+                return own
             total = which if total is None else total | which
-        return total
+        return total if total is None or own is None else total & own
 
 
 _ADDRESSES: Final = ("orig_src", "orig_dst", "reply_src", "reply_dst")
@@ -205,6 +213,21 @@ def _in_state(group: Group, state: str) -> Array:
             same: Array = group.column(name) == states.index(state)
             return same
     return np.zeros(len(group), bool)
+
+
+def _touches(group: Group, addresses: frozenset[IPAddress]) -> Array:
+    """Which rows have one of `addresses`, in any place."""
+    import numpy as np
+
+    total = np.zeros(len(group), bool)
+    for name in _ADDRESSES:
+        octets = np.ascontiguousarray(group.octets(name))
+        size = octets.shape[1]
+        # As byte strings of one length: equal when all their bytes are.
+        kind = np.dtype(f"S{size}")
+        known = [one.packed for one in addresses if len(one.packed) == size]
+        total |= np.isin(octets.view(kind).ravel(), np.array(known, kind))
+    return total
 
 
 def _inside(group: Group, name: str, network: IPNetwork) -> Array:

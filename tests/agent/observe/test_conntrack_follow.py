@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 
 import pytest
 
 from gketrace.conntrack_records import entry_from_record, records_from_bytes
+from gketrace_agent.conntracks import list_entries
 from gketrace_agent.kernel.conntrack_events import EventKind
 from gketrace_agent.observe.conntrack_filter import ConntrackFilter, ConntrackFilters
 from gketrace_agent.observe.conntrack_follow import EXISTING, Changes, Follower
@@ -231,3 +232,31 @@ def drops(netns: Netns) -> int:
     """What /proc/net/netlink says of the sockets that listen."""
     rows = [line.split() for line in netns.run("cat", "/proc/net/netlink").splitlines()[1:]]
     return sum(int(row[8]) for row in rows if row[1] == "12" and int(row[3], 16))
+
+
+def test_what_may_not_be_seen_is_in_no_count_and_wakes_nobody(bed: Bed) -> None:
+    """A filter on others' connections says nothing of them, not even how many there are."""
+    netns = bed.netns("own")
+    other = replace(ONE, src="10.1.0.9")
+    netns.inside(lambda: make([ONE, other]))
+    filters = ConntrackFilters(
+        (ConntrackFilter(orig_dst=ip_network("10.1.0.2/32")),),
+        among=lambda: frozenset({ip_address("10.1.0.1"), ip_address("fd00::1")}),
+    )
+    with open_conntrack(netns.handle, PATHS) as table:
+        (batch,) = table.read(filters).batches()
+        assert [str(entry.orig.src) for entry in batch.entries()] == ["10.1.0.1"]
+        replies = list(list_entries(table, filters, 0, 1))
+        assert not replies[-1].summary.truncated
+        assert all(reply.entries or reply.HasField("summary") for reply in replies)
+        follower = table.follow(filters, ALL, existing=True, poll_seconds=0.2)
+        with closing(follower):
+            watch = Watch(follower)
+            try:
+                netns.inside(lambda: make([replace(other, sport=2), replace(ONE, sport=2)]))
+                watch.wait(lambda: len(watch.seen) >= 2)
+                assert {src for _, src, _, _ in watch.seen} == {"10.1.0.1"}
+                assert re.match(r"$|.*: 1 entries are older", follower.reason)
+            finally:
+                watch.stop.set()
+                watch.thread.join(10)
