@@ -159,7 +159,10 @@ def _into(
             trails.append(way)
         return trails
     if owner.kind is OwnerKind.CLUSTER_IP:
-        why = f"{packet.dst} is a ClusterIP: no node or pod range has it, nodes' rules only"
+        why = (
+            f"{packet.dst} is a ClusterIP: only nodes' own rules know it, "
+            "so nothing outside the nodes reaches it"
+        )
         return [_stop(trail, packet, Disposition.UNREACHABLE, owner, why)]
     if trail.hops:
         why = f"left the cluster towards {packet.dst}; what comes after is not observable"

@@ -70,22 +70,53 @@ app: Final = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
 )
 app.callback()(_root)
-_auth: Final = typer.Typer(help="What you may do.", rich_markup_mode=None)
-_auth.command("can-i", epilog=EPILOG)(with_options(auth.can_i))
-app.add_typer(_auth, name="auth")
-app.command("bundle", epilog=EPILOG)(with_options(bundle.bundle))
-app.command("capture", epilog=EPILOG)(with_options(capture.capture))
-app.command("check", epilog=EPILOG)(with_options(check.check))
-app.command("connections", epilog=EPILOG)(with_options(connections.connections))
-app.command("conntrack", cls=conntrack.ConntrackCommand, epilog=EPILOG)(
-    with_options(conntrack.conntrack)
+_auth: Final = typer.Typer(help="Say what you may do: auth can-i.", rich_markup_mode=None)
+_auth.command("can-i", epilog=EPILOG, short_help="Say what you and your agents' account may do.")(
+    with_options(auth.can_i)
 )
-app.command("diff", epilog=EPILOG)(with_options(diff.diff))
-app.command("explain", epilog=EPILOG)(with_options(check.explain))
-app.command("install", epilog=EPILOG)(with_options(install.install))
-app.command("pod", epilog=EPILOG)(with_options(pod.pod))
-app.command("rules", epilog=EPILOG)(with_options(rules.rules))
-app.command("service", epilog=EPILOG)(with_options(service.service))
-app.command("status", epilog=EPILOG)(with_options(status.status))
-app.command("trace", epilog=EPILOG)(with_options(trace.trace))
-app.command("uninstall", epilog=EPILOG)(with_options(install.uninstall))
+app.add_typer(_auth, name="auth")
+app.command("bundle", epilog=EPILOG, short_help="Save what answers need, in one file.")(
+    with_options(bundle.bundle)
+)
+app.command("capture", epilog=EPILOG, short_help="Capture packets at several places at once.")(
+    with_options(capture.capture)
+)
+app.command("check", epilog=EPILOG, short_help="Say what is wrong in the whole cluster.")(
+    with_options(check.check)
+)
+app.command("connections", epilog=EPILOG, short_help="List connections, from client to pod.")(
+    with_options(connections.connections)
+)
+app.command(
+    "conntrack",
+    cls=conntrack.ConntrackCommand,
+    epilog=EPILOG,
+    short_help="List, count, follow or delete conntrack entries.",
+)(with_options(conntrack.conntrack))
+app.command("diff", epilog=EPILOG, short_help="Name what changed between two bundles.")(
+    with_options(diff.diff)
+)
+app.command("explain", epilog=EPILOG, short_help="Tell more about a finding, by its code.")(
+    with_options(check.explain)
+)
+app.command("install", epilog=EPILOG, short_help="Put the agents into the cluster.")(
+    with_options(install.install)
+)
+app.command("pod", epilog=EPILOG, short_help="Show where a pod is and how it is wired.")(
+    with_options(pod.pod)
+)
+app.command("rules", epilog=EPILOG, short_help="Draw the rules of a node or pod, with counters.")(
+    with_options(rules.rules)
+)
+app.command(
+    "service", epilog=EPILOG, short_help="Follow packets to a Service; --follow: live ones."
+)(with_options(service.service))
+app.command("status", epilog=EPILOG, short_help="Say which nodes have an agent that answers.")(
+    with_options(status.status)
+)
+app.command("trace", epilog=EPILOG, short_help="Follow one packet from any SRC to any DST.")(
+    with_options(trace.trace)
+)
+app.command("uninstall", epilog=EPILOG, short_help="Take out what install put in.")(
+    with_options(install.uninstall)
+)

@@ -293,7 +293,8 @@ class Session:
             raise UnavailableError(
                 f"no agent in the cluster (no pod labelled {LABEL} in namespace "
                 f"{self.options.agents_in})",
-                hint="install the DaemonSet, give --agent NODE=ADDR, or use --local on a node",
+                hint="install the DaemonSet with `gketrace install --apply`, "
+                "give --agent NODE=ADDR, or use --local on a node",
             )
         forwards = None
         if pods and self.options.connect is not Connect.DIRECT:

@@ -15,10 +15,12 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from gketrace.errors import ExitCode
+from gketrace.findings.model import Severity
 from gketrace.packet import protocol_name
 from gketrace.trace import FAILURE, SUCCESS, Disposition, Missing, Path
 
 if TYPE_CHECKING:
+    from gketrace.findings.model import Finding
     from gketrace_cli.frontdoors import Question
     from gketrace_cli.liveness import LiveReading
     from gketrace_cli.podreport import PodReport
@@ -77,8 +79,8 @@ _WORDS: Final = {
     Disposition.DROPPED: "dropped",
     Disposition.REJECTED: "rejected",
     Disposition.UNREACHABLE: "unreachable",
-    Disposition.NO_NEIGHBOUR: "no neighbour",
-    Disposition.LOOPED: "loops",
+    Disposition.NO_NEIGHBOUR: "undeliverable",
+    Disposition.LOOPED: "sent in a loop",
     Disposition.UNKNOWN: "UNKNOWN",
 }
 
@@ -276,16 +278,19 @@ def judge_trace(answer: Answer, missing: Sequence[Missing]) -> Verdict:
     return Verdict(text=_also_missing(text, missing), code=code)
 
 
-def judge_pod(report: PodReport) -> Verdict:
-    """For `gketrace pod`."""
+def judge_pod(report: PodReport, findings: Sequence[Finding] = ()) -> Verdict:
+    """For `gketrace pod`: what the report calls broken, and findings that are errors."""
     pod = report.pod
     code = ExitCode.OK
-    if report.problems:
+    problems = report.problems or tuple(
+        f"{_inside(one.text)} ({one.code})" for one in findings if one.severity is Severity.ERROR
+    )
+    if problems:
         code = ExitCode.BROKEN
     if report.missing:
         code = ExitCode.PARTIAL
-    if report.problems:
-        text = f"Pod {pod.key} is broken: {report.problems[0]}"
+    if problems:
+        text = f"Pod {pod.key} is broken: {problems[0]}"
     elif report.shared:
         text = f"Pod {pod.key} uses the network of its node {pod.node} itself (hostNetwork)"
     else:
@@ -298,6 +303,11 @@ def judge_pod(report: PodReport) -> Verdict:
             f"on node {pod.node}"
         )
     return Verdict(text=_also_missing(text, report.missing), code=code)
+
+
+def _inside(sentence: str) -> str:
+    """A sentence as a part of another: "Node …" is "node …", "IPv4 …" stays."""
+    return sentence[:1].lower() + sentence[1:] if sentence[1:2].islower() else sentence
 
 
 def _way(question: Question) -> str:

@@ -16,7 +16,15 @@ from gketrace.simulate.namespace import cite_link
 from gketrace.snapshot import Link, NetnsSnapshot, Unavailable
 from gketrace.trace import Citation, Source
 
-__all__ = ["bridge_switches", "duplicates", "hairpin", "links_down", "mtus", "neighbours"]
+__all__ = [
+    "bridge_switches",
+    "duplicates",
+    "end_of",
+    "hairpin",
+    "links_down",
+    "mtus",
+    "neighbours",
+]
 
 _NF: Final = "net.bridge.bridge-nf-call-iptables"
 _DEAD: Final = frozenset({"FAILED", "INCOMPLETE"})
@@ -27,7 +35,7 @@ def _links(shot: NetnsSnapshot) -> tuple[Link, ...]:
     return () if isinstance(shot.links, Unavailable) else shot.links
 
 
-def _end_of(sight: Sight, pod: str) -> Link | None:
+def end_of(sight: Sight, pod: str) -> Link | None:
     """The host's end of a pod's veth pair."""
     for link in _links(sight.host):
         if link.peer is not None and link.peer.netns is not None and link.peer.netns.pod == pod:
@@ -48,12 +56,12 @@ def links_down(world: World) -> Iterator[Finding]:
         for key, shot in sight.seen_pods():
             for link in _links(shot):
                 if link.name != "lo" and link.kind == "veth" and _is_down(link, shot.netns.pod):
-                    if link.up and (end := _end_of(sight, key)) is not None and not end.up:
+                    if link.up and (end := end_of(sight, key)) is not None and not end.up:
                         continue  # its other end is down, which is the finding
                     yield _down(sight, link, str(shot.netns), [f"pod {key}"])
         carriers: dict[int, list[str]] = {}
         for key, _ in sight.seen_pods():
-            end = _end_of(sight, key)
+            end = end_of(sight, key)
             if end is None:
                 continue
             if end.master is not None:
@@ -214,7 +222,7 @@ def _bridged(sight: Sight) -> list[tuple[str, Link, Link]]:
     """(pod, its port, its bridge)."""
     found = []
     for key, _ in sight.seen_pods():
-        port = _end_of(sight, key)
+        port = end_of(sight, key)
         bridge = _bridge_of(sight, port) if port is not None else None
         if port is not None and bridge is not None:
             found.append((key, port, bridge))
@@ -298,8 +306,8 @@ def mtus(world: World) -> Iterator[Finding]:
             inside = next((link for link in _links(shot) if link.kind == "veth"), None)
             if inside is None:
                 continue
-            path = [link for link in (_end_of(sight, key), *uplinks) if link is not None]
-            if (end := _end_of(sight, key)) is not None:
+            path = [link for link in (end_of(sight, key), *uplinks) if link is not None]
+            if (end := end_of(sight, key)) is not None:
                 bridge = _bridge_of(sight, end)
                 path += [bridge] if bridge is not None else []
             small = [link for link in path if link.mtu < inside.mtu]

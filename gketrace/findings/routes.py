@@ -124,7 +124,7 @@ def _missing(sight: Sight, pod: Pod, address: IPAddress, decision: RouteDecision
         f"Node {sight.node} has no route to pod {pod.key} ({address})",
         [cited(Citation(source=Source.ROUTE, text=text), sight.node)],
         remedy="restore the route that the CNI plugin made; starting the pod again does that",
-        command=f"ip route show {address}",
+        command=f"ip route show {address} (on node {sight.node})",
         subjects=[f"pod {pod.key}", f"node {sight.node}"],
         nodes=[sight.node],
         cause=f"no route {sight.node} {address if pod.node == sight.node else pod.node}",

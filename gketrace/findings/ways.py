@@ -12,12 +12,13 @@ from ipaddress import ip_address
 from typing import Final
 
 from gketrace.findings.expected import Expected
+from gketrace.findings.links import end_of
 from gketrace.findings.making import cited, finding
 from gketrace.findings.model import Evidence, Finding, Severity
 from gketrace.findings.stop import Stop, strayed
 from gketrace.findings.world import World
 from gketrace.packet import IPAddress
-from gketrace.snapshot import Unavailable
+from gketrace.snapshot import Link, NetnsSnapshot, Unavailable
 from gketrace.trace import (
     FAILURE,
     Citation,
@@ -64,7 +65,7 @@ def _name(world: World, stop: Stop) -> Finding | None:
     if kind is Disposition.REFUSED:
         return _refused(world, stop)
     if kind is Disposition.NO_NEIGHBOUR:
-        return _no_neighbour(stop)
+        return _no_neighbour(world, stop)
     if kind is Disposition.LOOPED:
         return _route(stop, "GKT-306", "comes back to where it was: routes lead in a circle")
     if kind is Disposition.UNREACHABLE:
@@ -237,7 +238,7 @@ def _not_translated(stop: Stop) -> Finding:
     )
 
 
-def _no_neighbour(stop: Stop) -> Finding:
+def _no_neighbour(world: World, stop: Stop) -> Finding:
     last = next((s for s in reversed(stop.steps) if s.interface), None)
     device = last.interface if last is not None else stop.outcome.interface
     if stop.citation.source is Source.NEIGHBOUR:
@@ -247,21 +248,37 @@ def _no_neighbour(stop: Stop) -> Finding:
             f"{hop or stop.outcome.packet.dst} does not answer on {device} of {_where(stop)}",
             [stop.proof],
             remedy="see whether it is up and on that link",
-            command=f"ip neigh show dev {device}",
+            command=f"ip neigh show dev {device} (in {_where(stop)})",
             subjects=stop.subjects,
             nodes=[stop.node],
             cause=f"neighbour {stop.node} {stop.netns} {hop or stop.outcome.packet.dst}",
         )
+    where, netns = _where(stop), stop.netns
+    if stop.outcome.netns.pod and (end := _host_end_down(world, stop, device)) is not None:
+        device, where, netns = end.name, f"node {stop.node}", "host"
     return finding(
         "GKT-313",
-        f"{device} of {_where(stop)} is down",
+        f"{device} of {where} is down",
         [stop.proof],
         remedy="set it up, and find who set it down",
-        command=f"ip link set {device} up",
+        command=f"ip link set {device} up (in {where})",
         subjects=stop.subjects,
         nodes=[stop.node],
-        cause=f"link {stop.node} {stop.netns} {device}",
+        cause=f"link {stop.node} {netns} {device}",
     )
+
+
+def _host_end_down(world: World, stop: Stop, device: str) -> Link | None:
+    """The end on the node, when that is what is down: the pod's own has no carrier then, and is
+    not to be set up."""
+    sight = world.sights.get(stop.node)
+    shot = sight.snapshot(stop.outcome.netns) if sight is not None else None
+    if sight is None or not isinstance(shot, NetnsSnapshot) or isinstance(shot.links, Unavailable):
+        return None
+    if not any(link.name == device and link.up for link in shot.links):
+        return None
+    end = end_of(sight, stop.outcome.netns.pod)
+    return end if end is not None and not end.up else None
 
 
 def _where(stop: Stop) -> str:
@@ -309,7 +326,7 @@ def _unreachable(world: World, stop: Stop) -> Finding | None:
             f"Forwarding is off on {_where(stop)}: nothing passes it",
             _all_checks(stop),
             remedy="switch forwarding on, and find what switches it off",
-            command="sysctl -w net.ipv4.ip_forward=1",
+            command=f"sysctl -w net.ipv4.ip_forward=1 (on {_where(stop)})",
             subjects=stop.subjects,
             nodes=[stop.node],
             cause=f"forwarding {stop.node} {stop.netns}",

@@ -45,6 +45,7 @@ def test_a_chain_its_callers_and_what_is_below(ask: Ask) -> None:
         out
         == """\
 node 2jdh: 194 rules in iptables-nft
+  [packets:bytes]: what each rule matched
 
 iptables-nft IPv4 nat
   called by  KUBE-EXT-7D6H5YV7GTUSLGXR:2, KUBE-SERVICES:19

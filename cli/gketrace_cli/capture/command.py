@@ -105,7 +105,7 @@ def run(wish: Wish, options: Options, form: CaptureOutput, style: LineStyle) -> 
 def _check(wish: Wish, form: CaptureOutput) -> None:
     if not wish.targets and wish.trace is None:
         raise UsageError(
-            "what is to be captured?", hint="pod/NAME, node/NAME, service/NAME or --trace FROM TO"
+            "capture needs a target", hint="pod/NAME, node/NAME, service/NAME or --trace FROM TO"
         )
     if wish.connections and wish.targets and wish.targets[0].kind != "service":
         raise UsageError(

@@ -104,36 +104,62 @@ def conntrack(
     ] = False,
     src: Annotated[
         str | None,
-        typer.Option("--orig-src", "--src", "-s", metavar="ADDRESS[/LENGTH]", help="Who asked."),
+        typer.Option(
+            "--orig-src",
+            "--src",
+            "-s",
+            metavar="ADDRESS[/LENGTH]",
+            help="Client: source when it was opened.",
+        ),
     ] = None,
     dst: Annotated[
         str | None,
-        typer.Option("--orig-dst", "--dst", "-d", metavar="ADDRESS[/LENGTH]", help="Whom."),
+        typer.Option(
+            "--orig-dst",
+            "--dst",
+            "-d",
+            metavar="ADDRESS[/LENGTH]",
+            help="Destination that the client asked for.",
+        ),
     ] = None,
     reply_src: Annotated[
         str | None,
-        typer.Option("--reply-src", "-r", metavar="ADDRESS[/LENGTH]", help="Who answers."),
+        typer.Option(
+            "--reply-src", "-r", metavar="ADDRESS[/LENGTH]", help="Source of the answers."
+        ),
     ] = None,
     reply_dst: Annotated[
         str | None,
-        typer.Option("--reply-dst", "-q", metavar="ADDRESS[/LENGTH]", help="Whom it answers."),
+        typer.Option(
+            "--reply-dst", "-q", metavar="ADDRESS[/LENGTH]", help="Destination of the answers."
+        ),
     ] = None,
     proto: Annotated[
         str | None, typer.Option("--proto", "-p", metavar="PROTOCOL", help="Name or number.")
     ] = None,
     sport: Annotated[
         int | None,
-        typer.Option("--sport", "--orig-port-src", metavar="PORT", min=0, max=65535),
+        typer.Option(
+            "--sport", "--orig-port-src", metavar="PORT", min=0, max=65535, help="Client's port."
+        ),
     ] = None,
     dport: Annotated[
         int | None,
-        typer.Option("--dport", "--orig-port-dst", metavar="PORT", min=0, max=65535),
+        typer.Option(
+            "--dport", "--orig-port-dst", metavar="PORT", min=0, max=65535, help="Port asked for."
+        ),
     ] = None,
     reply_sport: Annotated[
-        int | None, typer.Option("--reply-port-src", metavar="PORT", min=0, max=65535)
+        int | None,
+        typer.Option(
+            "--reply-port-src", metavar="PORT", min=0, max=65535, help="Port that answers."
+        ),
     ] = None,
     reply_dport: Annotated[
-        int | None, typer.Option("--reply-port-dst", metavar="PORT", min=0, max=65535)
+        int | None,
+        typer.Option(
+            "--reply-port-dst", metavar="PORT", min=0, max=65535, help="Port that is answered."
+        ),
     ] = None,
     state: Annotated[
         str | None, typer.Option("--state", metavar="STATE", help="Of TCP or SCTP: ESTABLISHED …")
@@ -142,7 +168,10 @@ def conntrack(
         str | None, typer.Option("--mark", "-m", metavar="VALUE[/MASK]", help="The entry's mark.")
     ] = None,
     zone: Annotated[
-        int | None, typer.Option("--zone", "-w", metavar="ZONE", min=0, max=65535)
+        int | None,
+        typer.Option(
+            "--zone", "-w", metavar="ZONE", min=0, max=65535, help="Connection-tracking zone."
+        ),
     ] = None,
     src_nat: Annotated[
         str | None,

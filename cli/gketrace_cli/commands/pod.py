@@ -85,8 +85,8 @@ def pod(
     from gketrace_cli.render.pod import draw_pod, pod_document
     from gketrace_cli.verdict import judge_pod
 
-    verdict = judge_pod(report)
     findings = pod_findings(report)
+    verdict = judge_pod(report, findings)
     if options.format.machine:
         document = pod_document(report, verdict)
         document["findings"] = finding_documents(findings)

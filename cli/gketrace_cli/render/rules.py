@@ -30,6 +30,8 @@ def draw_rules(
     total = sum(table.rule_count for table in tree.tables)
     counted = f"{total} rules{_in_backends(tree)}" if total else "no rules"
     page.line(f"{where}: {counted}", "bold")
+    if total:
+        page.line("[packets:bytes]: what each rule matched", "dim", indent=2)
     _draw_notes(page, notes, tree.missing)
     for table in tree.tables:
         if not table.rule_count and not chain:
