@@ -100,6 +100,14 @@ class TestWhoIsRefused:
             in caught.value.details()
         )
 
+    def test_a_packet_of_others_that_an_own_pod_would_send(self, stub: AgentStub, tenant) -> None:
+        """It would meet the node's connections, and tell of those with its ports."""
+        request = _walk(_target("shop", "till"), "10.40.0.10", "10.40.0.99")
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Walk(request, metadata=tenant, timeout=20)
+        assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        assert "packets of a pod or Service in namespace shop" in caught.value.details()
+
     def test_a_capture_of_an_own_pod_beside_the_node(self, stub: AgentStub, tenant) -> None:
         from gketrace_proto.v1alpha1 import capture_pb2
 

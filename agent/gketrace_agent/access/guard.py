@@ -194,8 +194,9 @@ class Guard:
         scope = self._objects.scope(allowed)
         for pod in pods:
             pod.CopyFrom(self._verified(caller, pod, scope, on_node))
-        if isinstance(request, agent_pb2.WalkRequest) and no_node:
-            self._check_packet(caller, request.packet, scope, on_node)
+        if isinstance(request, agent_pb2.WalkRequest):
+            # From an own pod, too: a packet goes on from there over the node's rules and entries.
+            self._check_packet(caller, request.packet, scope, on_node, in_pod=not no_node)
         if isinstance(request, agent_pb2.WalkRequest | agent_pb2.GetNetnsRequest):
             # Pods of other namespaces are not entered, and not named.
             del request.pods[:]
@@ -243,10 +244,20 @@ class Guard:
         return found
 
     def _check_packet(
-        self, caller: Caller, packet: packet_pb2.Packet, scope: Scope, on_node: Action
+        self,
+        caller: Caller,
+        packet: packet_pb2.Packet,
+        scope: Scope,
+        on_node: Action,
+        *,
+        in_pod: bool,
     ) -> None:
-        """Packets of others are not walked."""
-        if addresses_of((packet.src, packet.dst)) & scope.own:
+        """Packets of others are not walked.  `in_pod`: from inside of an own pod, which may leave
+        it to the kernel to find the source, and talk to itself."""
+        ends = addresses_of((packet.src, packet.dst))
+        if ends & scope.own:
+            return
+        if in_pod and any(one.is_unspecified or one.is_loopback for one in ends):
             return
         to_node = addresses_of((packet.dst,)) & scope.common
         if not (to_node and packet.dport in scope.node_ports):
