@@ -93,7 +93,7 @@ def load_settings(*, kubeconfig: str = "", context: str = "") -> Settings:
     """
     if kubeconfig:
         paths = [Path(kubeconfig).expanduser()]
-        if not paths[0].exists():
+        if not _exists(paths[0]):
             raise UsageError(f"kubeconfig {paths[0]} does not exist", hint="check --kubeconfig")
         where = str(paths[0])
     else:
@@ -101,7 +101,7 @@ def load_settings(*, kubeconfig: str = "", context: str = "") -> Settings:
         given = [Path(p).expanduser() for p in listed.split(os.pathsep) if p]
         paths = given or [Path("~/.kube/config").expanduser()]
         where = listed or str(paths[0])
-    found = [path for path in paths if path.exists()]
+    found = [path for path in paths if _exists(path)]
     if not found:
         if os.environ.get("KUBERNETES_SERVICE_HOST") and (_SERVICE_ACCOUNT / "token").exists():
             return _in_cluster()
@@ -111,6 +111,13 @@ def load_settings(*, kubeconfig: str = "", context: str = "") -> Settings:
             "`gcloud container clusters get-credentials CLUSTER`",
         )
     return _resolve(_merge(found), context, where)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:
+        raise UsageError(f"kubeconfig {path}: {error.strerror}") from None
 
 
 def _in_cluster() -> Settings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 import traceback
@@ -18,6 +19,8 @@ __all__ = ["main", "run"]
 INTERRUPTED: Final = 130
 """128 + SIGINT, as shells have it."""
 
+_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO})
+
 # typer carries its own copy of click, or uses the installed one, by its version: this is the base
 # of all its complaints about the command line in both.
 _CommandLineError: Final[type[Exception]] = typer.BadParameter.__mro__[2]
@@ -28,17 +31,18 @@ def main() -> None:
     name = os.path.basename(sys.argv[0])
     code = run(sys.argv[1:], program="kubectl gketrace" if name.startswith("kubectl-") else name)
     # Not sys.exit(): threads that still wait for an agent must not delay the answer's end.
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except BrokenPipeError:
-        code = code or int(ExitCode.OK)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # said already, or there is nobody to say it to
+            stream.flush()
     os._exit(code)
 
 
 def run(arguments: Sequence[str], program: str = "gketrace") -> int:
     """Runs one command line and returns the exit status.  Never raises, never prints a traceback
     unless GKETRACE_DEBUG is set."""
+    for one in arguments:
+        if any(0xDC80 <= ord(character) <= 0xDCFF for character in one):  # PEP 383
+            return _complain(f"error: argument {one!r} is not UTF-8", ExitCode.USAGE)
     try:
         from gketrace_cli.app import app
 
@@ -57,6 +61,8 @@ def run(arguments: Sequence[str], program: str = "gketrace") -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else ExitCode.USAGE
     except Exception as error:  # noqa: BLE001  the last resort: a bug must not look like an answer
+        if (why := _unwritable(error)) is not None:
+            return _complain(f"error: cannot write standard output: {why}", ExitCode.PARTIAL)
         if os.environ.get("GKETRACE_DEBUG"):
             traceback.print_exc()
         line = " ".join(f"{type(error).__name__}: {error}".split())
@@ -80,7 +86,21 @@ def _one_line(error: Exception, program: str) -> str:
     return f"error: {text[0].lower()}{text[1:].rstrip('.')}; see '{path} --help'"
 
 
+def _unwritable(error: Exception) -> str | None:
+    """Why the answer cannot be written; None: `error` is about something else.
+
+    Files are named in what is said of them; only standard output is written without a name.
+    """
+    if isinstance(error, OSError) and error.filename is None and error.errno in _NO_ROOM:
+        return error.strerror
+    try:
+        sys.stdout.flush()
+    except OSError as unflushed:
+        return unflushed.strerror
+    return None
+
+
 def _complain(text: str, code: int) -> int:
-    with contextlib.suppress(BrokenPipeError):  # nobody reads it
+    with contextlib.suppress(OSError):  # nobody reads it, or there is no room for it
         print(text, file=sys.stderr, flush=True)  # noqa: T201
     return int(code)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Mapping
@@ -188,6 +189,12 @@ class Options:
             if value:
                 raise UsageError(f"{name} and --bundle exclude each other")
 
+    def check_namespace(self) -> None:
+        """Raises: `UsageError` for what no namespace is called (IsDNS1123Label)."""
+        name = self.namespace or ""
+        if name and not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", name):
+            raise UsageError(f"-n {name[:100]!r} cannot be a namespace's name")
+
     def check_live(self, done: str) -> None:
         """Raises: `UsageError` on a bundle, of which nothing can be `done`."""
         if self.bundle is not None:
@@ -263,6 +270,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         if "ctx" in own:
             values["ctx"] = ctx
         options = given.over(outer)
+        options.check_namespace()
         if options.bundle is not None and ctx.invoked_subcommand is None:
             options.check_bundle(str(ctx.command.name))
             if values.get("follow"):

@@ -189,3 +189,44 @@ def test_a_terminal_without_unicode_gets_ascii(shared_stage: Stage) -> None:
     assert done.returncode == 0
     assert " -> " in done.stdout
     assert done.stdout.isascii()
+
+
+@pytest.mark.parametrize(
+    ("streams", "code", "said"),
+    [
+        (">/dev/full", 3, "error: cannot write standard output: No space left on device\n"),
+        (">&-", 3, "error: cannot write standard output: Bad file descriptor\n"),
+        ("<&- >/dev/null", 0, ""),
+        (">/dev/null 2>&-", 0, ""),
+        (">&- 2>&-", 3, ""),
+        (">/dev/full 2>/dev/full", 3, ""),
+    ],
+)
+def test_streams_that_cannot_be_written(streams: str, code: int, said: str) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"{BIN}/gketrace explain {streams}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("service", "\udcff"), "error: argument '\\udcff' is not UTF-8\n"),
+        (("--kubeconfig", "a" * 5000, "status"), "File name too long\n"),
+        (("-n", "\u00fcn\u00ef", "check"), "cannot be a namespace's name\n"),
+        (("-n", "a\nb", "check"), "error: -n 'a\\nb' cannot be a namespace's name\n"),
+    ],
+)
+def test_words_that_can_be_nothing(
+    words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(words) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.endswith(said)
+    assert err.count("\n") == 1

@@ -75,8 +75,11 @@ def write_bundle(bundle: Bundle, path: str) -> int:
 
 
 def write_members(members: Members, path: str) -> int:
-    target = Path(path)
+    target = Path(path).resolve()
     try:
+        if target.exists() and not target.is_file():
+            # A directory, or /dev/null, in whose place a file would be put.
+            raise UsageError(f"cannot write {path}: it is there already, and is no regular file")
         # mkstemp makes it with mode 0600.
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     except OSError as error:

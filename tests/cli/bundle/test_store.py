@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from gketrace.errors import UsageError
 from gketrace_cli.bundle import store
 from gketrace_cli.bundle.model import Bundle, NodeRecord
-from gketrace_cli.bundle.store import read_bundle, write_bundle
+from gketrace_cli.bundle.store import read_bundle, write_bundle, write_members
 
 
 @pytest.fixture
@@ -69,3 +70,15 @@ def test_too_large(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "MAX_MEMBER", 10)
     with pytest.raises(UsageError, match="too large"):
         read_bundle(str(good))
+
+
+def test_a_device_is_not_replaced_and_a_link_is_followed(tmp_path: Path) -> None:
+    pipe, link, real = tmp_path / "pipe", tmp_path / "link.gkt", tmp_path / "real.gkt"
+    os.mkfifo(pipe)
+    link.symlink_to(real)
+    for path in (pipe, tmp_path):
+        with pytest.raises(UsageError, match="is no regular file"):
+            write_members({}, str(path))
+    assert pipe.is_fifo()
+    assert write_members({}, str(link)) == real.stat().st_size
+    assert link.is_symlink()
