@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gketrace.errors import UsageError
+from gketrace_cli.durations import seconds_of
 from gketrace_cli.options import Options
 
 __all__ = ["CaptureOutput", "TimeFormat", "Way", "capture"]
@@ -75,8 +76,8 @@ def capture(
         int | None, typer.Option("--count", "-c", metavar="N", min=1, help="Ends after N packets.")
     ] = None,
     duration: Annotated[
-        float | None,
-        typer.Option("--duration", metavar="SECONDS", min=0.1, help="Ends after so long."),
+        str | None,
+        typer.Option("--duration", metavar="DURATION", help="Ends after 30s, 5m, 1h."),
     ] = None,
     most: Annotated[
         int | None,
@@ -182,7 +183,7 @@ def capture(
         filter=text,
         interfaces=tuple(interface or ()),
         count=count or 0,
-        seconds=duration or 0.0,
+        seconds=seconds_of("--duration", duration) or 0.0,
         most=most or 0,
         snap=snap,
         ring_bytes=(buffer or 0) << 10,

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from ipaddress import ip_network
-from typing import TYPE_CHECKING, Annotated, Final, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from gketrace.errors import NotFoundError, UsageError
+from gketrace_cli.durations import seconds_of
 from gketrace_cli.options import Options, Output
 
 if TYPE_CHECKING:
@@ -88,7 +88,6 @@ PacketsOption = Annotated[
         "--packets", help="With --follow: also capture headers: hop times, who reset, ICMP errors."
     ),
 ]
-_UNITS: Final = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,8 +186,8 @@ def _follow(
     jsonl = form is FollowOutput.JSONL
     if typed.events and not jsonl:
         raise UsageError("--events goes with -o jsonl only")
-    since = _seconds("--since", typed.since)
-    duration = _seconds("--duration", typed.duration)
+    since = seconds_of("--since", typed.since)
+    duration = seconds_of("--duration", typed.duration)
     from gketrace_cli.follow.run import Request, follow
     from gketrace_cli.follow.view import Chosen, parse_state
     from gketrace_cli.session import Session
@@ -217,16 +216,6 @@ def _follow(
             ),
         )
     raise typer.Exit(int(code))
-
-
-def _seconds(option: str, text: str | None) -> float | None:
-    """``30``, ``30s``, ``5m``, ``1h``.  Raises `UsageError`."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|[smhd]?)", text.strip())
-    if match is None or not float(match[1]):
-        raise UsageError(f"{option} {text}: not a duration", hint="for example 30s, 5m, 1h")
-    return float(match[1]) * _UNITS[match[2]]
 
 
 def _named(session: Session, text: str) -> Named:
