@@ -1,4 +1,4 @@
-"""``python -m e2e.scenarios [--json] [--only CODE] [--pairs N] [--topology T]``."""
+"""``python -m e2e.scenarios [--json] [--only CODE] [--pairs N] [--topology T] [--diff]``."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable, Iterable
 
 from e2e.netlab import Lab
 from e2e.scenarios import connections, path, services, snapshots
 from e2e.scenarios.baseline import beyond, read_baseline
+from e2e.scenarios.differ import Named, comparable, diff_scenario, take
 from e2e.scenarios.model import BOTH, Scenario
 from e2e.scenarios.run import Outcome, matrix, pairs, run_pair, run_scenario
 from e2e.scenarios.stage import Stage
@@ -33,6 +35,9 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=20, help="two faults at once (default 20)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--no-baseline", action="store_true", help="not the untouched labs")
+    parser.add_argument(
+        "--diff", action="store_true", help="instead: what gketrace diff names, fault by fault"
+    )
     options = parser.parse_args()
 
     def say(text: str) -> None:
@@ -40,6 +45,8 @@ def main() -> int:
             print(text, flush=True)
 
     wanted = [s for s in ALL if not options.only or s.code in options.only]
+    if options.diff:
+        return _diff(wanted, [options.topology] if options.topology else BOTH, say)
     outcomes: list[Outcome] = []
     paired = []
     for topology in [options.topology] if options.topology else BOTH:
@@ -85,6 +92,31 @@ def main() -> int:
     }
     print(json.dumps(result))
     return 0 if len(found) == len(outcomes) and not strange else 1
+
+
+def _diff(wanted: Iterable[Scenario], topologies: Iterable[str], say: Callable[[str], None]) -> int:
+    """A bundle before and after each fault that can be in one."""
+    named: list[Named] = []
+    for topology in topologies:
+        mine = [s for s in wanted if topology in s.topologies and comparable(s)]
+        with Lab(name=f"dif-{topology}-{os.getpid()}", topology=topology) as lab:
+            before = take(lab)
+            for scenario in mine:
+                one = diff_scenario(lab, before, scenario)
+                named.append(one)
+                state = f"NOT named: {one.why}" if one.why else "named"
+                say(f"{one.code} {one.topology:<6} {state}  {one.title}")
+                for cause in one.causes:
+                    say(f"        {cause}")
+    good = sum(not one.why for one in named)
+    say(f"\ndiff named the change of {good} of {len(named)} faults")
+    failed = [
+        {"code": one.code, "topology": one.topology, "title": one.title, "why": one.why}
+        for one in named
+        if one.why
+    ]
+    print(json.dumps({"faults": len(named), "diff_named": good, "failed": failed}))
+    return 1 if failed else 0
 
 
 def _line(one: Outcome) -> str:
