@@ -121,8 +121,7 @@ _NUMBERS: Final = frozenset((1, 2, 4, 8))
 """Sizes that a number may have."""
 _SIZES: Final[Mapping[str, frozenset[int]]] = {
     **dict.fromkeys(("orig_src", "orig_dst", "reply_src", "reply_dst"), frozenset((4, 16))),
-    "orig_proto": frozenset((1,)),
-    "reply_proto": frozenset((1,)),
+    **dict.fromkeys(("orig_proto", "reply_proto", *STATES), frozenset((1,))),
 }
 
 
