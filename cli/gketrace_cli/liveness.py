@@ -175,7 +175,9 @@ def read_live(
                 standing, why = judge_entry(entry, port, endpoints)
                 found.append(Live(place=place, entry=entry, standing=standing, why=why))
     except GketraceError as error:
-        return LiveReading(missing=(error.message,))
+        # No table at all: each with its own reason, where there is one.
+        unread = tuple(map(str, sorted(reading.missing, key=str)))
+        return LiveReading(missing=unread or (error.message,))
     from gketrace_cli.liveness_model import hold_against_rules, look_at_the_other_end
 
     found = hold_against_rules(session, look_at_the_other_end(session, found, endpoints))

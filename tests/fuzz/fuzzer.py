@@ -69,15 +69,16 @@ def _limited(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGPROF, before)
 
 
-def fuzz(name: str, *, seconds: float, seed: int = 0) -> Result:
-    """Inputs of the target `name` until the time is over; main thread only (it uses SIGPROF)."""
+def fuzz(name: str, *, seconds: float, seed: int = 0, inputs: int = 0) -> Result:
+    """Inputs of the target `name` until the time is over and it has had `inputs` of them, whatever
+    else the machine does; main thread only (it uses SIGPROF)."""
     target: Target = TARGETS[name]
     rng = random.Random(seed)
     seeds = target.seeds()
     result = Result(name=name)
     memory = _Memory(target.pid(), seconds)
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline or result.inputs < inputs:
         data = target.mutate(rng, seeds)
         begun = time.process_time()
         try:

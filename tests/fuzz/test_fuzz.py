@@ -16,11 +16,12 @@ _LONG = ("iptables-save", "nft-json", "walk-iptables", "walk-nft")
 
 @pytest.mark.parametrize("name", sorted(TARGETS))
 def test_nothing_crashes(name: str) -> None:
-    result = fuzz(name, seconds=10 if name in _LONG else 1.5, seed=1)
+    long = name in _LONG
+    result = fuzz(name, seconds=10 if long else 1.5, seed=1, inputs=101 if long else 1)
     assert [crash.why for crash in result.found.values()] == []
     assert result.rejected > 0
-    if name in _LONG:
-        assert 20 < result.inputs > result.rejected
+    if long:
+        assert 100 < result.inputs > result.rejected
 
 
 def _spin(_: bytes) -> None:
