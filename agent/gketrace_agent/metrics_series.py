@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Final, Protocol, TypeVar
+from typing import Final, Protocol
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -34,7 +34,6 @@ __all__ = ["Collector", "Sampled", "Totals"]
 
 _TOP: Final = 20
 """Services, destinations of source NAT, and pods with a series of their own."""
-T = TypeVar("T")
 _COUNTER: Final = 1 << 32
 """The kernel's statistics are unsigned 32-bit numbers."""
 
@@ -233,25 +232,21 @@ def _calls() -> Iterator[Metric]:
 
 def _services(sample: Sample, names: ServiceNames) -> Iterator[Metric]:
     """Entries by Service, and what was folded."""
-    by_name: Counter[str] = Counter()
+    by_name: Counter[tuple[str, ...]] = Counter()
     for destination, count in sample.translated.items():
-        by_name[_service(destination, names)] += count
+        by_name[(_service(destination, names),)] += count
     family = GaugeMetricFamily(
         "gketrace_conntrack_service_entries",
         "Sampled entries whose destination was translated, by the Service (namespace/name:port) "
         "of the rule, or by address where no rule names it; the rest is `other`.",
         labels=("service",),
     )
-    top = _ranked(by_name)
-    for name, count in top:
-        family.add_metric((name,), count)
-    rest = by_name.total() - sum(count for _, count in top)
-    family.add_metric(("other",), rest + sample.given_up)
+    folded = _fold(family, by_name, more=sample.given_up)
     yield family
     yield _gauge(
         "gketrace_conntrack_services_folded",
         "Services whose entries are in the series `other`.",
-        len(by_name) - len(top),
+        folded,
     )
 
 
@@ -269,42 +264,38 @@ def _snat(sample: Sample) -> Iterator[Metric]:
         "destinations that take the most; the rest is `other`.",
         labels=("destination", "protocol"),
     )
-    by_name = Counter(
+    by_name: Counter[tuple[str, ...]] = Counter(
         {
             (_with_port(address, port), protocol): count
             for (address, port, protocol), count in sample.snat.items()
         }
     )
-    top = _ranked(by_name)
-    for labels, count in top:
-        family.add_metric(labels, count)
-    family.add_metric(("other", ""), by_name.total() - sum(count for _, count in top))
+    folded = _fold(family, by_name, other=("other", ""))
     yield family
     yield _gauge(
         "gketrace_conntrack_snat_destinations_folded",
         "Destinations whose source ports are in the series `other`.",
-        len(by_name) - len(top),
+        folded,
     )
 
 
 def _pods(pods: PodTables) -> Iterator[Metric]:
     """Pods' own tables: most pods track nothing, and have no series."""
-    tracking = Counter({name: count for name, count in pods.entries.items() if count})
+    tracking: Counter[tuple[str, ...]] = Counter(
+        {(name,): count for name, count in pods.entries.items() if count}
+    )
     family = GaugeMetricFamily(
         "gketrace_conntrack_pod_entries",
         "Entries in the table of a pod's own network namespace, of the pods with the most; the "
         "rest is `other`.",
         labels=("pod",),
     )
-    top = _ranked(tracking)
-    for name, count in top:
-        family.add_metric((name,), count)
-    family.add_metric(("other",), tracking.total() - sum(count for _, count in top))
+    folded = _fold(family, tracking)
     yield family
     yield _gauge(
         "gketrace_conntrack_pods_folded",
         "Pods whose entries are in the series `other`.",
-        len(tracking) - len(top),
+        folded,
     )
     yield _gauge(
         "gketrace_conntrack_pods_unread",
@@ -313,9 +304,20 @@ def _pods(pods: PodTables) -> Iterator[Metric]:
     )
 
 
-def _ranked(counts: Counter[T]) -> list[tuple[T, int]]:
-    """The first `_TOP`, the most first; which of equal ones are among them never changes."""
-    return sorted(counts.items(), key=lambda item: (-item[1], str(item[0])))[:_TOP]
+def _fold(
+    family: GaugeMetricFamily,
+    counts: Counter[tuple[str, ...]],
+    *,
+    other: tuple[str, ...] = ("other",),
+    more: int = 0,
+) -> int:
+    """A series for each of the first `_TOP`, and `other` for the rest and `more`; how many are in
+    the rest.  Which of equal ones are among the first never changes."""
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    for labels, count in ranked[:_TOP]:
+        family.add_metric(labels, count)
+    family.add_metric(other, sum(count for _, count in ranked[_TOP:]) + more)
+    return len(ranked[_TOP:])
 
 
 def _with_port(address: str, port: int) -> str:

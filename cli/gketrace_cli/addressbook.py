@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from gketrace.objects import Node, Pod, Service
 from gketrace.packet import IPAddress, protocol_name
-from gketrace_cli.objects import Node, Pod, Service
 
 __all__ = ["AddressBook"]
 

@@ -29,10 +29,10 @@ from gketrace.errors import (
     UsageError,
     error_from_status,
 )
+from gketrace.objects import Pod
 from gketrace.topology import SeenAddress
 from gketrace.trace import Missing
 from gketrace_cli.agent_access import AgentAccess
-from gketrace_cli.objects import Pod
 from gketrace_cli.portforward import PortForwards, Target, Way
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
 from gketrace_proto.v1alpha1.agent_pb2_grpc import AgentStub

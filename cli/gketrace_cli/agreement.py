@@ -21,7 +21,7 @@ from gketrace.packet import PORT_PROTOCOLS, IPAddress, Packet, Protocol, Tuple5
 from gketrace.trace import Disposition, Leaf, NetnsKind, Source, Walk
 
 if TYPE_CHECKING:
-    from gketrace_cli.objects import Pod
+    from gketrace.objects import Pod
     from gketrace_cli.session import Session
 
 __all__ = ["Agreement", "Comparison", "compare_entries", "compare_entry"]

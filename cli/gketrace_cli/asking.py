@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Final
 
 from gketrace.crossing import ASSUMED_PORT
 from gketrace.errors import ForbiddenError, GketraceError, UnavailableError
+from gketrace.objects import Node, Pod, Service
 from gketrace.packet import PORT_PROTOCOLS, IPAddress, Packet, Protocol
 from gketrace.snapshot import Maybe, Unavailable
 from gketrace.stitch import Inquiry, NodeQuery, stitch
 from gketrace.topology import NodeFacts, PodFacts, SeenAddress, ServiceFacts, Topology
 from gketrace.trace import Missing, Path, Walk
 from gketrace_cli.frontdoors import Question
-from gketrace_cli.objects import Node, Pod, Service
 from gketrace_cli.verdict import Answer, target_text
 
 if TYPE_CHECKING:

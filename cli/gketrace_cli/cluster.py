@@ -19,6 +19,7 @@ from gketrace.errors import (
     NotFoundError,
     UnavailableError,
 )
+from gketrace.objects import Endpoint, Node, Pod, Service
 
 from .apiserver import ApiServer
 from .kubeconfig import load_settings
@@ -29,7 +30,6 @@ from .object_json import (
     parse_pod,
     parse_service,
 )
-from .objects import Endpoint, Node, Pod, Service
 
 __all__ = ["KINDS", "Cluster", "Reading"]
 

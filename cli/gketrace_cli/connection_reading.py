@@ -24,7 +24,7 @@ from gketrace_proto.codec import decode
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
 
 if TYPE_CHECKING:
-    from gketrace_cli.objects import Endpoint, Pod, Service
+    from gketrace.objects import Endpoint, Pod, Service
     from gketrace_cli.session import Session
 
 __all__ = ["Joined", "JoinedReading", "Modelled", "read_connections"]

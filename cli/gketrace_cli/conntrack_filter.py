@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import ip_address, ip_network
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from gketrace.conntrack import CtStatus
 from gketrace.conntrack_records import STATE_NAMES
 from gketrace.errors import UsageError
+from gketrace.objects import Endpoint, Pod, Service
 from gketrace.packet import protocol_number
-from gketrace_cli.objects import Endpoint, Pod, Service
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
 
 __all__ = [
@@ -43,16 +43,7 @@ _Number = Literal[
     "src_nat_port",
     "dst_nat_port",
 ]
-_NUMBERS: Final[tuple[_Number, ...]] = (
-    "orig_sport",
-    "orig_dport",
-    "reply_sport",
-    "reply_dport",
-    "zone",
-    "mark",
-    "src_nat_port",
-    "dst_nat_port",
-)
+_NUMBERS: Final[tuple[_Number, ...]] = get_args(_Number)
 
 
 def parse_family(text: str) -> int:

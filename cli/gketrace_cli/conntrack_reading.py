@@ -19,8 +19,8 @@ from gketrace_proto.codec import decode
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
 
 if TYPE_CHECKING:
+    from gketrace.objects import Pod
     from gketrace_cli.agents import Fleet
-    from gketrace_cli.objects import Pod
 
 __all__ = ["Place", "Reading", "TableEnd", "entries_of"]
 

@@ -13,8 +13,7 @@ from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Final
 
 from gketrace.errors import NotFoundError, UnsupportedError, UsageError
-from gketrace.packet import IPAddress, protocol_number
-from gketrace_cli.objects import (
+from gketrace.objects import (
     Endpoint,
     LoadBalancerIngress,
     Node,
@@ -22,6 +21,7 @@ from gketrace_cli.objects import (
     Service,
     ServicePort,
 )
+from gketrace.packet import IPAddress, protocol_number
 
 __all__ = [
     "CLIENTS",

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gketrace.conntrack import ConntrackEntry
 from gketrace.errors import GketraceError
+from gketrace.objects import Endpoint, Service, ServicePort
 from gketrace.packet import Protocol, protocol_number
 from gketrace_cli.agreement import Agreement, Comparison
 from gketrace_cli.conntrack_filter import door_filters
-from gketrace_cli.objects import Endpoint, Service, ServicePort
 
 if TYPE_CHECKING:
     from gketrace_cli.conntrack_reading import Place

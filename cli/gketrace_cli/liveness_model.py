@@ -19,7 +19,7 @@ from gketrace_cli.liveness import Live, Standing
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
 
 if TYPE_CHECKING:
-    from gketrace_cli.objects import Endpoint
+    from gketrace.objects import Endpoint
     from gketrace_cli.session import Session
 
 __all__ = ["hold_against_rules", "look_at_the_other_end"]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from gketrace.errors import NotFoundError, UnavailableError
-from gketrace_cli.objects import Node
+from gketrace.objects import Node
 
 __all__ = ["LocalAgent", "local_node", "start_local_agent"]
 

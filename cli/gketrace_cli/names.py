@@ -14,8 +14,8 @@ from ipaddress import ip_address
 from typing import Final
 
 from gketrace.errors import GketraceError, NotFoundError, UsageError
+from gketrace.objects import Node
 from gketrace.packet import IPAddress, protocol_number
-from gketrace_cli.objects import Node
 
 __all__ = [
     "Kind",

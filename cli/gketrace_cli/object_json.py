@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from gketrace.errors import ParseError
-
-from .objects import (
+from gketrace.objects import (
     Container,
     ContainerPort,
     Endpoint,

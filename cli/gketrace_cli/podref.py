@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gketrace_cli.objects import Pod
+from gketrace.objects import Pod
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
 
 __all__ = ["pod_ref", "pod_target"]

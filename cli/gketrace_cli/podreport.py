@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Final, TypeVar
 
+from gketrace.objects import Node, Pod
 from gketrace.packet import IPAddress
 from gketrace.simulate.routing import Fib, RouteKind
 from gketrace.snapshot import (
@@ -25,7 +26,6 @@ from gketrace.snapshot import (
     Unavailable,
 )
 from gketrace.trace import Missing
-from gketrace_cli.objects import Node, Pod
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
 from gketrace_proto.v1alpha1 import snapshot_pb2
 

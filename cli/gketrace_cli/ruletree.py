@@ -21,6 +21,7 @@ from gketrace.kubenames import (
     nft_service_chain,
     service_chain,
 )
+from gketrace.objects import Endpoint, Service
 from gketrace.ruleset.iptables import IptablesRuleset
 from gketrace.ruleset.iptables_save import parse_iptables_save
 from gketrace.ruleset.model import BaseChain
@@ -30,7 +31,6 @@ from gketrace.ruleset.nft_text import element_text
 from gketrace.simulate.targets import Jump
 from gketrace.trace import Hook, Missing
 from gketrace_cli.names import close_names
-from gketrace_cli.objects import Endpoint, Service
 
 __all__ = [
     "ChainView",

@@ -7,10 +7,10 @@ from ipaddress import ip_address, ip_network
 from typing import TYPE_CHECKING
 
 from gketrace.errors import GketraceError, UsageError
+from gketrace.objects import Pod
 from gketrace.packet import IPAddress
 from gketrace_cli.frontdoors import Sender
 from gketrace_cli.names import Kind, Named, find_node, node_of_address, parse_named
-from gketrace_cli.objects import Pod
 
 if TYPE_CHECKING:
     from gketrace_cli.session import Session

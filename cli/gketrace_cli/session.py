@@ -19,10 +19,10 @@ from gketrace.errors import (
     UnavailableError,
     UsageError,
 )
+from gketrace.objects import Node, Pod
 from gketrace.trace import Missing
 from gketrace_cli.cluster import Cluster
 from gketrace_cli.names import close_names, find_node
-from gketrace_cli.objects import Node, Pod
 from gketrace_cli.options import Connect, Options
 
 if TYPE_CHECKING:

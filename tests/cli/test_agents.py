@@ -14,10 +14,10 @@ import grpc
 import pytest
 
 from gketrace.errors import NotFoundError, TimeoutExceeded, UnavailableError
+from gketrace.objects import Container, ContainerPort, Pod
 from gketrace_cli.agents import Fleet, agent_port
 from gketrace_cli.local import local_node, start_local_agent
 from gketrace_cli.object_json import parse_node, parse_pod
-from gketrace_cli.objects import Container, ContainerPort, Pod
 from gketrace_cli.podref import pod_ref
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
 from gketrace_proto.v1alpha1.agent_pb2_grpc import AgentServicer, add_AgentServicer_to_server

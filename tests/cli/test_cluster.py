@@ -25,9 +25,9 @@ from gketrace.errors import (
     UnavailableError,
     UsageError,
 )
+from gketrace.objects import ServicePort
 from gketrace_cli.cluster import Cluster
 from gketrace_cli.object_json import parse_endpointslice, parse_node, parse_pod, parse_service
-from gketrace_cli.objects import ServicePort
 
 WORLDS = Path(__file__).parents[1] / "data/worlds"
 WORLD = WORLDS / "kube-proxy-1.36-iptables-nft"

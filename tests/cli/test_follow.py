@@ -10,6 +10,7 @@ import pytest
 from gketrace.connections import Place
 from gketrace.errors import ExitCode, UsageError
 from gketrace.follow.joiner import Joiner
+from gketrace.objects import Endpoint, Pod
 from gketrace_cli.addressbook import AddressBook
 from gketrace_cli.follow.options import Followed, FollowOutput, plain_output
 from gketrace_cli.follow.output import Sampler
@@ -17,9 +18,9 @@ from gketrace_cli.follow.scope import changes, pod_scope
 from gketrace_cli.follow.tally import Gap, Tally, percentiles
 from gketrace_cli.follow.view import Chosen, View, make_view, parse_state
 from gketrace_cli.main import run
-from gketrace_cli.objects import Endpoint, Pod
 from gketrace_cli.options import Options
-from gketrace_cli.render.follow import connection_document, connection_lines, verdict
+from gketrace_cli.render.follow import connection_lines, verdict
+from gketrace_cli.render.follow_documents import connection_document
 from gketrace_cli.render.layout import Page
 from tests.core.test_follow import A, B, Script, node_port, owner, play
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from gketrace.errors import NotFoundError, UnsupportedError
+from gketrace.objects import Node
 from gketrace_cli.frontdoors import (
     NODES_AT_MOST,
     Door,
@@ -21,7 +22,6 @@ from gketrace_cli.frontdoors import (
     questions,
 )
 from gketrace_cli.object_json import parse_endpointslice, parse_node, parse_service
-from gketrace_cli.objects import Node
 
 WORLD = Path(__file__).parents[1] / "data/worlds/kube-proxy-1.36-iptables-nft"
 PREFIX = "gke-lab-cluster-default-pool-9e4ce61e-"

@@ -7,6 +7,7 @@ from ipaddress import ip_address
 import pytest
 
 from gketrace.errors import NotFoundError, UsageError
+from gketrace.objects import Node
 from gketrace_cli.names import (
     Kind,
     close_names,
@@ -15,7 +16,6 @@ from gketrace_cli.names import (
     parse_pod_name,
     short_names,
 )
-from gketrace_cli.objects import Node
 
 POOL = "gke-lab-cluster-default-pool-9e4ce61e-"
 

@@ -181,16 +181,18 @@ class DumpCache:
         self._turns: dict[int, Turn] = {}
         self._dumps: OrderedDict[tuple[int, int], IptablesDump] = OrderedDict()
 
-    def wait(self, cookie: int, timeout: float) -> Turn | None:
+    def wait(self, cookie: int, timeout: float) -> tuple[Turn | None, bool]:
         """Whoever reads a namespace's rules holds its turn: give it back with `end`.  None: it was
-        not to be had in time."""
+        not to be had in time.  True: others had it first."""
         with self._lock:
             turn = self._turns.setdefault(cookie, Turn())
+            if turn.lock.acquire(blocking=False):
+                return turn, False
             turn.waiting += 1
         taken = turn.lock.acquire(timeout=timeout)
         with self._lock:
             turn.waiting -= 1
-        return turn if taken else None
+        return turn if taken else None, True
 
     def end(self, turn: Turn, began: float, dumps: IptablesDumps | None) -> None:
         """Gives it back; `dumps`, if there are any, were read since `began`."""
@@ -252,12 +254,13 @@ class IptablesReading:
         self._fresh = fresh
         self._cookie = reader.netfilter.netns_cookie
         self._started_at = time.time()
-        self.generation: int | None = nft_generation(reader.netfilter)
+        self.generation: int | None = None
         """nf_tables' generation when the reading began; None: no nf_tables."""
-        self.tables: tuple[NftTable, ...] = (
-            () if self.generation is None else nft_tables(reader.netfilter)
-        )
+        self.tables: tuple[NftTable, ...] = ()
         """Every nf_tables table, iptables-nft's included."""
+        self._legacy: tuple[int, ...] = ()
+        """The families that have a table of legacy."""
+        self._look()
         self._turn: Turn | None = None
         self._began = time.monotonic()
         self._shared: IptablesDumps | None = None
@@ -265,7 +268,7 @@ class IptablesReading:
         self._wanted: list[_Wanted] = []
         try:
             self._shared = self._wait_for_others()
-            self._began = time.monotonic()
+            self._began, self._started_at = time.monotonic(), time.time()
             if self._shared is not None:
                 return
             self._start_legacy()
@@ -281,32 +284,33 @@ class IptablesReading:
         if self._cache is None or self._cookie is None or self._is_cheap():
             return None
         asked = time.monotonic()
-        self._turn = turn = self._cache.wait(self._cookie, self._programs.timeout)
-        if turn is None:
+        self._turn, waited = self._cache.wait(self._cookie, self._programs.timeout)
+        if self._turn is None or not waited:
             return None
-        self.generation = nft_generation(self._reader.netfilter)
-        if self.generation is not None:
-            self.tables = nft_tables(self._reader.netfilter)
-        shared = turn.dumps if turn.began >= asked else None
+        self._look()
+        shared = self._turn.dumps if self._turn.began >= asked else None
         if shared is not None or self._is_cheap():
             self._release()
         return shared
 
-    def _is_cheap(self) -> bool:
-        """True when no dump has to be made."""
-        return not self._legacy_families() and not self._fresh and self._cached()
-
-    def _legacy_families(self) -> list[int]:
-        """Those whose module is loaded and has a table here."""
-        found = []
+    def _look(self) -> None:
+        """Which rule sets there are."""
+        self.generation = nft_generation(self._reader.netfilter)
+        if self.generation is not None:
+            self.tables = nft_tables(self._reader.netfilter)
+        legacy = []
         for family, names in _NAMES.items():
             try:
                 tables = self._reader.read_net(names).split()
             except FileNotFoundError:
-                continue
+                continue  # the module is not loaded
             if tables:
-                found.append(family)
-        return found
+                legacy.append(family)
+        self._legacy = tuple(legacy)
+
+    def _is_cheap(self) -> bool:
+        """True when no dump has to be made."""
+        return not self._legacy and not self._fresh and self._cached()
 
     def _cached(self) -> bool:
         """True when no nft dump has to be made."""
@@ -329,7 +333,7 @@ class IptablesReading:
             self._cache.end(turn, self._began, dumps)
 
     def _start_legacy(self) -> None:
-        self._wanted += [self._start(LEGACY, family) for family in self._legacy_families()]
+        self._wanted += [self._start(LEGACY, family) for family in self._legacy]
 
     def _start(self, backend: str, family: int) -> _Wanted:
         wanted = _Wanted(backend=backend, family=family)

@@ -15,8 +15,8 @@ from gketrace_cli.podref import pod_ref, pod_target
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
 
 if TYPE_CHECKING:
+    from gketrace.objects import Pod
     from gketrace_cli.agents import Fleet
-    from gketrace_cli.objects import Pod
     from gketrace_cli.session import Session
 
 __all__ = ["record"]

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from gketrace.capture.plan import Crossing, Plan, PlannedTap, Wanted, make_plan
 from gketrace.errors import GketraceError, UnavailableError
+from gketrace.objects import Node, Pod, Service
 from gketrace.packet import IPAddress, Packet
 from gketrace.trace import Missing
 from gketrace_cli.asking import Asker, Result
-from gketrace_cli.objects import Node, Pod, Service
 from gketrace_cli.podref import pod_target
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
 from gketrace_proto.v1alpha1 import capture_pb2

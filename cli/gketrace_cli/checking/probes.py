@@ -15,9 +15,9 @@ from itertools import zip_longest
 from typing import Final
 
 from gketrace.errors import GketraceError
+from gketrace.objects import Endpoint, Node, Pod, Service
 from gketrace.packet import Protocol, protocol_number
 from gketrace_cli.frontdoors import Door, Question, Selection, Sender, questions
-from gketrace_cli.objects import Endpoint, Node, Pod, Service
 
 __all__ = ["AT_MOST", "OUTSIDE_PORT", "probes"]
 

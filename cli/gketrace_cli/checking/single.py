@@ -13,10 +13,10 @@ from gketrace.errors import GketraceError
 from gketrace.findings.detect import find
 from gketrace.findings.model import Finding
 from gketrace.findings.world import Sight, World
+from gketrace.objects import Endpoint, Node, Pod, Service
 from gketrace.snapshot import NetnsSnapshot, Unavailable
 from gketrace.trace import NetnsRef
 from gketrace_cli.checking.ways import ways_of
-from gketrace_cli.objects import Endpoint, Node, Pod, Service
 from gketrace_cli.verdict import Answer
 
 if TYPE_CHECKING:

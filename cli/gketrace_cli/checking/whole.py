@@ -24,7 +24,7 @@ from gketrace_cli.frontdoors import Door
 from gketrace_cli.verdict import Answer
 
 if TYPE_CHECKING:
-    from gketrace_cli.objects import Pod
+    from gketrace.objects import Pod
     from gketrace_cli.session import Session
 
 __all__ = ["IGNORE_FILE", "Checked", "Ignore", "check_world", "read_ignores", "read_world"]

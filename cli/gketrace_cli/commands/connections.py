@@ -11,7 +11,7 @@ from gketrace.errors import ExitCode, UsageError
 from gketrace_cli.options import Options
 
 if TYPE_CHECKING:
-    from gketrace_cli.objects import Pod, Service
+    from gketrace.objects import Pod, Service
 
 __all__ = ["connections"]
 

@@ -15,9 +15,9 @@ from gketrace.errors import NotFoundError, UsageError
 from gketrace_cli.options import Options
 
 if TYPE_CHECKING:
+    from gketrace.objects import Endpoint, Pod, Service
     from gketrace.trace import Missing
     from gketrace_cli.conntrack_reading import Place
-    from gketrace_cli.objects import Endpoint, Pod, Service
     from gketrace_cli.session import Session
     from gketrace_proto.v1alpha1 import agent_pb2 as pb
 

@@ -17,7 +17,7 @@ from gketrace_cli.follow import options as following
 from gketrace_cli.options import Options
 
 if TYPE_CHECKING:
-    from gketrace_cli.objects import Pod
+    from gketrace.objects import Pod
     from gketrace_cli.podreport import PodReport
     from gketrace_cli.session import Session
 

@@ -11,8 +11,8 @@ from gketrace.errors import ExitCode, GketraceError, NotFoundError, UsageError
 from gketrace_cli.options import Options
 
 if TYPE_CHECKING:
+    from gketrace.objects import Pod
     from gketrace.trace import Missing, Walk
-    from gketrace_cli.objects import Pod
     from gketrace_cli.ruletree import Owner, RuleText, RuleTree
     from gketrace_cli.session import Session
 

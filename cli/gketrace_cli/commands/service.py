@@ -12,9 +12,9 @@ from gketrace_cli.follow import options as following
 from gketrace_cli.options import Options
 
 if TYPE_CHECKING:
+    from gketrace.objects import Endpoint, Service
     from gketrace_cli.frontdoors import Question, Sender
     from gketrace_cli.liveness import LiveReading
-    from gketrace_cli.objects import Endpoint, Service
     from gketrace_cli.session import Session
 
 __all__ = ["Via", "find_service", "parse_service_name", "service"]

@@ -25,7 +25,7 @@ from gketrace_cli.frontdoors import Door, Question, Sender
 from gketrace_cli.verdict import outcome_text
 
 if TYPE_CHECKING:
-    from gketrace_cli.objects import Pod
+    from gketrace.objects import Pod
     from gketrace_cli.session import Session
 
 __all__ = ["Odds", "RuleBook", "Way"]

@@ -32,14 +32,12 @@ from gketrace_cli.follow.tally import Tally, end_text
 from gketrace_cli.follow.view import Chosen, View, make_view
 from gketrace_cli.follow.world import World, read_world
 from gketrace_cli.names import short_names
-from gketrace_cli.render.follow import (
+from gketrace_cli.render.follow import alone_lines, connection_lines, summary_lines
+from gketrace_cli.render.follow_documents import (
     alone_document,
-    alone_lines,
     connection_document,
-    connection_lines,
     step_document,
     summary_document,
-    summary_lines,
 )
 from gketrace_cli.render.layout import Page
 from gketrace_cli.session import Session, background

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from gketrace.objects import Endpoint, Pod, Service
 from gketrace.packet import Tuple5, protocol_number
 from gketrace_cli.conntrack_filter import door_filters, endpoint_filters, pod_filters
-from gketrace_cli.objects import Endpoint, Pod, Service
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
 
 if TYPE_CHECKING:

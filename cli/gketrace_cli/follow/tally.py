@@ -179,6 +179,15 @@ class Tally:
             )
         known.count += 1
 
+    @property
+    def shared(self) -> int:
+        """Connections that `shares` are of."""
+        return sum(share.connections for share in self.shares.values())
+
+    def ordered(self) -> list[tuple[str, Share]]:
+        """Endpoints, those with the most connections first."""
+        return sorted(self.shares.items(), key=lambda one: (-one[1].connections, one[0]))
+
     def percentiles(self) -> dict[int, float]:
         """Of the durations, seconds; empty: none are known."""
         return percentiles(self.durations)

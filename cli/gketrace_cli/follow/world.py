@@ -12,7 +12,7 @@ from gketrace_cli.addressbook import AddressBook
 from gketrace_cli.follow.scope import Scope
 
 if TYPE_CHECKING:
-    from gketrace_cli.objects import Pod
+    from gketrace.objects import Pod
     from gketrace_cli.session import Session
 
 __all__ = ["World", "read_world"]

@@ -1,35 +1,24 @@
-"""Followed connections: lines for people, documents for programs, the summary in both."""
+"""Followed connections as lines, and their summary."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from gketrace.connections import Half
 from gketrace.follow.entries import Sight
-from gketrace.follow.joiner import Followed, Phase, Step
+from gketrace.follow.joiner import Followed, Phase
 from gketrace.follow.outcome import FAILED, Judgement, Outcome
-from gketrace.packet import Tuple5, protocol_name
+from gketrace.packet import Tuple5
 from gketrace.trace import Citation, Missing
 from gketrace_cli.capture.connections import span
 from gketrace_cli.follow.packets import SeenPackets
-from gketrace_cli.follow.seen import packet_lines, packets_document
-from gketrace_cli.follow.tally import Share, Tally, percentiles
+from gketrace_cli.follow.seen import packet_lines
+from gketrace_cli.follow.tally import Tally, percentiles
 from gketrace_cli.follow.view import View
-from gketrace_cli.render.documents import envelope, missing_document
 from gketrace_cli.render.layout import Page
 
-__all__ = [
-    "alone_document",
-    "alone_lines",
-    "connection_document",
-    "connection_lines",
-    "summary_document",
-    "summary_lines",
-    "step_document",
-]
+__all__ = ["alone_lines", "connection_lines", "end_text", "summary_lines", "verdict"]
 
 _COARSE = 0.05
 """Seconds: what durations are known to."""
@@ -76,7 +65,7 @@ def alone_lines(page: Page, seen: SeenPackets, judgement: Judgement) -> str:
     at = seen.connection.begin / 1e9
     head = f"{time.strftime('%H:%M:%S', time.localtime(at))}.{int(at * 10) % 10} "
     first = seen.connection.first
-    way = f"{_end(first, source=True)} → {_end(first)}"
+    way = f"{end_text(first, source=True)} → {end_text(first)}"
     out.lines.append(f"{out.paint(head + judgement.outcome.value.upper(), 'red')}  {way}")
     for line in (judgement.because, *packet_lines(seen)):
         out.line(page.short(line), indent=9, hang=2)
@@ -90,14 +79,14 @@ def _clock(followed: Followed) -> str:
 
 def _way(view: View, namespace: str) -> str:
     first, last = view.followed.connection.first, view.followed.connection.last
-    parts = [_end(first, source=True, name=view.client, namespace=namespace)]
-    parts.append(_end(first, name="" if view.door.startswith("svc/") else view.door))
+    parts = [end_text(first, source=True, name=view.client, namespace=namespace)]
+    parts.append(end_text(first, name="" if view.door.startswith("svc/") else view.door))
     if (last.dst, last.dport) != (first.dst, first.dport):
-        parts.append(_end(last, name=view.endpoint, namespace=namespace))
+        parts.append(end_text(last, name=view.endpoint, namespace=namespace))
     return " → ".join(parts)
 
 
-def _end(half: Tuple5, *, source: bool = False, name: str = "", namespace: str = "") -> str:
+def end_text(half: Tuple5, *, source: bool = False, name: str = "", namespace: str = "") -> str:
     """``web-0 10.40.0.10:8080``."""
     address, port = (half.src, half.sport) if source else (half.dst, half.dport)
     host = f"[{address}]" if address.version == 6 and port is not None else str(address)
@@ -112,7 +101,7 @@ def _facts(view: View) -> list[str]:
     first, last = followed.connection.first, followed.connection.last
     answered = any(sight.replied for sight in followed.sights)
     if answered and (first.src, first.sport) != (last.src, last.sport):
-        facts.append(f"seen as {_end(last, source=True)}")
+        facts.append(f"seen as {end_text(last, source=True)}")
     if view.duration is not None and not view.failed:
         facts.append(duration_text(view.duration))
     elif followed.began is None:
@@ -162,9 +151,9 @@ def _half_text(half: Half, sight: Sight) -> str:
     out = entry.reply.inverted()
     changes = []
     if (out.dst, out.dport) != (entry.orig.dst, entry.orig.dport):
-        changes.append(f"to {_end(out)}")
+        changes.append(f"to {end_text(out)}")
     if (out.src, out.sport) != (entry.orig.src, entry.orig.sport):
-        changes.append(f"from {_end(out, source=True)}")
+        changes.append(f"from {end_text(out, source=True)}")
     parts = [" ".join(sight.states) or ("answered" if sight.replied else "no answer")]
     if changes:
         parts.append("translated " + " ".join(changes))
@@ -177,253 +166,6 @@ def _rule(cited: Citation) -> str:
 
 
 # documents
-
-
-def connection_document(view: View) -> dict[str, Any]:
-    """What docs/schema/follow.json describes."""
-    followed = view.followed
-    connection, judgement = followed.connection, followed.judgement
-    first, last = connection.first, connection.last
-    source, target = connection.halves[0], followed.sights[0]
-    answered = any(sight.replied for sight in followed.sights)
-    return envelope(
-        "FollowedConnection",
-        {
-            "number": followed.number,
-            "phase": followed.phase.value,
-            "outcome": judgement.outcome.value,
-            "failed": judgement.failed,
-            "because": judgement.because or None,
-            "protocol": protocol_name(first.protocol),
-            "client": _end(first, source=True),
-            "clientName": view.client or None,
-            "door": _end(first),
-            "doorName": view.door or None,
-            "endpoint": _end(last),
-            "endpointName": view.endpoint or None,
-            "endpointNode": view.endpoint_node or None,
-            "sourceSeen": _end(last, source=True) if answered else None,
-            "began": _stamp(followed.began),
-            "ended": _stamp(followed.ended),
-            "durationSeconds": None if view.duration is None else round(view.duration, 3),
-            "traffic": _traffic(source, target),
-            "died": _death_document(view),
-            "remarks": list(view.remarks),
-            "entries": [
-                _entry(half, sight, rules)
-                for half, sight, rules in zip(
-                    connection.halves, followed.sights, view.rules, strict=True
-                )
-            ],
-            "packets": None if view.packets is None else packets_document(view.packets),
-        },
-    )
-
-
-def alone_document(
-    seen: SeenPackets, judgement: Judgement, number: int, names: Callable[[Tuple5], tuple[str, str]]
-) -> dict[str, Any]:
-    """As `connection_document`, of one that only packets tell: it has no entries.  `names`: of
-    its client and its front door."""
-    connection = seen.connection
-    client, door = names(connection.first)
-    begin, end = connection.begin / 1e9, connection.end / 1e9
-    packets = packets_document(seen)
-    deaths = packets["deaths"]
-    return envelope(
-        "FollowedConnection",
-        {
-            "number": number,
-            "phase": Phase.CLOSED.value,
-            "outcome": judgement.outcome.value,
-            "failed": True,
-            "because": judgement.because,
-            "protocol": protocol_name(connection.protocol),
-            "client": _end(connection.first, source=True),
-            "clientName": client or None,
-            "door": _end(connection.first),
-            "doorName": door or None,
-            "endpoint": None,
-            "endpointName": None,
-            "endpointNode": None,
-            "sourceSeen": None,
-            "began": _stamp(begin),
-            "ended": _stamp(end),
-            "durationSeconds": round(end - begin, 3),
-            "traffic": None,
-            "died": {
-                "lastSeen": deaths[0]["lastSeen"] if deaths else None,
-                "notSeenOn": None,
-                "walk": None,
-            },
-            "remarks": [],
-            "entries": [],
-            "packets": packets,
-        },
-    )
-
-
-def _death_document(view: View) -> dict[str, Any] | None:
-    judgement = view.followed.judgement
-    if not judgement.failed:
-        return None
-    return {
-        "lastSeen": str(judgement.last) if judgement.last is not None else None,
-        "notSeenOn": judgement.next_node or None,
-        "walk": view.death or None,
-    }
-
-
-def _entry(half: Half, sight: Sight, rules: Sequence[Citation]) -> dict[str, Any]:
-    entry = half.entry
-    out = entry.reply.inverted()
-    changed_to = (out.dst, out.dport) != (entry.orig.dst, entry.orig.dport)
-    changed_from = (out.src, out.sport) != (entry.orig.src, entry.orig.sport)
-    return {
-        "node": half.place.node,
-        "netns": f"pod/{half.place.pod}" if half.place.pod else "host",
-        "source": _end(entry.orig, source=True),
-        "destination": _end(entry.orig),
-        "destinationNat": _end(out) if changed_to else None,
-        "sourceNat": _end(out, source=True) if changed_from else None,
-        "state": entry.tcp_state or None,
-        "states": list(sight.states),
-        "replied": sight.replied,
-        "began": _stamp(sight.began),
-        "removed": _stamp(sight.ended),
-        "removedEarlySeconds": sight.left,
-        "traffic": _traffic(half, sight),
-        "complete": sight.complete,
-        "rules": [
-            {
-                "backend": rule.backend or None,
-                "table": rule.table or None,
-                "chain": rule.chain or None,
-                "position": rule.position or None,
-                "text": rule.text,
-            }
-            for rule in rules
-        ],
-    }
-
-
-def _traffic(half: Half, sight: Sight) -> dict[str, Any] | None:
-    """None: accounting is off, or the counters were not read in time."""
-    entry = half.entry
-    if not sight.counted or entry.orig_bytes is None:
-        return None
-    return {
-        "packets": entry.orig_packets,
-        "bytes": entry.orig_bytes,
-        "replyPackets": entry.reply_packets,
-        "replyBytes": entry.reply_bytes,
-    }
-
-
-def step_document(step: Step) -> dict[str, Any]:
-    return envelope(
-        "ConnectionStep",
-        {
-            "number": step.number,
-            "at": _stamp(step.at),
-            "node": step.place.node,
-            "netns": f"pod/{step.place.pod}" if step.place.pod else "host",
-            "event": step.kind.name,
-            "polled": step.polled,
-            "state": step.state or None,
-        },
-    )
-
-
-def _stamp(at: float | None) -> str | None:
-    if at is None:
-        return None
-    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-# the summary
-
-
-def summary_document(
-    title: str, tally: Tally, seconds: float, missing: Sequence[Missing], names: Mapping[str, str]
-) -> dict[str, Any]:
-    """`names`: endpoint → the pod's name."""
-    percent = tally.percentiles()
-    return envelope(
-        "FollowSummary",
-        {
-            "followed": title,
-            "verdict": verdict(title, tally, seconds, missing),
-            "seconds": round(seconds, 1),
-            "connections": tally.connections,
-            "failed": tally.failed,
-            "outcomes": {one.value: count for one, count in tally.outcomes.items()},
-            "failures": [
-                {
-                    "outcome": one.outcome.value,
-                    "endpoint": one.where,
-                    "count": one.count,
-                    "because": one.because or None,
-                    "walk": one.death or None,
-                }
-                for one in tally.failures.values()
-            ],
-            "endpoints": [
-                {
-                    "endpoint": end,
-                    "name": names.get(end),
-                    "connections": share.connections,
-                    "share": _ratio(share.connections, _shared(tally)),
-                    "expectedShare": _ratio(share.expected, tally.with_odds),
-                }
-                for end, share in _ordered(tally)
-            ],
-            "durationSeconds": {f"p{p}": round(value, 3) for p, value in percent.items()} or None,
-            "hopLatency": [
-                {
-                    "from": hop[0],
-                    "to": hop[1],
-                    "packets": times.packets,
-                    "nanoseconds": {
-                        f"p{p}": round(value) for p, value in percentiles(times.nanoseconds).items()
-                    },
-                    "boundNs": times.bound,
-                }
-                for hop, times in tally.hops.items()
-            ],
-            "lostPackets": dict(tally.lost_packets),
-            "droppedPackets": tally.dropped_packets,
-            "passedOver": tally.passed_over,
-            "bytes": tally.bytes if tally.counted else None,
-            "notThroughTheService": tally.beside,
-            "lostEvents": dict(tally.lost),
-            "gaps": [
-                {
-                    "where": gap.where,
-                    "why": gap.why,
-                    "begin": _stamp(gap.begin),
-                    "end": _stamp(gap.end),
-                }
-                for gap in tally.gaps
-            ],
-            "unwritten": tally.unwritten,
-            "forgotten": tally.forgotten,
-            "missing": missing_document(missing),
-            "notes": list(tally.notes),
-        },
-    )
-
-
-def _shared(tally: Tally) -> int:
-    return sum(share.connections for share in tally.shares.values())
-
-
-def _ordered(tally: Tally) -> list[tuple[str, Share]]:
-    return sorted(tally.shares.items(), key=lambda one: (-one[1].connections, one[0]))
-
-
-def _ratio(part: float, whole: float) -> float | None:
-    return round(part / whole, 4) if whole else None
 
 
 def verdict(title: str, tally: Tally, seconds: float, missing: Sequence[Missing]) -> str:
@@ -488,8 +230,8 @@ def summary_lines(
         page.blank()
         page.line("Endpoints", "bold")
         page.lines.append(page.paint("  connections   share  by rules", "dim"))
-        whole = _shared(tally)
-        for end, share in _ordered(tally):
+        whole = tally.shared
+        for end, share in tally.ordered():
             expected = "not known"
             if tally.with_odds:
                 expected = f"{share.expected / tally.with_odds:.1%}"
