@@ -190,7 +190,7 @@ def check_truth(lab: Lab, one: Following, logged: list[Logged]) -> None:
     real = tables(lab)
     for log in logged:
         found = by_ends.get((log.client, log.door), [])
-        assert len(found) == again[log.client, log.door], (log, found)
+        assert len(found) == again[log.client, log.door], (log, found, one.said, one.summary)
         record = found[0]
         assert not record["failed"], record
         assert record["endpointName"] == f"pod/{log.pod}", (log, record)
