@@ -1,7 +1,7 @@
-"""The typer application: the commands, registered one by one.
+"""The typer application: the commands, each with where it is.
 
-A command's module is imported when the program starts, so it must import little; what it works
-with (grpc, the cluster reader) it imports when it runs.
+A command's module is imported when it is called, or when help is asked for: it must import little;
+what it works with (grpc, the cluster reader) it imports when it runs.
 """
 
 from __future__ import annotations
@@ -11,21 +11,7 @@ from typing import Annotated, Final
 import typer
 
 from gketrace_cli import __version__
-from gketrace_cli.commands import (
-    auth,
-    bundle,
-    capture,
-    check,
-    connections,
-    conntrack,
-    diff,
-    install,
-    pod,
-    rules,
-    service,
-    status,
-    trace,
-)
+from gketrace_cli.lazy_group import LazyCommand, lazy_group
 from gketrace_cli.options import Options, with_options
 
 __all__ = ["app"]
@@ -34,6 +20,38 @@ EPILOG: Final = (
     "Exit status: 0 fine, 1 something is broken, 2 usage or not found, 3 could not tell, "
     "4 forbidden, 5 nobody answered."
 )
+
+
+def _at(where: str, short_help: str, cls: str = "") -> LazyCommand:
+    package = "gketrace_cli.commands."
+    return LazyCommand(
+        target=package + where, short_help=short_help, cls=package + cls if cls else ""
+    )
+
+
+_COMMANDS: Final = {
+    "bundle": _at("bundle:bundle", "Save what answers need, in one file."),
+    "capture": _at("capture:capture", "Capture packets at several places at once."),
+    "check": _at("check:check", "Say what is wrong in the whole cluster."),
+    "connections": _at("connections:connections", "List connections, from client to pod."),
+    "conntrack": _at(
+        "conntrack:conntrack",
+        "List, count, follow or delete conntrack entries.",
+        "conntrack:ConntrackCommand",
+    ),
+    "diff": _at("diff:diff", "Name what changed between two bundles."),
+    "explain": _at("check:explain", "Tell more about a finding, by its code."),
+    "install": _at("install:install", "Put the agents into the cluster."),
+    "pod": _at("pod:pod", "Show where a pod is and how it is wired."),
+    "rules": _at("rules:rules", "Draw the rules of a node or pod, with counters."),
+    "service": _at("service:service", "Follow packets to a Service; --follow: live ones."),
+    "status": _at("status:status", "Say which nodes have an agent that answers."),
+    "trace": _at("trace:trace", "Follow one packet from any SRC to any DST."),
+    "uninstall": _at("install:uninstall", "Take out what install put in."),
+}
+_AUTH: Final = {
+    "can-i": _at("auth:can_i", "Say what you and your agents' account may do."),
+}
 
 
 def _show_version(wanted: bool) -> None:
@@ -63,6 +81,7 @@ def _root(
 
 app: Final = typer.Typer(
     name="gketrace",
+    cls=lazy_group(_COMMANDS, EPILOG),
     help=_root.__doc__,
     epilog=EPILOG,
     rich_markup_mode=None,
@@ -70,53 +89,11 @@ app: Final = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
 )
 app.callback()(_root)
-_auth: Final = typer.Typer(help="Say what you may do: auth can-i.", rich_markup_mode=None)
-_auth.command("can-i", epilog=EPILOG, short_help="Say what you and your agents' account may do.")(
-    with_options(auth.can_i)
-)
-app.add_typer(_auth, name="auth")
-app.command("bundle", epilog=EPILOG, short_help="Save what answers need, in one file.")(
-    with_options(bundle.bundle)
-)
-app.command("capture", epilog=EPILOG, short_help="Capture packets at several places at once.")(
-    with_options(capture.capture)
-)
-app.command("check", epilog=EPILOG, short_help="Say what is wrong in the whole cluster.")(
-    with_options(check.check)
-)
-app.command("connections", epilog=EPILOG, short_help="List connections, from client to pod.")(
-    with_options(connections.connections)
-)
-app.command(
-    "conntrack",
-    cls=conntrack.ConntrackCommand,
-    epilog=EPILOG,
-    short_help="List, count, follow or delete conntrack entries.",
-)(with_options(conntrack.conntrack))
-app.command("diff", epilog=EPILOG, short_help="Name what changed between two bundles.")(
-    with_options(diff.diff)
-)
-app.command("explain", epilog=EPILOG, short_help="Tell more about a finding, by its code.")(
-    with_options(check.explain)
-)
-app.command("install", epilog=EPILOG, short_help="Put the agents into the cluster.")(
-    with_options(install.install)
-)
-app.command("pod", epilog=EPILOG, short_help="Show where a pod is and how it is wired.")(
-    with_options(pod.pod)
-)
-app.command("rules", epilog=EPILOG, short_help="Draw the rules of a node or pod, with counters.")(
-    with_options(rules.rules)
-)
-app.command(
-    "service", epilog=EPILOG, short_help="Follow packets to a Service; --follow: live ones."
-)(with_options(service.service))
-app.command("status", epilog=EPILOG, short_help="Say which nodes have an agent that answers.")(
-    with_options(status.status)
-)
-app.command("trace", epilog=EPILOG, short_help="Follow one packet from any SRC to any DST.")(
-    with_options(trace.trace)
-)
-app.command("uninstall", epilog=EPILOG, short_help="Take out what install put in.")(
-    with_options(install.uninstall)
+app.add_typer(
+    typer.Typer(
+        cls=lazy_group(_AUTH, EPILOG),
+        help="Say what you may do: auth can-i.",
+        rich_markup_mode=None,
+    ),
+    name="auth",
 )
