@@ -20,6 +20,8 @@ def main() -> None:
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     # What gRPC would print is in the exceptions that it raises, too.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    # NumPy's linear algebra, which is not used, else begins a thread for each of the node's cores.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         config = parse_arguments()
         from gketrace_agent.server import serve  # gRPC loads only when there is something to serve

@@ -33,6 +33,9 @@ _KNOWN_BY: Final = ("cgroup", "pid", "path", "stale")
 namespace; or it goes on naming them when they are gone."""
 _WARM: Final = 10
 """Rounds of each kind before it is read what the agent holds."""
+_COLD: Final = 25
+"""Of so many restarts one is of a new process, with its second of imports; the others are of a fork
+that has them."""
 _POOL: Final = 4
 """Threads by which gRPC's pools may still grow after the first rounds."""
 _HELD: Final = ("threads", "fds", "namespaces", "rings", "children", "zombies", "mounts")
@@ -126,7 +129,7 @@ class _Races:
         self.forget(pod)
         return after, by
 
-    def restarted(self, pod: RacePod) -> None:
+    def restarted(self, pod: RacePod, *, cold: bool) -> None:
         """One round: the agent ends in the middle of a call, and another one begins."""
         kind = self.rng.choice([*CALLS])
         called: Future[str] = self.pool.submit(self.call, kind, pod)
@@ -134,16 +137,17 @@ class _Races:
         self.agent.signal(self.rng.choice((signal.SIGTERM, signal.SIGKILL)))
         self.agent.ended()
         self.answers[f"restarted: {called.result()}"] += 1
-        poll(lambda: not _others(pod), "processes of an agent that has ended")
-        self.agent.start()
+        known = (os.getpid(), pod.pid, self.agent.nursery)
+        poll(lambda: not _others(pod, known), "processes of an agent that has ended")
+        self.agent.start(warm=not cold)
         self.living(self.rng.choice(["resolved", "observed", "walked"]), pod)
 
 
-def _others(pod: RacePod) -> list[int]:
-    """Processes that are neither this one nor the pod's.  Zombies are reaped on the way."""
+def _others(pod: RacePod, known: tuple[int, ...]) -> list[int]:
+    """Processes that are neither `known` nor the pod's.  Zombies are reaped on the way."""
     found = []
     for name in os.listdir("/proc"):
-        if not name.isdigit() or int(name) in (os.getpid(), pod.pid):
+        if not name.isdigit() or int(name) in known:
             continue
         try:
             stat = Path("/proc", name, "stat").read_text()
@@ -221,8 +225,10 @@ def _run(times: int, seed: int, kinds: list[str], quiet: bool) -> dict[str, Any]
                 print(f"{time.monotonic() - begun:.0f} s: {dict(done)}", flush=True)
         last = _held(races.agent) if deleting else {}
         for number in range(times if "restarted" in kinds else 0):
-            races.restarted(pod)
+            cold = number % _COLD == 0
+            races.restarted(pod, cold=cold)
             done["restarted"] += 1
+            done["restarted_cold"] += cold
             if not quiet and number % 50 == 49:
                 print(f"{time.monotonic() - begun:.0f} s: {number + 1} restarts", flush=True)
         pod.kill()

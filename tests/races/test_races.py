@@ -33,4 +33,5 @@ def test_pods_deleted_in_the_middle_of_calls() -> None:
 
 @pytest.mark.timeout(300)
 def test_an_agent_restarted_in_the_middle_of_calls() -> None:
-    assert _races(2, "restarted")["times"] == {"restarted": 2}
+    # The first is of a new process, the second of a fork.
+    assert _races(2, "restarted")["times"] == {"restarted": 2, "restarted_cold": 1}
