@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from gketrace.connections import TupleKey, inverted_key
 from gketrace.follow.entries import Seen
@@ -37,7 +37,10 @@ class Generations:
         self._add(flow, one)
         gone = []
         for other in found:
-            if other is not flow and self._same_time(flow, other):
+            # The one that stays may be the other one: then the chosen one is no more.
+            if other is flow or other.merged is not None:
+                continue
+            if self._same_time(flow, other):
                 flow, less = self._merge(flow, other)
                 gone.append(less)
         if len(found) < len(around):
@@ -46,7 +49,7 @@ class Generations:
 
     def drop(self, flow: Flow) -> None:
         """Forgets it."""
-        self._unindex(flow, flow.seen)
+        self._unindex(flow, _keys(flow.seen))
         for one in flow.seen:
             self._of.pop(one, None)
 
@@ -69,7 +72,7 @@ class Generations:
         return begun[0] <= one.began and one.since <= begun[1]
 
     def _around(self, one: Seen) -> list[Flow]:
-        keys = {_either_way(one.taken), _either_way(one.let_out)}
+        keys = _keys([one])
         found = {flow.number: flow for key in keys for flow in self._by_key.get(key, ())}
         return list(found.values())
 
@@ -101,12 +104,14 @@ class Generations:
                 early = seen.began is not None and seen.began > old.began + self._skew
                 if seen is not old and late and early and flow.rival(seen) is None:
                     earlier.seen.remove(seen)
+                    # A tuple that it has no entry of any more must not lead to it.
+                    self._unindex(earlier, _keys([seen]) - _keys(earlier.seen))
                     self._add(flow, seen)
 
     def _add(self, flow: Flow, one: Seen) -> None:
         flow.seen.append(one)
         self._of[one] = flow
-        for key in {_either_way(one.taken), _either_way(one.let_out)}:
+        for key in _keys([one]):
             flows = self._by_key.setdefault(key, [])
             if flow not in flows:
                 flows.append(flow)
@@ -126,22 +131,26 @@ class Generations:
         stay.opened |= go.opened
         stay.waiting |= go.waiting
         go.merged = stay
+        self._unindex(go, _keys(go.seen))
         go.seen = []
-        self._unindex(go, stay.seen)
         return stay, go
 
-    def _unindex(self, flow: Flow, seen: Sequence[Seen]) -> None:
-        for one in seen:
-            for key in (_either_way(one.taken), _either_way(one.let_out)):
-                flows = self._by_key.get(key)
-                if flows is not None and flow in flows:
-                    flows.remove(flow)
-                    if not flows:
-                        del self._by_key[key]
+    def _unindex(self, flow: Flow, keys: Iterable[TupleKey]) -> None:
+        for key in keys:
+            flows = self._by_key.get(key)
+            if flows is not None and flow in flows:
+                flows.remove(flow)
+                if not flows:
+                    del self._by_key[key]
 
 
 def _age(flow: Flow) -> float:
     return flow.first_heard
+
+
+def _keys(seen: Iterable[Seen]) -> set[TupleKey]:
+    """What flows of these entries are found by."""
+    return {_either_way(key) for one in seen for key in (one.taken, one.let_out)}
 
 
 def _either_way(key: TupleKey) -> TupleKey:

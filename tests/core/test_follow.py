@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from itertools import permutations, product
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -129,6 +130,14 @@ def cluster_ip(source: Place, port: int, last: Place) -> list[tuple[Place, Tuple
     return [(source, taken, behind)] + ([] if source == last else [(last, behind, behind)])
 
 
+def from_node(
+    source: Place, port: int, first: Place, last: Place
+) -> list[tuple[Place, Tuple5, Tuple5]]:
+    """A node's own connection through another's NodePort: up to three tables."""
+    ways = node_port(IP[source], port, first, last)
+    return [(source, ways[0][1], ways[0][1]), *ways]
+
+
 def play(
     script: Script,
     *,
@@ -217,8 +226,11 @@ def random_script(rng: random.Random, count: int, gap: float = 1.0) -> Script:
         port = rng.randrange(40000, 40003)
         client = f"203.0.113.{rng.randrange(1, 4)}"
         ways = node_port(client, port, first, last)
-        if rng.random() < 0.4:
+        kind = rng.random()
+        if kind < 0.3:
             ways = cluster_ip(first, port, last)
+        elif kind < 0.6:
+            ways = from_node(rng.choice([p for p in (A, B, C) if p != first]), port, first, last)
         keys = [(place, t) for place, *ends in ways for t in ends]
         free = max((used.get(key, 0.0) for key in keys), default=0.0)
         # What a node lets out is one entry's alone, as long as that is there.
@@ -276,6 +288,19 @@ def test_what_is_lost_makes_no_second_record(seed: int) -> None:
     unseen = set(range(script.connections)) - set(told)
     places = {n: {p for (p, _), m in script.truth.items() if m == n} for n in unseen}
     assert all(where == {lost[0]} for where in places.values())
+
+
+def test_the_node_in_the_middle_may_be_the_last_to_tell() -> None:
+    """Its entry shows that what the two others told is one connection, whichever told first."""
+    for port, order in product(range(40000, 40010), permutations((C, A, B))):
+        ways = {way[0]: (at, *way[1:]) for at, way in enumerate(from_node(C, port, A, B))}
+        joiner = Joiner(owner=owner)
+        for place in order:
+            at, taken, let_out = ways[place]
+            made = record(taken, let_out, "ESTABLISHED", id=1)
+            joiner.feed(place, 5.0 + at / 1000, bytes([NEW]), [made])
+        (one,) = joiner.finish(6.0)
+        assert [half.place for half in one.connection.halves] == [C, A, B]
 
 
 def one_record(script: Script, **more: object) -> Followed:
