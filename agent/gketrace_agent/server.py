@@ -27,6 +27,7 @@ from gketrace_agent.access.guard import Guard
 from gketrace_agent.config import Config, Listen
 from gketrace_agent.interceptor import CallInterceptor
 from gketrace_agent.log import logger, start_logging
+from gketrace_agent.resolve.host import see_all_cgroups
 from gketrace_agent.service import AgentService
 from gketrace_proto.v1alpha1 import agent_pb2, agent_pb2_grpc
 
@@ -268,6 +269,9 @@ def serve(config: Config) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
+    # Before there are other threads, which would stay where they are.
+    if why := see_all_cgroups(config.paths):
+        logger.warning("the agent's own pod is not seen: cgroups are told from its own: %s", why)
     server = AgentServer(config)
     for address in server.start():
         if address.path is None and config.authentication is None:
