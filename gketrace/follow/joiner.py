@@ -178,6 +178,14 @@ class Joiner:
         """Whether no place that is followed has more to say of what was before `until`."""
         return all(here.recovering or here.heard >= until for here in self._places.values())
 
+    def behind(self, until: float) -> frozenset[Place]:
+        """Places that are followed and may have more to say of what was before `until`."""
+        return frozenset(
+            place
+            for place, here in self._places.items()
+            if not here.recovering and here.heard < until
+        )
+
     def finish(self, now: float) -> list[Followed]:
         """The records of all that is not over, after those that are."""
         for flow in list(self._flows.values()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from ipaddress import ip_address
 
@@ -14,13 +15,15 @@ from gketrace.objects import Endpoint, Pod
 from gketrace_cli.addressbook import AddressBook
 from gketrace_cli.follow.options import Followed, FollowOutput, plain_output
 from gketrace_cli.follow.output import Sampler
+from gketrace_cli.follow.rulebook import Way
 from gketrace_cli.follow.scope import changes, pod_scope
 from gketrace_cli.follow.tally import Gap, Tally, percentiles
 from gketrace_cli.follow.view import Chosen, View, make_view, parse_state
 from gketrace_cli.main import run
 from gketrace_cli.options import Options
-from gketrace_cli.render.follow import connection_lines, verdict
+from gketrace_cli.render.follow import connection_lines
 from gketrace_cli.render.follow_documents import connection_document
+from gketrace_cli.render.follow_summary import verdict
 from gketrace_cli.render.layout import Page
 from tests.core.test_follow import A, B, Script, node_port, owner, play
 
@@ -29,14 +32,26 @@ def views(fate: str, *, died: int = 9) -> list[View]:
     script = Script()
     script.connect(5.0, node_port("203.0.113.9", 40000, A, B), fate, died=died)
     book = AddressBook(nodes=(), pods=(), services=())
-    return [make_view(one, book, {"10.40.1.6": "b"}, None, "") for one in play(script)]
+    way = Way(paths=(), door=ip_address("10.142.0.1"))
+    return [make_view(one, book, {"10.40.1.6": "b"}, way, "") for one in play(script)]
 
 
 def test_a_closed_connection_is_one_line() -> None:
-    text = connection_lines(Page(), views("closed")[-1], "default")
+    text = connection_lines(Page(width=1000), views("closed")[-1], "default")
     assert text.count("\n") == 1
-    assert "closed  203.0.113.9:40000 → 10.142.0.1:30080 → 10.40.1.6:8080" in text
-    assert "seen as 10.142.0.1:40000" in text
+    assert "closed: 203.0.113.9:40000 → 10.142.0.1:30080 → 10.40.1.6:8080; " in text
+    assert "seen as 10.142.0.1:40000; took 52 ms" in text
+
+
+def test_a_narrow_terminal_breaks_lines_between_words() -> None:
+    view = replace(views("closed")[-1], endpoint="pod/default/hello-server-579859fb5b-szrwh")
+    for width in (40, 80, 120):
+        lines = connection_lines(Page(width=width, colored=True), view, "default").splitlines()
+        plain = [re.sub("\033.*?m", "", line) for line in lines]
+        assert all(len(line) <= width for line in plain)
+        assert all(line.startswith(" " * 4) for line in plain[1:])
+        assert "\033[32m" in lines[0]
+        assert lines[0].index("closed\033[0m:") > 0
 
 
 def test_a_failure_says_where_it_was_seen_last() -> None:

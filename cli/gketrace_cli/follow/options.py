@@ -188,7 +188,8 @@ def _follow(
         raise UsageError("--events goes with -o jsonl only")
     since = seconds_of("--since", typed.since)
     duration = seconds_of("--duration", typed.duration)
-    from gketrace_cli.follow.run import Request, follow
+    from gketrace_cli.follow.request import Request
+    from gketrace_cli.follow.run import follow
     from gketrace_cli.follow.view import Chosen, parse_state
     from gketrace_cli.session import Session
 

@@ -122,7 +122,7 @@ class Streams:
                 self._put(call, Arrived(place, call.turn, time.time(), reply))
         except GketraceError as error:
             return error.message
-        except RuntimeError as error:  # the channel is closed: the fleet was replaced meanwhile
+        except (RuntimeError, ValueError) as error:  # the channel was closed meanwhile
             return str(error)
         finally:
             stream.close()

@@ -96,6 +96,8 @@ class Tally:
     lost: Counter[str] = field(default_factory=Counter)
     """Place → events that its kernel dropped."""
     gaps: list[Gap] = field(default_factory=list)
+    behind: tuple[str, ...] = ()
+    """Places whose last events had not come when it ended."""
     unwritten: int = 0
     """Records that were not written, as their reader was too slow."""
     forgotten: int = 0
@@ -198,6 +200,7 @@ class Tally:
         return bool(
             self.lost
             or self.gaps
+            or self.behind
             or self.unwritten
             or self.forgotten
             or self.lost_packets

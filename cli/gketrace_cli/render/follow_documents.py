@@ -17,7 +17,8 @@ from gketrace_cli.follow.seen import packets_document
 from gketrace_cli.follow.tally import Tally, percentiles
 from gketrace_cli.follow.view import View
 from gketrace_cli.render.documents import envelope, missing_document
-from gketrace_cli.render.follow import end_text, verdict
+from gketrace_cli.render.follow import end_text
+from gketrace_cli.render.follow_summary import verdict
 
 __all__ = ["alone_document", "connection_document", "step_document", "summary_document"]
 
@@ -240,6 +241,7 @@ def summary_document(
             "bytes": tally.bytes if tally.counted else None,
             "notThroughTheService": tally.beside,
             "lostEvents": dict(tally.lost),
+            "behind": list(tally.behind),
             "gaps": [
                 {
                     "where": gap.where,
