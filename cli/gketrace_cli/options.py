@@ -25,7 +25,7 @@ from gketrace.access import AGENT_NAMESPACE, DEFAULT_ACCOUNT
 from gketrace.errors import UsageError
 from gketrace_cli.account import Account, parse_account
 
-__all__ = ["Color", "Connect", "Output", "Options", "parse_agents", "with_options"]
+__all__ = ["Color", "Connect", "Output", "Options", "Verbose", "parse_agents", "with_options"]
 
 ON_BUNDLES: Final = ("check", "connections", "conntrack", "pod", "rules", "service", "trace")
 """Commands that answer from a bundle as they do from a cluster."""
@@ -46,6 +46,12 @@ class Output(str, Enum):
     @property
     def machine(self) -> bool:
         return self in (Output.JSON, Output.YAML)
+
+
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Tell each way hop by hop, rule by rule.")
+]
+"""``-v`` of the commands that trace."""
 
 
 class Color(str, Enum):
@@ -189,6 +195,14 @@ class Options:
             if value:
                 raise UsageError(f"{name} and --bundle exclude each other")
 
+    def check_files(self) -> None:
+        """Raises: `UsageError` for an empty name, as an unset variable leaves it."""
+        if self.bundle == "":
+            raise UsageError("--bundle lacks the name of a file")
+        if self.agent_ca is not None and self.agent_ca.is_dir():
+            # typer reads an empty name as the directory that one is in.
+            raise UsageError("--agent-ca names no file, but an empty name or a directory")
+
     def check_namespace(self) -> None:
         """Raises: `UsageError` for what no namespace is called (IsDNS1123Label)."""
         name = self.namespace or ""
@@ -271,6 +285,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
             values["ctx"] = ctx
         options = given.over(outer)
         options.check_namespace()
+        options.check_files()
         if options.bundle is not None and ctx.invoked_subcommand is None:
             options.check_bundle(str(ctx.command.name))
             if values.get("follow"):

@@ -48,6 +48,7 @@ def check_golden(name: str, text: str) -> None:
     [
         ("pod", ["pod", "hello-server-579859fb5b-szrwh"], 0),
         ("service", ["service", "hello-server"], 0),
+        ("service-verbose", ["service", "hello-server", "-v"], 0),
         (
             "nodeport",
             ["service", "hello-server", "--via", "nodeport", "--from", "node/m69d", "--node=2jdh"],
@@ -158,6 +159,10 @@ def test_a_trace_in_json(ask: Ask) -> None:
         (["trace", "203.0.113.10", "[fd00::1]:80"], "not of one address family"),
         (["pod", "web-0", "--agent", "2jdh"], "--agent 2jdh: not NODE=ADDR"),
         (["pod", "web-0", "--local"], "--local and --agent exclude each other"),
+        (["capture", "zzz"], "capture needs a target, and 'zzz' is none"),
+        (["check", "--bundle", ""], "--bundle lacks the name of a file"),
+        (["check", "--agent-ca", ""], "--agent-ca names no file"),
+        (["service", "web", "--follow", "-v"], "-v tells a trace hop by hop"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_2(ask: Ask, words: list[str], message: str) -> None:
@@ -173,8 +178,9 @@ def test_one_agent_down_is_said_and_exit_3(ask: Ask, world: Stage) -> None:
     code, out, err = ask("service", "hello-server")
     assert (code, err) == (3, "")
     assert "no agent answers on 33fg" in " ".join(out.split())
-    assert "NodePort 10.142.0.8:31830/tcp on 2jdh" in out
-    assert "delivered to 10.40.0.6:8080" in out
+    assert "  at 2jdh 10.142.0.8  KUBE-NODEPORTS:12;" in out
+    assert "KUBE-SEP-GNGNYGTEG254KWMX:2 DNAT to 10.40.0.6:8080" in " ".join(out.split())
+    assert "at 33fg 10.142.0.7  UNKNOWN: " in out
     document = json.loads(ask("service", "hello-server", "-o", "json")[1])
     assert not document["complete"]
     assert {m["node"] for m in document["missing"]} == {"33fg"}
@@ -264,7 +270,7 @@ def test_a_rule_that_is_not_understood_ends_in_unknown(ask: Ask, world: Stage) -
 def test_dropped_as_configured_is_an_outcome(ask: Ask) -> None:
     code, out, _ = ask("service", "web-lb-local")
     assert code == 0
-    assert "dropped as configured: externalTrafficPolicy is Local" in " ".join(out.split())
+    assert "; as configured: externalTrafficPolicy is Local" in " ".join(out.split())
     assert ask("service", "web-lb-local", "--via", "nodeport", "--node", "33fg")[0] == 1
 
 

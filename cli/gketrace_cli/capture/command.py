@@ -104,8 +104,10 @@ def run(wish: Wish, options: Options, form: CaptureOutput, style: LineStyle) -> 
 
 def _check(wish: Wish, form: CaptureOutput) -> None:
     if not wish.targets and wish.trace is None:
+        given = f", and {wish.filter.split()[0][:100]!r} is none" if wish.filter else ""
         raise UsageError(
-            "capture needs a target", hint="pod/NAME, node/NAME, service/NAME or --trace FROM TO"
+            f"capture needs a target{given}",
+            hint="pod/NAME, node/NAME, service/NAME or --trace FROM TO",
         )
     if wish.connections and wish.targets and wish.targets[0].kind != "service":
         raise UsageError(

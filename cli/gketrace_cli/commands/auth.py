@@ -78,6 +78,9 @@ def can_i(
         write(dump(envelope("Permissions", body), options.format))
     else:
         page = Page.of(options)
+        page.line(
+            _verdict(level, namespace, answers), "green" if fine else "yellow", "bold", hang=2
+        )
         for subject, given in answers.items():
             _draw(page, subject, given)
         write(page.text())
@@ -87,6 +90,20 @@ def can_i(
             write("\nWhat is missing would be granted by:\n\n")
             write("---\n".join(dump(one, Output.YAML) for one in wanted))
     raise typer.Exit(int(ExitCode.OK if fine else ExitCode.FORBIDDEN))
+
+
+def _verdict(level: Level, namespace: str, answers: dict[As, list[Answer]]) -> str:
+    """``yes - …``, ``no - …``, as ``kubectl auth can-i`` begins."""
+    asked = [answer for given in answers.values() for answer in given]
+    lacking = [str(a.right) for a in asked if not a.allowed and not a.unknown]
+    unknown = sum(1 for answer in asked if answer.unknown)
+    what = f"what a {level.value} needs" + (f" in namespace {namespace}" if namespace else "")
+    if lacking:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        return f"no - of {what}, this is missing: {lacking[0]}{more}"
+    if unknown:
+        return f"could not tell - of {what}, {unknown} of {len(asked)} rights could not be asked"
+    return f"yes - {what} is allowed"
 
 
 def _draw(page: Page, subject: As, answers: list[Answer]) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from gketrace.errors import NotFoundError, UsageError
 from gketrace_cli.follow import options as following
-from gketrace_cli.options import Options
+from gketrace_cli.options import Options, Verbose
 
 if TYPE_CHECKING:
     from gketrace.objects import Endpoint, Service
@@ -61,6 +61,7 @@ def service(
         str | None,
         typer.Option("--port", metavar="PORT", help="Only this port, by name or number."),
     ] = None,
+    verbose: Verbose = False,
     follow: following.FollowOption = False,
     to: following.ToOption = None,
     since: following.SinceOption = None,
@@ -90,6 +91,8 @@ def service(
         output=output,
     )
     if follow:
+        if verbose:
+            raise UsageError("-v tells a trace hop by hop", hint="--follow has -o wide")
         if via or node or port:
             raise UsageError(
                 "--via, --node and --port choose packets to trace, not connections to follow",
@@ -143,7 +146,7 @@ def service(
     from gketrace_cli.render.documents import dump
     from gketrace_cli.render.findings import draw_findings
     from gketrace_cli.render.layout import Page, write
-    from gketrace_cli.render.trace import draw_trace
+    from gketrace_cli.render.trace import draw_trace, in_brief
     from gketrace_cli.render.trace_document import trace_document
     from gketrace_cli.verdict import judge_service, with_live
 
@@ -172,7 +175,14 @@ def service(
         write(dump(document, options.format))
     else:
         page = Page.of(options, short_names(n.name for n in nodes))
-        draw_trace(page, verdict, result.answers, missing=result.missing, notes=notes)
+        draw_trace(
+            page,
+            verdict,
+            result.answers,
+            missing=result.missing,
+            notes=notes,
+            brief=not verbose and in_brief(options, result.answers),
+        )
         draw_live(page, live)
         draw_findings(page, findings, heading="Findings")
         write(page.text())

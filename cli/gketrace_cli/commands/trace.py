@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gketrace.errors import NotFoundError, UnsupportedError, UsageError
-from gketrace_cli.options import Options
+from gketrace_cli.options import Options, Verbose
 
 if TYPE_CHECKING:
     from gketrace.packet import IPAddress
@@ -40,6 +40,7 @@ def trace(
             help="Where a packet from outside the cluster arrives, when the address does not say.",
         ),
     ] = None,
+    verbose: Verbose = False,
 ) -> None:
     """Follow one packet from any source to any destination, and its answer back.
 
@@ -75,7 +76,7 @@ def trace(
     from gketrace_cli.render.documents import dump
     from gketrace_cli.render.findings import draw_findings
     from gketrace_cli.render.layout import Page, write
-    from gketrace_cli.render.trace import draw_trace
+    from gketrace_cli.render.trace import draw_trace, in_brief
     from gketrace_cli.render.trace_document import trace_document
 
     notes = [*question.notes, *assumed_port((question,)), *session.hidden]
@@ -94,7 +95,14 @@ def trace(
         write(dump(document, options.format))
     else:
         page = Page.of(options, short)
-        draw_trace(page, verdict, result.answers, missing=result.missing, notes=notes)
+        draw_trace(
+            page,
+            verdict,
+            result.answers,
+            missing=result.missing,
+            notes=notes,
+            brief=not verbose and in_brief(options, result.answers),
+        )
         draw_findings(page, findings, heading="Findings")
         write(page.text())
     raise typer.Exit(int(verdict.code))

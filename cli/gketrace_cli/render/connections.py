@@ -30,8 +30,12 @@ def draw_live(page: Page, live: LiveReading) -> None:
     if draining:
         text += f", {draining} to endpoints that are not ready"
     text += f", {len(live.stale)} stale" if live.stale else ", none stale" if live.nodes else ""
-    page.line(text, "bold")
-    _draw_agreement(page, live)
+    agreeing = live.in_agreement(Agreement.AGREES)
+    if agreeing == live.in_agreement(*Agreement) == len(open_ones) and not live.one_sided:
+        page.line(f"{text}, {'each' if agreeing > 1 else 'and'} as the rules would make it", "bold")
+    else:
+        page.line(text, "bold")
+        _draw_agreement(page, live)
     for one in live.stale:
         page.line(f"{page.short(str(one.place))}: {one.entry}", "red", indent=3, hang=2)
         page.line(f"stale: {one.why}", indent=5, hang=2)

@@ -10,6 +10,7 @@ from gketrace.findings.registry import CODES, code_of
 from gketrace.trace import Source
 from gketrace_cli import __version__
 from gketrace_cli.render.layout import Page
+from gketrace_cli.render.steps import counters
 
 __all__ = ["count_text", "draw_findings", "finding_documents", "sarif_document"]
 
@@ -66,9 +67,9 @@ def _evidence_text(proof: Evidence) -> str:
     place = ""
     if cited.source is Source.RULE and cited.position:
         place = f"{cited.table} {cited.chain}:{cited.position} "
-        if cited.packets is not None:
-            place = f"[{cited.packets}:{cited.bytes}] {place}"
     text = f"{place}{cited.text}"
+    if place and cited.packets is not None:
+        text += f" {counters(cited)}"
     where = " ".join(filter(None, (proof.node, "" if proof.netns == "host" else proof.netns)))
     if where:
         text += f" ({where})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ __all__ = ["WIDTH", "Page", "plain_ascii", "write"]
 
 WIDTH: Final = 80
 """Columns that text output keeps to; ``wide`` does not wrap."""
+WIDEST: Final = 120
+"""A terminal that is wider than `WIDTH` is used up to here: longer lines are hard to read."""
 
 _CODES: Final = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 _ASCII: Final = str.maketrans({"→": "->", "←": "<-", "…": "...", "·": "-", "×": "x"})
@@ -36,7 +39,7 @@ class Page:
     @classmethod
     def of(cls, options: Options, names: Mapping[str, str] | None = None) -> Page:
         wide = options.format is Output.WIDE
-        return cls(colored=options.colored, wide=wide, names=names or {})
+        return cls(colored=options.colored, wide=wide, width=_columns(), names=names or {})
 
     def short(self, text: str) -> str:
         """`text` with the nodes' names shortened; ``wide`` keeps them."""
@@ -92,6 +95,13 @@ class Page:
         while self.lines and not self.lines[-1]:
             self.lines.pop()
         return "\n".join(self.lines) + "\n"
+
+
+def _columns() -> int:
+    """Between 80 and 120 as the terminal has them; 80 when it is none."""
+    if not sys.stdout.isatty():
+        return WIDTH
+    return min(max(shutil.get_terminal_size((WIDTH, 24)).columns, WIDTH), WIDEST)
 
 
 def plain_ascii(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from gketrace_cli.node_status import NodeStatus, Reading
@@ -18,9 +19,13 @@ def verdict(reading: Reading) -> str:
     if len(reading.versions) > 1:
         each = ", ".join(f"{count} of {name}" for name, count in sorted(reading.versions.items()))
         text += f"; they differ in version: {each}"
-    troubled = sum(1 for one in reading.nodes if one.problems)
+    troubled = [one for one in reading.nodes if one.problems]
     if troubled:
-        text += f"; {troubled} {'has' if troubled == 1 else 'have'} something to say below"
+        problems = Counter(problem for one in troubled for problem in one.problems)
+        problem, count = problems.most_common(1)[0]
+        text += f"; {problem} (on {count} of {total})"
+        if len(problems) > 1:
+            text += f", and {len(problems) - 1} more that is marked ! below"
     return f"{text}."
 
 
@@ -38,35 +43,45 @@ def _draw_node(page: Page, one: NodeStatus) -> None:
     info, stats = one.info, one.conntrack
     if info is not None:
         page.entry("agent", f"{info.version}, {page.short(one.how)}")
-        page.entry("plane", f"{info.data_plane}: {info.data_plane_reason}")
-        unseen = any(rules.unavailable for rules in info.rulesets)
-        nothing = "not all seen" if unseen else "no rules of kube-proxy in iptables"
-        backend = info.iptables_backend or nothing
-        page.entry("iptables", f"{backend}; {_rules(one)}")
+        page.entry("data plane", f"{info.data_plane}: {info.data_plane_reason}")
+        page.entry("rules", _backend(one))
         page.entry("runtime", info.runtime or "none answers")
         page.entry("kernel", info.kernel)
-        changes = "may be made" if info.allow_system_changes else "are refused"
-        page.entry("changes", f"of the node {changes}")
+        changes = "allowed" if info.allow_system_changes else "refused"
+        page.entry("changes", f"to the node are {changes} (--allow-system-changes)")
     if stats is not None:
         fill = "" if one.fill is None else f" ({one.fill:.1%})"
         page.entry("conntrack", f"{stats.entries} of {stats.limit} entries{fill}")
-        page.entry("drops", f"{one.drops} by connection tracking since the node's start")
+        page.entry("drops", f"{one.drops} by connection tracking since the node started")
     if one.clock is not None:
-        error = f"±{one.clock_error:.3f}"
-        page.entry("clock", f"{one.clock:+.3f} s {error} beside this machine's")
+        way = "ahead of" if one.clock > 0 else "behind"
+        off = f"{abs(one.clock):.3f} s (±{one.clock_error:.3f} s)"
+        page.entry("clock", f"{off} {way} this machine's")
     for problem in one.problems:
         page.entry("!", page.short(problem), "yellow")
 
 
+def _backend(one: NodeStatus) -> str:
+    info = one.info
+    assert info is not None
+    if info.iptables_backend:
+        return _rules(one)
+    unseen = any(rules.unavailable for rules in info.rulesets)
+    nothing = "not all seen" if unseen else "none of kube-proxy in iptables"
+    return f"{nothing}; {_rules(one)}"
+
+
 def _rules(one: NodeStatus) -> str:
+    """``iptables-nft: 233 rules of IPv4, 35 of IPv6``; each backend that has rules."""
     assert one.info is not None
-    parts = [
-        f"{rules.backend} IPv{rules.family}: {rules.rules} rules"
-        for rules in one.info.rulesets
-        if not rules.unavailable and rules.rules
-    ]
+    parts: dict[str, list[str]] = {}
+    for rules in one.info.rulesets:
+        if not rules.unavailable and rules.rules:
+            of = parts.setdefault(rules.backend, [])
+            of.append(f"{rules.rules}{'' if of else ' rules'} of IPv{rules.family}")
     unseen = any(rules.unavailable for rules in one.info.rulesets)
-    return ", ".join(parts) or ("see below" if unseen else "no rules")
+    texts = [f"{backend}: {', '.join(counted)}" for backend, counted in parts.items()]
+    return "; ".join(texts) or ("see below" if unseen else "no rules")
 
 
 def status_document(reading: Reading) -> dict[str, Any]:

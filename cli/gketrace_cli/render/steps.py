@@ -8,6 +8,7 @@ from typing import Final
 
 from gketrace.trace import Citation, Disposition, Source, Step, StepAction, StepKind
 from gketrace_cli.render.layout import Page
+from gketrace_cli.rewrites import where
 
 __all__ = [
     "LABELS",
@@ -17,7 +18,6 @@ __all__ = [
     "draw_step",
     "idle_jumps",
     "minor",
-    "where",
 ]
 
 LABELS: Final = {
@@ -46,15 +46,6 @@ STYLES: Final = {
 _ENDS: Final = frozenset({StepAction.DROP, StepAction.REJECT, StepAction.FAIL})
 _JUMP: Final = re.compile(r"(?:^|\s)(?:-j|--jump|-g|--goto|jump|goto)\s+(\S+)(.*)$")
 _PROBABILITY: Final = re.compile(r"--probability\s+(\S+)|numgen\s+\S+\s+mod\s+(\d+)")
-
-
-def where(cited: Citation) -> str:
-    """``KUBE-SERVICES:24``; the rule's place as it is counted by ``--line-numbers``."""
-    if cited.position:
-        return f"{cited.chain}:{cited.position}"
-    if cited.handle is not None:
-        return f"{cited.chain} handle {cited.handle}"
-    return cited.chain
 
 
 def counters(cited: Citation) -> str:

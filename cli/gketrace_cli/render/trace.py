@@ -8,9 +8,12 @@ tells all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 from gketrace.trace import Hop, Missing, NetnsKind, Path, Step, StepAction, StepKind
+from gketrace_cli.frontdoors import Door
+from gketrace_cli.options import Options, Output
+from gketrace_cli.render.brief import draw_brief
 from gketrace_cli.render.layout import Page
 from gketrace_cli.render.steps import STYLES, draw_idle_jumps, draw_step, idle_jumps, minor
 from gketrace_cli.verdict import (
@@ -22,7 +25,7 @@ from gketrace_cli.verdict import (
     target_text,
 )
 
-__all__ = ["draw_trace"]
+__all__ = ["draw_trace", "in_brief"]
 
 _Flat = tuple[int, Hop, Step]
 
@@ -34,13 +37,20 @@ def draw_trace(
     *,
     missing: Sequence[Missing] = (),
     notes: Sequence[str] = (),
+    brief: bool = False,
 ) -> None:
-    """The whole page."""
+    """The whole page.
+
+    `brief`: each way in a few lines, and hop by hop only what does not work, the first of its kind.
+    """
     page.line(page.short(verdict.text), verdict.style, "bold")
     if missing:
         page.blank()
         for item in missing:
             page.line(page.short(f"Not seen: {item}"), "yellow", hang=3)
+    if brief:
+        _draw_brief(page, answers, notes)
+        return
     like = _representatives(answers, all_of_them=page.wide)
     if len(answers) > 1:
         page.blank()
@@ -56,6 +66,42 @@ def draw_trace(
         if like[index] == index:
             page.blank()
             _draw_answer(page, index + 1 if len(answers) > 1 else 0, answer)
+
+
+def in_brief(options: Options, answers: Sequence[Answer]) -> bool:
+    """Several ways are told in brief; one, which was asked for, hop by hop."""
+    several = sum(len(answer.paths) for answer in answers) > 1
+    return several and options.format is not Output.WIDE
+
+
+def _draw_brief(page: Page, answers: Sequence[Answer], notes: Sequence[str]) -> None:
+    draw_brief(page, answers)
+    page.blank()
+    unseen = "Not observable: the network's own rules between nodes and outside"
+    if any(answer.question.door is Door.LOAD_BALANCER for answer in answers):
+        unseen += ", and which node a load balancer picks"
+    for note in (*notes, f"{unseen}.", _MORE):
+        page.line(note, "dim", hang=2)
+    for answer in _telling(answers):
+        page.blank()
+        _draw_answer(page, 0, answer, telling=True)
+
+
+_MORE: Final = "-v tells each way hop by hop, -o wide with the text of each rule."
+
+
+def _telling(answers: Sequence[Answer]) -> list[Answer]:
+    """The first way that is broken, the first that is not known, and the first that an existing
+    connection's entry decides."""
+    found: dict[object, int] = {}
+    for number, answer in enumerate(answers):
+        for path in answer.paths:
+            standing = path_standing(answer, path)
+            if standing in (Standing.BROKEN, Standing.UNKNOWN):
+                found.setdefault(standing, number)
+            elif path.pinned_by is not None:
+                found.setdefault("pinned", number)
+    return [answers[number] for number in sorted(set(found.values()))]
 
 
 def _representatives(answers: Sequence[Answer], *, all_of_them: bool) -> list[int]:
@@ -139,7 +185,8 @@ def _share(path: Path) -> str:
     return "" if path.chance == 1 else f"({_chance(path)}) "
 
 
-def _draw_answer(page: Page, number: int, answer: Answer) -> None:
+def _draw_answer(page: Page, number: int, answer: Answer, *, telling: bool = False) -> None:
+    """`telling`: only the paths that do not simply work."""
     question = answer.question
     head = f"{question.door.value} {target_text(question)} from {question.sender.text}"
     if question.entry and not question.via:
@@ -153,6 +200,8 @@ def _draw_answer(page: Page, number: int, answer: Answer) -> None:
         hop = _draw_steps(page, flats[0][:shared], hop)
         page.line(f"then one of {len(paths)}:", "bold", indent=3)
     for place, (path, flat) in enumerate(zip(paths, flats, strict=True), 1):
+        if telling and path_standing(answer, path) is Standing.FINE and path.pinned_by is None:
+            continue
         if len(paths) > 1:
             text = f"({place} of {len(paths)}, {_chance(path)}) {outcome_text(path)}"
             page.line(page.short(text), "bold", indent=1, hang=5)
