@@ -9,20 +9,17 @@ its policy.
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Final
 
 from gketrace.ruleset.iptables import Chain, IptablesRuleset
 from gketrace.ruleset.model import BaseChain, Rule, Ruleset
 from gketrace.simulate.paths import MOST_PATHS, MOST_STEPS, Chosen, Path, Turn, leads
 from gketrace.simulate.running import Frame, Run
-from gketrace.simulate.state import Alternative, Environment, PacketState, Ternary
+from gketrace.simulate.state import CERTAIN, Alternative, Environment, PacketState, Ternary
 from gketrace.simulate.targets.base import Effect
 from gketrace.simulate.threads import Fork, Link, Thread, joined_exits
 from gketrace.trace import StepAction
 
 __all__ = ["traverse"]
-
-_CERTAIN: Final = Fraction(1)
 
 
 def traverse(
@@ -181,7 +178,7 @@ class _IptablesRun(Run):
         effect happens only where all before it matched.
         """
         state = thread.state
-        chance: Fraction | None = _CERTAIN
+        chance: Fraction | None = CERTAIN
         drawn = ""
         reasons: list[str] = []
         # Where a draw or an unknown may leave the rule: with what chance, in which state.
@@ -201,9 +198,12 @@ class _IptablesRun(Run):
                     chance = None
                     reasons.append(answer.reason)
                 else:
-                    lost = None if chance is None else chance * (1 - answer.chance)
-                    exits.append((lost, state))
-                    chance = None if chance is None else chance * answer.chance
+                    lost = 1 - answer.chance
+                    if chance is CERTAIN:
+                        chance = answer.chance
+                    elif chance is not None:
+                        lost, chance = chance * lost, chance * answer.chance
+                    exits.append((None if chance is None else lost, state))
                     drawn = answer.reason
             if answer.state is not None:
                 state = answer.state

@@ -9,10 +9,10 @@ from typing import Final, TypeAlias
 
 from gketrace.packet import IPAddress, Packet
 from gketrace.quick import quick
-from gketrace.simulate.evolve import evolve
+from gketrace.simulate.evolve import copier, evolve
 from gketrace.simulate.namespace import Namespace
 from gketrace.simulate.routing import RouteDecision
-from gketrace.simulate.state import PacketState
+from gketrace.simulate.state import CERTAIN, PacketState
 from gketrace.simulate.station import Station
 from gketrace.snapshot import ConntrackView, Link, Maybe, NodeView, Unavailable
 from gketrace.trace import (
@@ -47,6 +47,9 @@ __all__ = [
 
 class Stage(Enum):
     """What happens to the packet next."""
+
+    # Members are compared by identity; Enum's own hash is a call for each look-up.
+    __hash__ = object.__hash__
 
     SEND = "send"
     """A local process sends it: route, then OUTPUT."""
@@ -150,7 +153,7 @@ class Way:
     steps: tuple[Step, ...] = ()
     flows: tuple[Flow, ...] = ()
     missing: tuple[Missing, ...] = ()
-    chance: Fraction | None = Fraction(1)
+    chance: Fraction | None = CERTAIN
     because: str = ""
     enters: bool = False
     """True: the cursor is in another namespace, or came into the same one again."""
@@ -164,7 +167,9 @@ def on(cursor: Cursor, *steps: Step) -> tuple[Way, ...]:
 def followed_by(first: Way, then: Way) -> Way:
     """`then` as it follows on `first`."""
     chance: Fraction | None = None
-    if first.chance is not None and then.chance is not None:
+    if then.chance is CERTAIN:
+        chance = first.chance
+    elif first.chance is not None and then.chance is not None:
         chance = first.chance * then.chance
     return evolve(
         then,
@@ -181,14 +186,19 @@ def joined(*parts: str) -> str:
     return ", ".join(part for part in parts if part)
 
 
+_at_hook: Final = copier(Cursor, "stage", "then", "state", "stations")
+_state_at: Final = copier(PacketState, "hook")
+
+
 def enter_hook(cursor: Cursor, hook: Hook, then: Stage) -> Cursor:
     """The cursor at the beginning of `hook`."""
-    return evolve(
+    state = cursor.state
+    return _at_hook(
         cursor,
-        stage=Stage.HOOK,
-        then=then,
-        state=evolve(cursor.state, hook=hook),
-        stations=cursor.space.stations(hook, cursor.packet.family),
+        Stage.HOOK,
+        then,
+        _state_at(state, hook),
+        cursor.space.stations(hook, state.packet.family),
     )
 
 
@@ -228,7 +238,7 @@ def end(
     next_hop: IPAddress | None = None,
     reject_with: str = "",
     missing: tuple[Missing, ...] = (),
-    chance: Fraction | None = Fraction(1),
+    chance: Fraction | None = CERTAIN,
     because: str = "",
 ) -> Way:
     """The packet's way ends here."""
@@ -251,7 +261,7 @@ def unknown(
     *steps: Step,
     citation: Citation | None = None,
     what: str = "",
-    chance: Fraction | None = Fraction(1),
+    chance: Fraction | None = CERTAIN,
     because: str = "",
 ) -> Way:
     """The packet's way cannot be followed further; `what` names what was not seen."""

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Final, TypeVar
 
-__all__ = ["evolve"]
+__all__ = ["COPIERS", "copier", "evolve"]
 
 T = TypeVar("T")
 
-_COPIERS: Final[dict[type, Callable[[Any, dict[str, Any]], Any]]] = {}
+COPIERS: Final[dict[type, Callable[[Any, dict[str, Any]], Any]]] = {}
+"""Class → what copies it: made here when first needed, unless the class brings its own."""
 
 
 def evolve(item: T, /, **changes: Any) -> T:
@@ -27,14 +28,33 @@ def evolve(item: T, /, **changes: Any) -> T:
     """
     kind = type(item)
     try:
-        copy = _COPIERS[kind]
+        copy = COPIERS[kind]
     except KeyError:
-        copy = _COPIERS[kind] = _copier(kind)
+        copy = COPIERS[kind] = _copier(kind)
     made: T = copy(item, changes)
     return made
 
 
-def _copier(kind: type) -> Callable[[Any, dict[str, Any]], Any]:
+def copier(kind: type[T], *given: str) -> Callable[..., T]:
+    """A function ``(item, *values)``: a copy with other values in the fields that are `given`.
+
+    For what is copied most, always with the same changes; `__post_init__` is not run.
+    """
+    names, scope = _scope(kind)
+    lines = [
+        f"def copy(old, {', '.join(given)}):",
+        " made = new(twin)",
+        *(f" made.{name} = {name if name in given else f'old.{name}'}" for name in names),
+        " made.__class__ = kind",
+        " return made",
+    ]
+    exec("\n".join(lines), scope)
+    copy: Callable[..., T] = scope["copy"]
+    return copy
+
+
+def _scope(kind: type) -> tuple[list[str], dict[str, Any]]:
+    """The fields of a class, and what code that copies it needs."""
     names = [field.name for field in fields(kind)]
     slots: dict[str, Any] = {name: getattr(kind, name, None) for name in names}
     if not all(hasattr(slot, "__set__") for slot in slots.values()):
@@ -42,6 +62,11 @@ def _copier(kind: type) -> Callable[[Any, dict[str, Any]], Any]:
     twin = type(f"_{kind.__name__}", (), {"__slots__": tuple(names)})
     scope: dict[str, Any] = {"new": object.__new__, "kind": kind, "twin": twin}
     scope["setters"] = {name: vars(twin)[name].__set__ for name in names}
+    return names, scope
+
+
+def _copier(kind: type) -> Callable[[Any, dict[str, Any]], Any]:
+    names, scope = _scope(kind)
     lines = [
         "def copy(old, changes):",
         " made = new(twin)",
@@ -56,5 +81,5 @@ def _copier(kind: type) -> Callable[[Any, dict[str, Any]], Any]:
         " return made",
     ]
     exec("\n".join(lines), scope)
-    copier: Callable[[Any, dict[str, Any]], Any] = scope["copy"]
-    return copier
+    copy: Callable[[Any, dict[str, Any]], Any] = scope["copy"]
+    return copy

@@ -9,6 +9,7 @@ from gketrace.packet import IPAddress, Packet
 from gketrace.ruleset import BaseChain, Ruleset
 from gketrace.ruleset.model import ChainType
 from gketrace.simulate.order import in_order
+from gketrace.simulate.recall import Recall
 from gketrace.simulate.routing import Fib
 from gketrace.simulate.state import Ternary
 from gketrace.simulate.station import Station, StationKind
@@ -52,12 +53,27 @@ class Namespace:
         self._stations: dict[tuple[Hook, int], tuple[Station, ...]] = {}
         self._tracks: dict[int, bool] = {}
         self._translates: dict[int, bool] = {}
+        self._cited: dict[int, tuple[Link, Citation]] = {}
+        self.recall: Recall | None = None
+        """Since a walk has forked here: what chains made of its packets."""
         self.unread: Final = tuple(r for r in snapshot.rulesets if isinstance(r, Unavailable))
         """The rule sets that could not be read."""
 
     @property
     def netns(self) -> NetnsRef:
         return self.snapshot.netns
+
+    def cite(self, link: Link) -> Citation:
+        """`cite_link`, made once for each of this namespace's links."""
+        known = self._cited.get(link.ifindex)
+        if known is None or known[0] is not link:
+            known = self._cited[link.ifindex] = (link, cite_link(link))
+        return known[1]
+
+    def forks(self) -> None:
+        """Several packets go on that have much in common."""
+        if self.recall is None:
+            self.recall = Recall()
 
     def rulesets(self, family: int) -> tuple[Ruleset, ...]:
         return tuple(

@@ -18,7 +18,7 @@ from gketrace.conntrack import CtStatus
 from gketrace.packet import PORT_PROTOCOLS, IPAddress, Packet, Protocol, Tuple5
 from gketrace.quick import quick
 from gketrace.simulate.evolve import evolve
-from gketrace.simulate.state import CtInfo, Direction, NatRequest
+from gketrace.simulate.state import CERTAIN, CtInfo, Direction, NatRequest
 from gketrace.trace import Hook
 
 __all__ = [
@@ -38,6 +38,9 @@ MAX_MEMBERS: Final = 16
 
 class Manip(Enum):
     """Which side of the packet changes (enum nf_nat_manip_type)."""
+
+    # Members are compared by identity; Enum's own hash is a call for each look-up.
+    __hash__ = object.__hash__
 
     SRC = "source"
     DST = "destination"
@@ -63,7 +66,7 @@ class NatSetup:
     """One way that a request can be carried out."""
 
     ct: CtInfo
-    chance: Fraction | None = Fraction(1)
+    chance: Fraction | None = CERTAIN
     because: str = ""
     note: str = ""
     """What is not known about the choice; empty when nothing."""
@@ -104,13 +107,15 @@ def rewrite(packet: Packet, ct: CtInfo, manip: Manip) -> Packet:
     target = (ct.reply if original else ct.orig).inverted()
     if manip is Manip.SRC:
         sport = target.sport if packet.has_ports else packet.sport
-        after = evolve(packet, src=target.src, sport=sport)
+        same = packet.src == target.src and packet.sport == sport
+        after = packet if same else evolve(packet, src=target.src, sport=sport)
     else:
         dport = target.dport if packet.has_ports else packet.dport
-        after = evolve(packet, dst=target.dst, dport=dport)
-    if packet.protocol in (Protocol.ICMP, Protocol.ICMPV6):
+        same = packet.dst == target.dst and packet.dport == dport
+        after = packet if same else evolve(packet, dst=target.dst, dport=dport)
+    if packet.protocol in (Protocol.ICMP, Protocol.ICMPV6) and packet.icmp_id != target.sport:
         after = evolve(after, icmp_id=target.sport)
-    return packet if after == packet else after
+    return after
 
 
 def set_up(
@@ -137,7 +142,8 @@ def set_up(
     setups: list[NatSetup] = []
     for new in addresses:
         several = len(addresses) > 1
-        ports = _ports(request, _with(current, manip, new), current, manip, taken)
+        wanted = _with(current, manip, new)
+        ports = _ports(request, wanted, current, manip, taken)
         for port, note in ports:
             because = []
             if several:
@@ -147,8 +153,8 @@ def set_up(
             forked = several or len(ports) > 1
             setups.append(
                 NatSetup(
-                    ct=_bound(ct, current, _with(current, manip, new), port, request, manip),
-                    chance=None if forked else Fraction(1),
+                    ct=_bound(ct, current, wanted, port, request, manip),
+                    chance=None if forked else CERTAIN,
                     because=", ".join(because),
                     note=note,
                 )
@@ -173,6 +179,8 @@ def _addresses(
     if request.addresses is None:
         return (old,)
     low, high = request.addresses
+    if low == high and not request.netmap:
+        return (low,)
     if request.netmap:
         bits = 32 if low.version == 4 else 128
         if request.prefixlen is not None:
@@ -241,9 +249,9 @@ def _bound(
 ) -> CtInfo:
     icmp = current.protocol in (Protocol.ICMP, Protocol.ICMPV6)
     if icmp or manip is Manip.SRC:
-        new = evolve(wanted, sport=port)
+        new = wanted if wanted.sport == port else evolve(wanted, sport=port)
     else:
-        new = evolve(wanted, dport=port)
+        new = wanted if wanted.dport == port else evolve(wanted, dport=port)
     random = manip is Manip.SRC and (request.random or request.random_fully)
     status = ct.status | _DONE[manip]
     if new != current or (random and port is None and current.protocol in PORT_PROTOCOLS):

@@ -30,6 +30,9 @@ def in_order(stations: Iterable[Station]) -> tuple[Station, ...]:
     found: list[Station] = []
     for _, group in groupby(sorted(stations, key=_place), key=lambda s: s.priority):
         members = tuple(group)
+        if len(members) == 1:
+            found += members
+            continue
         orders = tuple(islice(_orders(members), MAX_ORDERS + 1))
         if len(orders) == 1:
             found += members

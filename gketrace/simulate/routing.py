@@ -9,7 +9,7 @@ reason, never a guess.
 
 The parts are in `gketrace.simulate.fib`: rules.py (policy rules), table.py (longest prefix),
 ipv4.py and ipv6.py (tables), output4.py, input4.py and path6.py (the two ways in), saddr4.py and
-saddr6.py (source addresses).
+saddr6.py (source addresses), segments.py (destinations that are all routed alike).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from gketrace.simulate.fib.path6 import input6, output6
 from gketrace.simulate.fib.rules import Flow
 from gketrace.simulate.fib.saddr4 import select_address
 from gketrace.simulate.fib.saddr6 import select_address6
+from gketrace.simulate.fib.segments import InputMemo
 from gketrace.simulate.fib.view import SCOPE_UNIVERSE, NetView, NotKnown
 from gketrace.simulate.state import Ternary
 from gketrace.snapshot import NetnsSnapshot
@@ -42,6 +43,7 @@ class Fib:
         self._view = NetView(snapshot)
         self._v4 = Ipv4Tables(self._view)
         self._v6 = Ipv6Tables(self._view)
+        self._memo = InputMemo(self._v4)
 
     def output(
         self,
@@ -90,9 +92,14 @@ class Fib:
         FORWARD means that the packet reaches the FORWARD hook, LOCAL and BROADCAST the INPUT hook.
         """
         try:
-            if packet.family == 4:
-                return input4(self._v4, packet, iif)
-            return input6(self._v6, packet, iif)
+            if packet.family == 6:
+                return input6(self._v6, packet, iif)
+            key = self._memo.key(packet, iif)
+            found = self._memo.get(key)
+            if found is None:
+                found = input4(self._v4, packet, iif)
+                self._memo.keep(key, found)
+            return found
         except NotKnown as reason:
             return _unknown(reason)
 

@@ -16,7 +16,7 @@ from typing import Final, Protocol
 from gketrace.packet import Packet
 from gketrace.ruleset.model import BaseChain, Rule
 from gketrace.simulate.evolve import evolve
-from gketrace.simulate.state import Alternative, PacketState, Verdict, VerdictKind
+from gketrace.simulate.state import CERTAIN, Alternative, PacketState, Verdict, VerdictKind
 from gketrace.simulate.targets.base import Effect
 from gketrace.simulate.threads import Fork, Link, Thread, common_start, items_of
 from gketrace.trace import Citation, Source, Step, StepAction, StepKind
@@ -96,7 +96,7 @@ class Run(ABC):
             thread.chance = None
         else:
             # A product of fractions looks for common factors, also where one of them is 1.
-            thread.chance = chance if thread.chance == 1 else thread.chance * chance
+            thread.chance = chance if thread.chance is CERTAIN else thread.chance * chance
         if fork is not None:
             text = f"if it {how} (not known: {fork.reason}): {rule.text}"
             thread.assumed = Link(thread.assumed, text)

@@ -17,6 +17,7 @@ from gketrace.snapshot import IpSet, Maybe, RecentEntry
 from gketrace.trace import Citation, Hook, Step
 
 __all__ = [
+    "CERTAIN",
     "NO",
     "YES",
     "Alternative",
@@ -36,6 +37,10 @@ __all__ = [
     "lot",
     "unknown",
 ]
+
+
+CERTAIN: Final = Fraction(1)
+"""The chance of what has no alternative: one object, so that a look at it can do for arithmetic."""
 
 
 class Ternary(Enum):
@@ -275,7 +280,7 @@ class Alternative:
     steps: tuple[Step, ...]
     """Rules that matched, in order; non-matching rules leave no step."""
     verdict: Verdict
-    chance: Fraction | None = Fraction(1)
+    chance: Fraction | None = CERTAIN
     """None: hangs on an unknown match."""
     because: str = ""
     """What was drawn or assumed: ``statistic 0.33333333349``, ``if RULE matches (unknown)``."""

@@ -20,9 +20,11 @@ from gketrace.simulate.cursor import (
     step,
     unknown,
 )
-from gketrace.simulate.evolve import evolve
+from gketrace.simulate.evolve import copier, evolve
+from gketrace.simulate.namespace import Namespace
 from gketrace.simulate.routes import reroute
 from gketrace.simulate.state import (
+    CERTAIN,
     Alternative,
     CtInfo,
     Direction,
@@ -46,22 +48,56 @@ from gketrace.trace import (
     StepKind,
 )
 
-__all__ = ["run_station"]
+__all__ = ["run_stations"]
 
 _CONFIRMED: Final = int(CtStatus.CONFIRMED)
 
 
-def run_station(context: Context, cursor: Cursor) -> tuple[Way, ...]:
-    """The ways on from the next station of the cursor's hook."""
+def run_stations(context: Context, cursor: Cursor) -> tuple[tuple[Step, ...], tuple[Way, ...]]:
+    """The ways on from the cursor's hook: past it, or past the station that changed the cursor.
+
+    The steps before them are of all these ways.
+    """
     unread = cursor.space.unread
-    if unread and not cursor.guessed_rules:
-        return _without(cursor, unread)
-    ct, manip = cursor.state.ct, nat.MANIP_AT.get(cursor.state.hook)
+    if unread and cursor.stations and not cursor.guessed_rules:
+        return (), _without(cursor, unread)
+    state, manip = cursor.state, nat.MANIP_AT.get(cursor.state.hook)
+    steps: tuple[Step, ...] = ()
+    # Most chains have one way through them: those need no cursors of their own.
     for position, station in enumerate(cursor.stations, 1):
-        if not _idle(station.kind, ct, manip):
-            rest = evolve(cursor, stations=cursor.stations[position:])
-            return _RUN[station.kind](context, rest, station)
-    return on(evolve(cursor, stage=cursor.then, stations=()))
+        kind = station.kind
+        if _idle(kind, state.ct, manip):
+            continue
+        found: tuple[Alternative, ...] = ()
+        if kind is StationKind.CHAIN or kind is StationKind.NAT_CHAIN:
+            found = _through(cursor.space, station, state)
+            only = found[0]
+            if len(found) == 1 and _passes(only, station, state):
+                state = only.state
+                steps += only.steps
+                continue
+        rest = _before(cursor, state, cursor.stations[position:])
+        if kind is StationKind.CHAIN:
+            return steps, _chain_ways(rest, station, found)
+        if kind is StationKind.NAT_CHAIN:
+            return steps, _nat_chain_ways(context, rest, found)
+        return steps, _RUN[kind](context, rest, station)
+    return steps, (Way(cursor=_past(cursor, state, (), cursor.then)),)
+
+
+_before: Final = copier(Cursor, "state", "stations")
+_past: Final = copier(Cursor, "state", "stations", "stage")
+
+
+def _passes(alternative: Alternative, station: Station, state: PacketState) -> bool:
+    """Whether the packet just goes on behind a chain that has no other way through it."""
+    return (
+        alternative.chance is CERTAIN
+        and not alternative.because
+        and alternative.verdict.kind is VerdictKind.ACCEPT
+        and alternative.verdict.nat is None
+        and not _routes_anew(station, state, alternative.state)
+    )
 
 
 def _idle(kind: StationKind, ct: CtInfo | None, manip: nat.Manip | None) -> bool:
@@ -103,11 +139,14 @@ def _without(cursor: Cursor, unread: tuple[Unavailable, ...]) -> tuple[Way, ...]
 
 
 def _chain(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...]:
-    assert station.ruleset is not None
-    assert station.chain is not None
+    return _chain_ways(cursor, station, _through(cursor.space, station, cursor.state))
+
+
+def _chain_ways(
+    cursor: Cursor, station: Station, found: tuple[Alternative, ...]
+) -> tuple[Way, ...]:
     ways: list[Way] = []
-    alternatives = traverse(station.ruleset, station.chain, cursor.state, cursor.space)
-    for alternative in alternatives:
+    for alternative in found:
         after = _with_state(cursor, alternative.state)
         if alternative.verdict.kind is not VerdictKind.ACCEPT:
             ways += _stopped(after, alternative)
@@ -118,15 +157,21 @@ def _chain(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...
             chance=alternative.chance,
             because=alternative.because,
         )
-        if (
-            station.chain.type is ChainType.ROUTE
-            and station.chain.hook is Hook.OUTPUT
-            and _routes_differently(cursor.state, alternative.state)
-        ):
+        if _routes_anew(station, cursor.state, alternative.state):
             ways += [followed_by(way, further) for further in reroute(after)]
         else:
             ways.append(way)
     return tuple(ways)
+
+
+def _through(space: Namespace, station: Station, state: PacketState) -> tuple[Alternative, ...]:
+    """All ways through a station's chain."""
+    ruleset, chain, recall = station.ruleset, station.chain, space.recall
+    assert ruleset is not None
+    assert chain is not None
+    if recall is None:
+        return traverse(ruleset, chain, state, space)
+    return recall.chain(chain, state, lambda seen: traverse(ruleset, chain, seen, space, recall))
 
 
 def _with_state(cursor: Cursor, state: PacketState) -> Cursor:
@@ -134,8 +179,11 @@ def _with_state(cursor: Cursor, state: PacketState) -> Cursor:
     return cursor if state is cursor.state else evolve(cursor, state=state)
 
 
-def _routes_differently(before: PacketState, after: PacketState) -> bool:
+def _routes_anew(station: Station, before: PacketState, after: PacketState) -> bool:
     """ipt_mangle_out() and nf_route_table_hook4(): what makes them call ip_route_me_harder()."""
+    chain = station.chain
+    if chain is None or chain.type is not ChainType.ROUTE or chain.hook is not Hook.OUTPUT:
+        return False
     old, new = before.packet, after.packet
     return (old.src, old.dst, old.mark, old.dscp) != (new.src, new.dst, new.mark, new.dscp)
 
@@ -269,11 +317,15 @@ def _conntrack_missing(cursor: Cursor, seen: tracking.Tracking) -> tuple[Missing
 
 
 def _nat_chain(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...]:
+    return _nat_chain_ways(context, cursor, _through(cursor.space, station, cursor.state))
+
+
+def _nat_chain_ways(
+    context: Context, cursor: Cursor, found: tuple[Alternative, ...]
+) -> tuple[Way, ...]:
     """nf_nat_inet_fn(): chains are asked until one has settled this side of the connection."""
-    assert station.ruleset is not None
-    assert station.chain is not None
     ways: list[Way] = []
-    for alternative in traverse(station.ruleset, station.chain, cursor.state, cursor.space):
+    for alternative in found:
         after = _with_state(cursor, alternative.state)
         if alternative.verdict.kind is not VerdictKind.ACCEPT:
             ways += _stopped(after, alternative)
@@ -371,7 +423,7 @@ def _nat(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...]:
         nat_citation=None,
         nat_note="",
     )
-    if packet == state.packet:
+    if packet is state.packet:
         return on(after)
     citation = cursor.nat_citation
     if citation is None:

@@ -7,12 +7,11 @@ from fractions import Fraction
 from typing import Final
 
 from gketrace.ruleset.model import Rule
-from gketrace.simulate.state import PacketState
+from gketrace.simulate.state import CERTAIN, PacketState
 from gketrace.trace import Step
 
 __all__ = ["Fork", "Link", "Thread", "common_start", "items_of", "joined_exits"]
 
-_CERTAIN: Final = Fraction(1)
 _ASSUMPTIONS: Final = 4
 """How many unknowns an alternative's `because` spells out."""
 
@@ -44,7 +43,7 @@ class Thread:
     def __init__(self, state: PacketState) -> None:
         self.state = state
         self.steps: Link | None = None
-        self.chance: Fraction | None = _CERTAIN
+        self.chance: Fraction | None = CERTAIN
         self.assumed: Link | None = None
         """What it hangs on, oldest first."""
         self.drawn = ""

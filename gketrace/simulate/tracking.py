@@ -16,7 +16,7 @@ from typing import Final
 from gketrace.conntrack import ConntrackEntry, CtState, CtStatus
 from gketrace.packet import PORT_PROTOCOLS, Packet, Protocol, TcpFlags, Tuple5
 from gketrace.quick import quick
-from gketrace.simulate.state import CtInfo, Direction
+from gketrace.simulate.state import CERTAIN, CtInfo, Direction
 from gketrace.snapshot import ConntrackView, Maybe, Unavailable
 from gketrace.trace import Flow, NetnsRef
 
@@ -75,7 +75,7 @@ class Tracking:
     """The entry that it found; None: there was none."""
     note: str = ""
     """Why it is INVALID, UNTRACKED or RELATED; empty for a plain new connection."""
-    chance: Fraction | None = Fraction(1)
+    chance: Fraction | None = CERTAIN
     because: str = ""
     unavailable: str = ""
     """Why the kernel's table could not be asked, where it would have mattered."""

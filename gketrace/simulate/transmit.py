@@ -86,7 +86,7 @@ def leave(context: Context, cursor: Cursor, link: Link, steps: tuple[Step, ...])
     """Through `link`: into the namespace at the other end of a veth, or off the node."""
     if (down := _down(cursor, link)) is not None:
         return evolve(down, steps=steps + down.steps)
-    target = cursor.link_target
+    target, cited = cursor.link_target, cursor.space.cite(link)
     gateway = target if target != cursor.packet.dst else None
     peer = link.peer.netns if link.peer is not None else None
     where = f"into {peer}" if peer is not None else "off this node"
@@ -94,7 +94,7 @@ def leave(context: Context, cursor: Cursor, link: Link, steps: tuple[Step, ...])
         cursor,
         StepKind.TRANSMIT,
         StepAction.FORWARD,
-        citation=cite_link(link),
+        citation=cited,
         note=f"out of {link.name}, {where}",
         interface=link.name,
         next_hop=gateway,
@@ -107,7 +107,7 @@ def leave(context: Context, cursor: Cursor, link: Link, steps: tuple[Step, ...])
             detail=f"left through {link.name}" + (f" via {gateway}" if gateway else ""),
             interface=link.name,
             next_hop=gateway,
-            citation=cite_link(link),
+            citation=cited,
         )
         return Way(outcome=outcome, steps=(*steps, last))
     space = context.space(peer)

@@ -7,15 +7,20 @@ from gketrace.ruleset.nft import NftRuleset
 from gketrace.simulate import chains
 from gketrace.simulate.nft import run as nft
 from gketrace.simulate.nft.scene import NftEnvironment
+from gketrace.simulate.recall import Recall
 from gketrace.simulate.state import Alternative, PacketState
 
 __all__ = ["traverse"]
 
 
 def traverse(
-    ruleset: Ruleset, base: BaseChain, state: PacketState, env: NftEnvironment
+    ruleset: Ruleset,
+    base: BaseChain,
+    state: PacketState,
+    env: NftEnvironment,
+    recall: Recall | None = None,
 ) -> tuple[Alternative, ...]:
     """All ways through `base` for a packet in `state`, in the order of the rules that decide."""
     if isinstance(ruleset, NftRuleset):
-        return nft.traverse(ruleset, base, state, env)
+        return nft.traverse(ruleset, base, state, env, recall)
     return chains.traverse(ruleset, base, state, env)

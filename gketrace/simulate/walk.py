@@ -37,8 +37,8 @@ from gketrace.simulate.namespace import cite_link
 from gketrace.simulate.query import WalkQuery
 from gketrace.simulate.routes import route_input, send
 from gketrace.simulate.routing import RouteKind
-from gketrace.simulate.state import PacketState
-from gketrace.simulate.stations import run_station
+from gketrace.simulate.state import CERTAIN, PacketState
+from gketrace.simulate.stations import run_stations
 from gketrace.simulate.transmit import through_port, transmit
 from gketrace.snapshot import NodeView, Unavailable
 from gketrace.trace import (
@@ -105,6 +105,10 @@ def walk(view: NodeView, query: WalkQuery) -> Walk:
         branches.append(branch)
         missing.update(dict.fromkeys(gaps))
         waiting += [_Open(index, branch.ingress, way) for way in reversed(forks)]
+        if len(forks) > 1:
+            for way in forks:
+                if way.cursor is not None:
+                    way.cursor.space.forks()
     return Walk(branches=tuple(branches), missing=tuple(missing))
 
 
@@ -128,9 +132,10 @@ def _follow(
         if crowded:
             ways: tuple[Way, ...] = (unknown(cursor, _CROWDED, what="branches"),)
         else:
-            ways = _advance(context, cursor)
+            lead, ways = _advance(context, cursor)
+            steps += lead
         only = ways[0]
-        if len(ways) > 1 or only.chance != 1 or only.because:
+        if len(ways) > 1 or only.because or (only.chance is not CERTAIN and only.chance != 1):
             forks = ways
             break
         steps += only.steps
@@ -152,13 +157,11 @@ def _follow(
     return branch, forks, missing
 
 
-def _advance(context: Context, cursor: Cursor) -> tuple[Way, ...]:
-    """One thing happens to the packet; at least one way on."""
+def _advance(context: Context, cursor: Cursor) -> tuple[tuple[Step, ...], tuple[Way, ...]]:
+    """One thing happens to the packet; at least one way on, and the steps that come before all."""
     if cursor.stage is Stage.HOOK:
-        if not cursor.stations:
-            return (Way(cursor=evolve(cursor, stage=cursor.then)),)
-        return run_station(context, cursor)
-    return _STAGES[cursor.stage](context, cursor)
+        return run_stations(context, cursor)
+    return (), _STAGES[cursor.stage](context, cursor)
 
 
 def _send(context: Context, cursor: Cursor) -> tuple[Way, ...]:

@@ -8,6 +8,7 @@ from fractions import Fraction
 
 from gketrace.packet import IPAddress
 from gketrace.quick import quick
+from gketrace.simulate.state import CERTAIN
 from gketrace.snapshot import PolicyRule, Route
 from gketrace.trace import Citation
 
@@ -69,7 +70,7 @@ class RouteDecision:
     """FORWARD: the route's or the device's MTU in bytes; None: not known."""
     errno: str = ""
     """What a local sender (or RTM_GETROUTE) is told on failure: ``ENETUNREACH`` …"""
-    chance: Fraction | None = Fraction(1)
+    chance: Fraction | None = CERTAIN
     """Of this way among those returned; None: not known."""
     because: str = ""
     """What was hashed or assumed; empty when this is the only way."""

@@ -14,6 +14,7 @@ from gketrace.simulate.fib.rules import Flow, RuleOutcome, RuleTable
 from gketrace.simulate.fib.saddr4 import select_address
 from gketrace.simulate.fib.table import Hit, PrefixIndex, group_tables
 from gketrace.simulate.fib.view import NetView, NotKnown, scope_number
+from gketrace.simulate.state import CERTAIN
 from gketrace.snapshot import Link, NextHop, PolicyRule, Route, RouteType
 
 __all__ = ["Choice", "Ipv4Tables", "hop_text"]
@@ -36,7 +37,7 @@ class Choice:
 
     route: Route
     hop: NextHop
-    chance: Fraction | None = Fraction(1)
+    chance: Fraction | None = CERTAIN
     because: str = ""
     gateway: IPAddress | None = None
 

@@ -10,6 +10,7 @@ from gketrace.simulate.fib.decision import RouteDecision, RouteKind
 from gketrace.simulate.fib.rules import RuleOutcome, rule_citation
 from gketrace.simulate.fib.table import route_citation
 from gketrace.simulate.fib.view import kernel_check
+from gketrace.simulate.state import CERTAIN
 from gketrace.trace import Citation
 
 __all__ = ["assumed", "evidence", "failure", "finish"]
@@ -87,7 +88,7 @@ def finish(decisions: Iterable[RouteDecision]) -> tuple[RouteDecision, ...]:
     for same in found.values():
         first = same[0]
         if len(found) == 1 and len(same) > 1:
-            first = evolve(first, chance=Fraction(1), because="")
+            first = evolve(first, chance=CERTAIN, because="")
         elif len(same) > 1:
             chances = [d.chance for d in same]
             known = [chance for chance in chances if chance is not None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from ipaddress import IPv4Address
 
 from gketrace.packet import IPAddress, Protocol
@@ -21,6 +20,7 @@ from gketrace.simulate.fib.rules import Flow, RuleOutcome
 from gketrace.simulate.fib.saddr4 import select_address
 from gketrace.simulate.fib.table import route_citation
 from gketrace.simulate.fib.view import LOOPBACK, SCOPE_HOST, SCOPE_LINK, kernel_check
+from gketrace.simulate.state import CERTAIN
 from gketrace.snapshot import Link, RouteType
 
 __all__ = ["output4"]
@@ -165,7 +165,7 @@ def _make(
             route=route,
             rule=outcome.rule if outcome is not None and route is not None else None,
             mtu=(route.mtu if route is not None else None) or device.mtu,
-            chance=choice.chance if choice is not None else Fraction(1),
+            chance=choice.chance if choice is not None else CERTAIN,
             because=choice.because if choice is not None else "",
             citations=citations,
             detail=_detail(kind, device, gateway),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from ipaddress import IPv6Address
 
 from gketrace.packet import IPAddress, Packet
@@ -15,6 +14,7 @@ from gketrace.simulate.fib.merge import assumed, evidence, failure, finish
 from gketrace.simulate.fib.rules import Flow, RuleOutcome
 from gketrace.simulate.fib.saddr6 import select_address6
 from gketrace.simulate.fib.view import LOOPBACK, NetView, kernel_check
+from gketrace.simulate.state import CERTAIN
 from gketrace.snapshot import Link, RouteType
 from gketrace.trace import Citation
 
@@ -212,4 +212,4 @@ def _martian(view: NetView, packet: Packet, device: Link) -> RouteDecision | Non
         why = f"{packet.dst} is of reserved scope"
     if not why:
         return None
-    return RouteDecision(kind=RouteKind.MARTIAN, chance=Fraction(1), citations=cited, detail=why)
+    return RouteDecision(kind=RouteKind.MARTIAN, chance=CERTAIN, citations=cited, detail=why)

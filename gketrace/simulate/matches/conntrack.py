@@ -182,24 +182,35 @@ class ConntrackMatch(Match):
         if ct is None or not is_tracked(state):
             # conntrack_mt(): without an entry only the state is looked at.
             return NO if self.states is None else YES
-        return every(self._answers(ct))
+        return YES if self._only_state else every(self._answers(ct))
+
+    @property
+    def _only_state(self) -> bool:
+        """Most rules ask for nothing else."""
+        return (
+            self.direction is None
+            and self.protocol is None
+            and self.status is None
+            and self.expire is None
+            and not self.addresses
+            and not self.ports
+        )
 
     def _answers(self, ct: CtInfo) -> Iterator[Answer]:
-        orig, reply = ct.orig, ct.reply
         if self.direction is not None:
             yield decide(ct.direction is self.direction, negated=self.direction_negated)
         for test in self.addresses:
-            side = orig if "orig" in test.name else reply
+            side = ct.orig if "orig" in test.name else ct.reply
             if side is None:
                 yield unknown("the entry's reply tuple is not known")
                 continue
             address = side.src if test.name.endswith("src") else side.dst
             same = int(address) & test.mask == int(test.address)
             yield decide(same, negated=test.negated)
-        if self.protocol is not None and orig is not None:
-            yield decide(orig.protocol == self.protocol.number, negated=self.protocol.negated)
+        if self.protocol is not None and ct.orig is not None:
+            yield decide(ct.orig.protocol == self.protocol.number, negated=self.protocol.negated)
         for port in self.ports:
-            side = orig if "orig" in port.name else reply
+            side = ct.orig if "orig" in port.name else ct.reply
             number = None if side is None else _tuple_port(side, port.name.endswith("dstport"))
             yield within(
                 number,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar, Final
 
 from gketrace.ruleset.model import Match
@@ -22,6 +23,18 @@ if TYPE_CHECKING:
 __all__ = ["StatisticMatch"]
 
 _SCALE: Final = 1 << 31
+
+
+def _chance(threshold: int, negated: bool) -> Fraction:
+    drawn = Fraction(threshold, _SCALE)
+    return 1 - drawn if negated else drawn
+
+
+@lru_cache(maxsize=1024)
+def _draw(threshold: int, negated: bool) -> Answer:
+    """kube-proxy draws 1/n: few answers serve all Services, and fractions take their time."""
+    chance = _chance(threshold, negated)
+    return lot(chance, f"statistic {float(chance):.11f}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,12 +82,11 @@ class StatisticMatch(Match):
     @property
     def chance(self) -> Fraction:
         """Probability of a match, for mode random."""
-        drawn = Fraction(self.threshold or 0, _SCALE)
-        return 1 - drawn if self.negated else drawn
+        return _chance(self.threshold or 0, self.negated)
 
     def evaluate(self, state: PacketState, env: Environment) -> Answer:
         if self.threshold is not None:
-            return lot(self.chance, f"statistic {float(self.chance):.11f}")
+            return _draw(self.threshold, self.negated)
         if self.every == 1:
             return decide(True, negated=self.negated)
         return unknown(f"statistic nth: which of each {self.every} packets this is, nobody tells")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from operator import ge, gt, le, lt
 from typing import Any, Final, TypeAlias
 
@@ -16,7 +17,7 @@ from gketrace.simulate.nft.values import BREAK, Branch, NotKnown, Value, merged
 __all__ = ["match"]
 
 Json: TypeAlias = Any
-Decision: TypeAlias = Callable[[Value], "tuple[bool | NotKnown, str]"]
+Decision: TypeAlias = Callable[[Value, Scene], "tuple[bool | NotKnown, str]"]
 
 _ORDER: Final[Mapping[str, Callable[[int, int], bool]]] = {"<": lt, ">": gt, "<=": le, ">=": ge}
 
@@ -24,13 +25,13 @@ _ORDER: Final[Mapping[str, Callable[[int, int], bool]]] = {"<": lt, ">": gt, "<=
 def match(body: Json, scene: Scene) -> tuple[Branch, ...]:
     """Branches of 1 (it matches), BREAK (it does not) and `NotKnown`."""
     left = evaluate(body["left"], scene)
-    decide = _decision(body, scene)
+    decide = _decision_of(body, scene)
     found: list[Branch] = []
     for branch in left:
         if branch.value is BREAK:
             found.append(branch)
             continue
-        answer, note = decide(branch.value)
+        answer, note = decide(branch.value, scene)
         value: Value
         if isinstance(answer, NotKnown):
             value = answer
@@ -40,7 +41,26 @@ def match(body: Json, scene: Scene) -> tuple[Branch, ...]:
     return merged(found)
 
 
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A decision, made once for all packets of a family."""
+
+    family: int
+    decide: Decision
+
+
+def _decision_of(body: Json, scene: Scene) -> Decision:
+    memo, family = scene.ruleset.memo, scene.packet.family
+    known = memo.get(id(body))
+    if known is not None and isinstance(known[1], _Made) and known[1].family == family:
+        return known[1].decide
+    decide = _decision(body, scene)
+    memo[id(body)] = (body, _Made(family, decide))
+    return decide
+
+
 def _decision(body: Json, scene: Scene) -> Decision:
+    """What is compared; of the scene, only the rule set and the packet's family are looked at."""
     op, right = body["op"], body["right"]
     if op not in ("==", "!=", "in", "!", *_ORDER):
         raise ValueError(f"the operator {op!r} is not known")
@@ -50,24 +70,24 @@ def _decision(body: Json, scene: Scene) -> Decision:
         return _there(right, negated)
     if isinstance(right, str) and right.startswith("@"):
         name = right[1:]
-        return _member(scene.named_set(right)[1], scene, name, negated)
+        return _member(scene.named_set(right)[1], name, negated)
     if isinstance(right, dict) and "set" in right:
-        return _member(scene.anonymous(right["set"], types, is_map=False), scene, "", negated)
+        return _member(scene.anonymous(right["set"], types, is_map=False), "", negated)
     if len(types) > 1:
         items = [right]
-        return _member(scene.anonymous(items, types, is_map=False), scene, "", negated)
+        return _member(scene.anonymous(items, types, is_map=False), "", negated)
     kind = types[0] if types else "integer"
     if kind == "unsupported":
-        return lambda value: (_unknown(value) or NotKnown("its data type is not modelled"), "")
+        return lambda value, _: (_unknown(value) or NotKnown("its data type is not modelled"), "")
     if op in _ORDER:
         return _ordered(_ORDER[op], read_scalar(right, kind))
     if op in ("in", "!"):
         return _any_bit(read_flags(right, kind), negated)
     if isinstance(right, dict) and not {"prefix", "range", "|"} & set(right):
-        return _same(right, scene, types, negated)
+        return _same(right, types, negated)
     pattern = read_pattern(right, kind)
 
-    def compare(value: Value) -> tuple[bool | NotKnown, str]:
+    def compare(value: Value, _: Scene) -> tuple[bool | NotKnown, str]:
         if isinstance(value, NotKnown):
             return value, ""
         if isinstance(value, tuple) or value is BREAK:
@@ -84,7 +104,7 @@ def _unknown(value: Value) -> NotKnown | None:
 def _there(wanted: bool, negated: bool) -> Decision:
     """``exists`` and ``missing``: of an interface, an option or a header."""
 
-    def decide(value: Value) -> tuple[bool | NotKnown, str]:
+    def decide(value: Value, _: Scene) -> tuple[bool | NotKnown, str]:
         if isinstance(value, NotKnown):
             return value, ""
         return (bool(value) is wanted) is not negated, ""
@@ -93,7 +113,7 @@ def _there(wanted: bool, negated: bool) -> Decision:
 
 
 def _ordered(compare: Callable[[int, int], bool], limit: int | str) -> Decision:
-    def decide(value: Value) -> tuple[bool | NotKnown, str]:
+    def decide(value: Value, _: Scene) -> tuple[bool | NotKnown, str]:
         if isinstance(value, NotKnown):
             return value, ""
         if not isinstance(value, int) or not isinstance(limit, int):
@@ -104,7 +124,7 @@ def _ordered(compare: Callable[[int, int], bool], limit: int | str) -> Decision:
 
 
 def _any_bit(bits: int, negated: bool) -> Decision:
-    def decide(value: Value) -> tuple[bool | NotKnown, str]:
+    def decide(value: Value, _: Scene) -> tuple[bool | NotKnown, str]:
         if isinstance(value, NotKnown):
             return value, ""
         if not isinstance(value, int):
@@ -114,11 +134,11 @@ def _any_bit(bits: int, negated: bool) -> Decision:
     return decide
 
 
-def _same(right: Json, scene: Scene, types: tuple[str, ...], negated: bool) -> Decision:
+def _same(right: Json, types: tuple[str, ...], negated: bool) -> Decision:
     """Two expressions compared with one another."""
-    others = evaluate(right, scene, types)
 
-    def decide(value: Value) -> tuple[bool | NotKnown, str]:
+    def decide(value: Value, scene: Scene) -> tuple[bool | NotKnown, str]:
+        others = evaluate(right, scene, types)
         other = others[0].value
         if len(others) > 1:
             return NotKnown("a comparison with what is drawn"), ""
@@ -132,10 +152,10 @@ def _same(right: Json, scene: Scene, types: tuple[str, ...], negated: bool) -> D
     return decide
 
 
-def _member(elements: Elements, scene: Scene, name: str, negated: bool) -> Decision:
+def _member(elements: Elements, name: str, negated: bool) -> Decision:
     of = f" of set {name}" if name else ""
 
-    def decide(value: Value) -> tuple[bool | NotKnown, str]:
+    def decide(value: Value, scene: Scene) -> tuple[bool | NotKnown, str]:
         key = as_key(value)
         change = changed(scene, name, key) if name else None
         if change is not None:

@@ -6,7 +6,8 @@ from gketrace.errors import ParseError
 from gketrace.ruleset.model import BaseChain, Rule
 from gketrace.ruleset.nft import NftChain, NftRule, NftRuleset
 from gketrace.simulate.nft.scene import NftEnvironment
-from gketrace.simulate.nft.statements import Way, run_rule
+from gketrace.simulate.nft.statements import Way, carried, run_rule
+from gketrace.simulate.recall import Recall
 from gketrace.simulate.running import Frame, Run
 from gketrace.simulate.state import Alternative, PacketState, Verdict, VerdictKind
 from gketrace.simulate.threads import Fork, Thread
@@ -16,14 +17,18 @@ __all__ = ["traverse"]
 
 
 def traverse(
-    ruleset: NftRuleset, base: BaseChain, state: PacketState, env: NftEnvironment
+    ruleset: NftRuleset,
+    base: BaseChain,
+    state: PacketState,
+    env: NftEnvironment,
+    recall: Recall | None = None,
 ) -> tuple[Alternative, ...]:
     """All ways through `base` for a packet in `state`, in the order of the rules that decide."""
     chain = ruleset.chain(base.chain)
     if chain is None:
         raise ValueError(f"no chain {base.chain} in table {base.table}")
     try:
-        return _NftRun(ruleset, base, env).run(chain, state)
+        return _NftRun(ruleset, base, env, recall).run(chain, state)
     except ParseError as error:
         # A rule or set that the packet came to is not as nft prints it.
         citation = Citation(
@@ -40,9 +45,11 @@ def traverse(
 class _NftRun(Run):
     """One traversal."""
 
-    def __init__(self, ruleset: NftRuleset, base: BaseChain, env: NftEnvironment) -> None:
+    def __init__(
+        self, ruleset: NftRuleset, base: BaseChain, env: NftEnvironment, recall: Recall | None
+    ) -> None:
         super().__init__(ruleset.backend, base)
-        self.ruleset, self.env = ruleset, env
+        self.ruleset, self.env, self.recall = ruleset, env, recall
         self._waiting: dict[Frame, list[tuple[NftRule, str, bool, list[Thread]]]] = {}
         """Chains that a rule of a frame sends threads to, still to be run: a verdict map whose key
         is drawn leads to several."""
@@ -70,7 +77,7 @@ class _NftRun(Run):
         live: list[Thread] = []
         calls: dict[tuple[str, bool], list[Thread]] = {}
         for thread in frame.live:
-            ways = run_rule(rule, thread.state, self.env, self.ruleset)
+            ways = self._ways(rule, thread.state)
             for branch, way in self._threads(frame, rule, thread, ways):
                 self._apply(frame, rule, branch, way, live, calls)
         frame.live = live
@@ -81,6 +88,12 @@ class _NftRun(Run):
         else:
             frame.live = self.meet(frame, live, rule)
         return frame
+
+    def _ways(self, rule: NftRule, state: PacketState) -> list[Way]:
+        env, ruleset = self.env, self.ruleset
+        if self.recall is None:
+            return run_rule(rule, state, env, ruleset)
+        return self.recall.rule(rule, state, lambda s: run_rule(rule, s, env, ruleset), carried)
 
     def _threads(
         self, frame: Frame, rule: NftRule, thread: Thread, ways: list[Way]
@@ -139,8 +152,10 @@ class _NftRun(Run):
 
 
 def _action(before: PacketState, after: PacketState) -> StepAction:
-    if before.packet.mark != after.packet.mark or before.ct != after.ct:
+    if before.packet.mark != after.packet.mark or (
+        before.ct is not after.ct and before.ct != after.ct
+    ):
         return StepAction.MARK
-    if before.packet != after.packet:
+    if before.packet is not after.packet and before.packet != after.packet:
         return StepAction.REWRITE
     return StepAction.CONTINUE

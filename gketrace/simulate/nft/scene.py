@@ -25,9 +25,9 @@ class NftEnvironment(Environment, Protocol):
         """The namespace's interfaces by name; empty when they are not known."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Scene:
-    """One packet before one expression."""
+    """One packet before one expression.  Not frozen only because that takes twice as long."""
 
     state: PacketState
     env: NftEnvironment

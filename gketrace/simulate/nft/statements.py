@@ -16,7 +16,7 @@ from gketrace.packet import Protocol
 from gketrace.quick import quick
 from gketrace.ruleset.nft import NftRule, NftRuleset, NftSet
 from gketrace.ruleset.nft_text import statement_text
-from gketrace.simulate.evolve import evolve
+from gketrace.simulate.evolve import copier, evolve
 from gketrace.simulate.nft.changes import Unclear, change_set, mangle
 from gketrace.simulate.nft.expressions import evaluate, types_of
 from gketrace.simulate.nft.lookup import find_data
@@ -24,11 +24,12 @@ from gketrace.simulate.nft.matching import match
 from gketrace.simulate.nft.nat import nat_ways
 from gketrace.simulate.nft.scene import NftEnvironment, Scene
 from gketrace.simulate.nft.values import BREAK, Branch, NotKnown, Value, times
-from gketrace.simulate.state import PacketState, VerdictKind
+from gketrace.simulate.state import CERTAIN, PacketState, VerdictKind
 from gketrace.simulate.targets.base import Effect
+from gketrace.simulate.watched import Rebase
 from gketrace.trace import StepAction
 
-__all__ = ["Way", "run_rule"]
+__all__ = ["Way", "carried", "run_rule"]
 
 Json: TypeAlias = Any
 
@@ -39,7 +40,7 @@ class Way:
     """One way through one rule."""
 
     state: PacketState
-    chance: Fraction | None = Fraction(1)
+    chance: Fraction | None = CERTAIN
     drawn: str = ""
     unknown: tuple[str, ...] = ()
     """What is not known on this way: it is one of several."""
@@ -67,6 +68,21 @@ def run_rule(
         if not open_:
             break
     return _without_doubles(open_ + done)
+
+
+_way_of: Final = copier(Way, "state", "effect")
+_effect_of: Final = copier(Effect, "state")
+
+
+def carried(ways: list[Way], rebase: Rebase) -> list[Way]:
+    """What `run_rule` gave for a watched state, for the one that it is carried over to."""
+    found: list[Way] = []
+    for way in ways:
+        effect = way.effect
+        if effect is not None:
+            effect = _effect_of(effect, rebase.state(effect.state))
+        found.append(_way_of(way, rebase.state(way.state), effect))
+    return found
 
 
 def _without_doubles(ways: list[Way]) -> list[Way]:
@@ -119,6 +135,8 @@ def _single(statement: Json) -> tuple[str, Json]:
 
 def _branch(way: Way, branch: Branch, **changes: Any) -> Way:
     """`way` as it goes on with one branch of an expression."""
+    if branch.chance is CERTAIN and not branch.note and not branch.drawn:
+        return evolve(way, **changes) if changes else way
     notes = (*way.notes, branch.note) if branch.note and branch.note not in way.notes else way.notes
     unknown, drawn = way.unknown, branch.drawn or way.drawn
     if branch.chance is None:
@@ -201,7 +219,9 @@ def _run_match(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
         if isinstance(branch.value, NotKnown):
             ways += _either(_branch(way, branch), branch.value.reason)
         else:
-            ways.append(_branch(way, branch, broken=branch.value is BREAK))
+            ways.append(
+                _branch(way, branch, broken=True) if branch.value is BREAK else _branch(way, branch)
+            )
     return ways
 
 

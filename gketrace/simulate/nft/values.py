@@ -8,6 +8,8 @@ from enum import Enum
 from fractions import Fraction
 from typing import Final, TypeAlias
 
+from gketrace.simulate.state import CERTAIN
+
 __all__ = [
     "BREAK",
     "Branch",
@@ -49,7 +51,7 @@ class Branch:
     """One thing that an expression may give."""
 
     value: Value
-    chance: Fraction | None = Fraction(1)
+    chance: Fraction | None = CERTAIN
     """None: it is not known how likely."""
     drawn: str = ""
     """What was drawn, for people."""
@@ -69,13 +71,16 @@ def times(one: Fraction | None, other: Fraction | None) -> Fraction | None:
     if one is None or other is None:
         return None
     # A product of fractions looks for common factors, also where one of them is 1.
-    return other if one == 1 else one if other == 1 else one * other
+    return other if one is CERTAIN else one if other is CERTAIN else one * other
 
 
 def combine(
     parts: Iterable[tuple[Branch, ...]], join: Callable[[tuple[Value, ...]], Value]
 ) -> tuple[Branch, ...]:
     """All combinations; a part that breaks breaks the whole, from left to right."""
+    parts = list(parts)
+    if all(len(branches) == 1 and _plain(branches[0]) for branches in parts):
+        return (Branch(join(tuple([branches[0].value for branches in parts]))),)
     open_: list[tuple[tuple[Value, ...], Branch]] = [((), Branch(0))]
     done: list[Branch] = []
     for branches in parts:
@@ -98,8 +103,21 @@ def combine(
     return tuple(done)
 
 
+def _plain(branch: Branch) -> bool:
+    """A value that is certain, and that needs no evidence."""
+    return (
+        branch.chance is CERTAIN
+        and branch.value is not BREAK
+        and not branch.drawn
+        and not branch.note
+    )
+
+
 def merged(branches: Iterable[Branch]) -> tuple[Branch, ...]:
     """Branches that give the same are one; their chances add up."""
+    branches = tuple(branches)
+    if len(branches) == 1:
+        return branches
     found: dict[Value, Branch] = {}
     for branch in branches:
         known = found.get(branch.value)
