@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeAlias
 
 from gketrace.ruleset.model import Match, Rule, Target
 from gketrace.ruleset.options import Option, Token, tokenize
@@ -19,6 +19,47 @@ _HEADER: Final[dict[str, type[Match]]] = {option: cls for cls in HEADER for opti
 _MATCHES: Final[dict[str, type[Match]]] = {cls.module: cls for cls in MATCHES}
 _TARGETS: Final[dict[str, type[Target]]] = {cls.name: cls for cls in TARGETS}
 _STOP: Final = frozenset({"-m", "--match", "-j", "--jump", "-g", "--goto"})
+
+
+_Parts: TypeAlias = tuple[tuple[Match, ...], Target | None]
+
+_KEPT: Final = 2048
+"""Rules whose parts are kept by their text; about 1.5 KB each."""
+_known: Final[dict[tuple[str, int], tuple[str, bool, _Parts]]] = {}
+"""Text and family → the name that was asked for, whether it is a chain, and the parts.
+
+One question to an agent walks several packets, and each walk reads the rules anew, as legacy has no
+generation that would tell that they are the same.  What a rule says hangs on its text alone, and on
+whether there is a chain of its target's name.  Shared by threads: an entry is made whole before it
+is put in."""
+
+
+def _parts(rest: str, family: int, is_chain: Callable[[str], bool]) -> _Parts:
+    """The matches and the target of a rule; `rest` is what follows the chain's name."""
+    known = _known.get((rest, family))
+    if known is not None and (not known[0] or is_chain(known[0]) is known[1]):
+        return known[2]
+    asked: list[tuple[str, bool]] = []
+
+    def ask(name: str) -> bool:
+        asked.append((name, is_chain(name)))
+        return asked[-1][1]
+
+    matches: tuple[Match, ...]
+    target: Target | None
+    try:
+        tokens = tokenize(rest)
+    except ValueError as error:
+        matches = (UnknownMatch(text=rest.strip(), reason=str(error)),)
+        target = UnknownTarget(text=rest.strip(), reason=str(error))
+    else:
+        matches, target = _Reader(rest, tokens, family, ask).read()
+    parts = matches, target
+    if len(asked) < 2:
+        if len(_known) >= _KEPT:
+            _known.clear()
+        _known[rest, family] = (*(asked[0] if asked else ("", False)), parts)
+    return parts
 
 
 class _Group:
@@ -49,16 +90,7 @@ def read_rule(
     packets = None if head[1] is None else int(head[1])
     size = None if head[2] is None else int(head[2])
     text = line[head.start(3) :]
-    rest = text[len(head[3]) :]
-    matches: tuple[Match, ...]
-    target: Target | None
-    try:
-        tokens = tokenize(rest)
-    except ValueError as error:
-        matches = (UnknownMatch(text=rest.strip(), reason=str(error)),)
-        target = UnknownTarget(text=rest.strip(), reason=str(error))
-    else:
-        matches, target = _Reader(rest, tokens, family, is_chain).read()
+    matches, target = _parts(text[len(head[3]) :], family, is_chain)
     return Rule(
         backend=backend,
         table=table,
