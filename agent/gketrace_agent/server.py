@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging
 import os
+import resource
 import signal
 import socket
 import stat
@@ -44,6 +45,8 @@ _LOOK: Final = 1.0
 """Seconds between looks for a signal that came at the wrong moment."""
 _LAST: Final = 1.0
 """Seconds that the threads of cancelled calls get after that."""
+_FILES: Final = 4096
+"""Descriptors for other things than connections: processes looked at, captures, children."""
 _DOORMEN: Final = 8
 """Threads more than calls: they refuse what is too much, and check who calls."""
 _TCP_OPTIONS: Final = (
@@ -255,6 +258,16 @@ def _remove_stale(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def _raise_file_limit(connections: int) -> None:
+    """Some runtimes start containers with a soft limit of 1,024 open files, which as many
+    connections would use up."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = connections + _FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def serve(config: Config) -> None:
     """Serves until SIGTERM or SIGINT."""
     started = time.monotonic()
@@ -262,6 +275,7 @@ def serve(config: Config) -> None:
         start_logging(config.log_file, debug=config.log_debug)
     except OSError as error:
         raise UnavailableError(f"cannot log to {config.log_file}: {error.strerror}") from None
+    _raise_file_limit(config.limits.connections)
     stop = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:

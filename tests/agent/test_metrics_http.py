@@ -6,7 +6,9 @@ import socket
 import ssl
 import threading
 import time
+import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
@@ -18,15 +20,25 @@ from gketrace_agent import metrics_http
 from gketrace_agent.access.alarms import Alarms
 from gketrace_agent.metrics_http import ScrapeServer
 from gketrace_agent.tls import Certificate
-from gketrace_cli.certificates import issue
+from gketrace_cli.certificates import Issued, issue
 
 
 @pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
-    folder: Path = tmp_path_factory.mktemp("tls")
-    issued = issue(["localhost"])
-    (folder / "crt").write_text(issued.certificate)
-    (folder / "key").write_text(issued.key)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made: Path = tmp_path_factory.mktemp("tls")
+    return made
+
+
+@pytest.fixture(scope="module")
+def issued(folder: Path) -> Issued:
+    made = issue(["localhost"])
+    (folder / "crt").write_text(made.certificate)
+    (folder / "key").write_text(made.key)
+    return made
+
+
+@pytest.fixture(scope="module")
+def certificate(folder: Path, issued: Issued) -> Certificate:
     return Certificate(folder / "crt", folder / "key")
 
 
@@ -43,13 +55,57 @@ def port(certificate: Certificate) -> Iterator[int]:
     thread.join(5)
 
 
-def _scrape(port: int) -> str:
+def _scrape(port: int, authority: str = "") -> str:
+    """Believes that authority; none: anybody."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    if authority:
+        context.load_verify_locations(cadata=authority)
+    else:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with urllib.request.urlopen(
-        f"https://127.0.0.1:{port}/metrics", timeout=5, context=context
+        f"https://localhost:{port}/metrics", timeout=5, context=context
     ) as reply:
         return str(reply.read().decode())
+
+
+def _not_believed(port: int, authority: str) -> bool:
+    try:
+        _scrape(port, authority)
+    except urllib.error.URLError as error:
+        return isinstance(error.reason, ssl.SSLCertVerificationError)
+    return False
+
+
+def test_scrapers_can_check_who_answers(port: int, issued: Issued) -> None:
+    assert "one 1.0" in _scrape(port, issued.authority)
+    assert _not_believed(port, issue(["localhost"]).authority)
+    old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that is what is tried
+        old.minimum_version = old.maximum_version = ssl.TLSVersion.TLSv1_1
+    with (
+        socket.create_connection(("localhost", port), 5) as client,
+        pytest.raises((ssl.SSLError, ConnectionError)),
+    ):
+        old.wrap_socket(client)
+
+
+def test_a_renewed_certificate_is_taken_up(port: int, issued: Issued, folder: Path) -> None:
+    renewed = issue(["localhost"])
+    try:
+        (folder / "crt").write_text(renewed.certificate)
+        # Half of it: the old pair stays.
+        assert "one 1.0" in _scrape(port, issued.authority)
+        (folder / "key").write_text(renewed.key)
+        assert "one 1.0" in _scrape(port, renewed.authority)
+        assert _not_believed(port, issued.authority)
+        (folder / "key").unlink()
+        assert "one 1.0" in _scrape(port, renewed.authority)
+    finally:
+        (folder / "crt").write_text(issued.certificate)
+        (folder / "key").write_text(issued.key)
+    assert "one 1.0" in _scrape(port, issued.authority)
 
 
 def test_plaintext_and_noise_leave_no_traceback(

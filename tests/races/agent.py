@@ -61,6 +61,8 @@ class RaceAgent:
             self._process = subprocess.Popen([str(command), *self._arguments])
             self.pid = self._process.pid
         self._pidfd = os.pidfd_open(self.pid)
+        if self._channel is not None:
+            self._channel.close()
         self._channel = grpc.insecure_channel(f"unix:{self._socket}", options=_OPTIONS)
         self.stub = AgentStub(self._channel)
         self.stub.GetInfo(pb.GetInfoRequest(), timeout=60, wait_for_ready=True)
@@ -89,22 +91,24 @@ class RaceAgent:
         signal.pidfd_send_signal(self._pidfd, number)
 
     def ended(self) -> None:
-        """Waits for it; the channel to it is closed."""
-        assert self._channel is not None
+        """Waits for it.  Calls to it go on failing until `start`."""
         if self._process is not None:
             self._process.wait(30)
         elif not select.select([self._pidfd], [], [], 30)[0]:
             raise TimeoutError("the agent does not end")
         os.close(self._pidfd)
-        self._channel.close()
+        self._pidfd = -1
 
     def settled(self) -> bool:
         """It holds no namespace but those that it keeps."""
         return not Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
 
     def stop(self) -> None:
-        self.signal(signal.SIGTERM)
-        self.ended()
+        if self._pidfd >= 0:
+            self.signal(signal.SIGTERM)
+            self.ended()
+        if self._channel is not None:
+            self._channel.close()
         if self._nursery is not None:
             with self._nursery:  # it ends with its input
                 pass

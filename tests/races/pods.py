@@ -21,7 +21,7 @@ NAMESPACE: Final = "races"
 _LAST_PID: Final = Path("/proc/sys/kernel/ns_last_pid")
 _SCRIPT: Final = """
 ip link set lo up && ip address add {address}/32 dev lo && ip route add blackhole {mark} || exit 1
-conntrack -I -p udp -s {address} -d {mark} --sport 1 --dport 2 -t 900 >/dev/null 2>&1 || exit 1
+conntrack -I -p udp -s {address} -d {mark} --sport 1 --dport 2 -t 86400 >/dev/null 2>&1 || exit 1
 echo 0 > {cgroup}/cgroup.procs
 exec -a app bash -c '
 exec 4<> <(:) 3<> /dev/udp/{address}/9

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import base64
 import json
-import time
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
 import yaml
 
-from e2e.kubeapi.harness import KubeApi, running_server
+from e2e.kubeapi.harness import KubeApi, running_server, until
 from gketrace.access import AGENT_NAMESPACE, NAMESPACES_HEADER, audience, server_name
 from gketrace_agent.config import Authentication, Config, Limits, Listen
 from gketrace_agent.server import AgentServer
 from gketrace_cli.certificates import Issued, issue
 from gketrace_proto.v1alpha1.agent_pb2_grpc import AgentStub
 
-__all__ = ["NODE", "OTHER_NODE", "Bed", "agent_bed", "binding", "forged"]
+__all__ = ["NODE", "OTHER_NODE", "Bed", "agent_bed", "agent_process_bed", "binding"]
 
 RBAC = Path(__file__).parents[2] / "deploy/rbac.yaml"
 NODE, OTHER_NODE = "node-a", "node-b"
@@ -93,10 +95,14 @@ class Bed:
     """What a test drives."""
 
     api: KubeApi
-    server: AgentServer
     port: int
     issued: Issued
     folder: Path
+    server: AgentServer | None = None
+    """The agent in this process; None: it is one of its own, `pid`."""
+    metrics: int = 0
+    """The port of its metrics; 0: none are served."""
+    pid: int = field(default_factory=os.getpid)
 
     def token(self, account: str, *, node: str = NODE, seconds: int = 600, **spec: Any) -> str:
         """A token of ServiceAccount NS/NAME for the node's agent."""
@@ -123,27 +129,10 @@ def metadata(token: str | None, namespaces: str = "") -> tuple[tuple[str, str], 
     return found + (((NAMESPACES_HEADER, namespaces),) if namespaces else ())
 
 
-def forged(node: str = NODE, account: str = "default:admin") -> str:
-    """A token that says all the right things, signed by nobody."""
-
-    def part(document: dict[str, Any]) -> str:
-        return base64.urlsafe_b64encode(json.dumps(document).encode()).decode().rstrip("=")
-
-    claims = {
-        "aud": [audience(node)],
-        "exp": int(time.time()) + 600,
-        "sub": f"system:serviceaccount:{account}",
-    }
-    return f"{part({'alg': 'ES256'})}.{part(claims)}.{'A' * 86}"
-
-
 @contextmanager
-def agent_bed(folder: Path, limits: Limits | None = None) -> Iterator[Bed]:
-    """Everything running; stopped at the end."""
-    with ExitStack() as stack:
-        api = stack.enter_context(
-            running_server(folder / "api", name="sec", objects=objects(), min_token_seconds=1)
-        )
+def _prepared(folder: Path) -> Iterator[tuple[KubeApi, Issued]]:
+    """An API server, and in `folder` what an agent is given: certificate, authority, token."""
+    with running_server(folder / "api", name="sec", objects=objects(), min_token_seconds=1) as api:
         issued = issue([server_name(AGENT_NAMESPACE)])
         files = {
             "tls.crt": issued.certificate,
@@ -158,6 +147,14 @@ def agent_bed(folder: Path, limits: Limits | None = None) -> Iterator[Bed]:
             {"spec": {}},
         )[1]
         (folder / "token").write_text(made["status"]["token"])
+        yield api, issued
+
+
+@contextmanager
+def agent_bed(folder: Path, limits: Limits | None = None) -> Iterator[Bed]:
+    """Everything running, the agent in this process; stopped at the end."""
+    with ExitStack() as stack:
+        api, issued = stack.enter_context(_prepared(folder))
         config = Config(
             node=NODE,
             listen=(Listen(path=folder / "agent.sock"), Listen(host="127.0.0.1", port=0)),
@@ -172,6 +169,56 @@ def agent_bed(folder: Path, limits: Limits | None = None) -> Iterator[Bed]:
         bound = server.start()
         stack.callback(server.stop, 0)
         yield Bed(api=api, server=server, port=bound[1].port, issued=issued, folder=folder)
+
+
+@contextmanager
+def agent_process_bed(folder: Path, *options: str) -> Iterator[Bed]:
+    """As `agent_bed`, with the agent as a process of its own; `options` are its.  It also serves
+    metrics, at `Bed.metrics`.  What it logs is in `folder`/agent.log."""
+    with ExitStack() as stack:
+        api, issued = stack.enter_context(_prepared(folder))
+        log = folder / "agent.log"
+        process = subprocess.Popen(
+            [
+                str(Path(sys.executable).parent / "gketrace-agent"),
+                "serve",
+                f"--node-name={NODE}",
+                f"--listen=unix://{folder / 'agent.sock'}",
+                "--listen=tcp://127.0.0.1:0",
+                "--metrics-listen=tcp://127.0.0.1:0",
+                f"--tls-cert={folder / 'tls.crt'}",
+                f"--tls-key={folder / 'tls.key'}",
+                f"--kube-api={api.url}",
+                f"--kube-ca={folder / 'kube-ca.crt'}",
+                f"--kube-token={folder / 'token'}",
+                "--runtime-endpoint=none",
+                f"--log-file={log}",
+                *options,
+            ]
+        )
+        stack.callback(process.wait, 30)
+        stack.callback(process.terminate)
+        said = until(lambda: log.exists() and _serving(log), seconds=60)
+        yield Bed(
+            api=api,
+            port=_port(said, "listening"),
+            metrics=_port(said, "metrics"),
+            pid=process.pid,
+            issued=issued,
+            folder=folder,
+        )
+
+
+def _serving(log: Path) -> list[dict[str, Any]]:
+    """What it has said, once it serves."""
+    said = [json.loads(line) for line in log.read_text().split("\n")[:-1]]
+    return said if any(one["msg"] == "serving" for one in said) else []
+
+
+def _port(said: list[dict[str, Any]], message: str) -> int:
+    """The TCP port that it tells of with `message`."""
+    addresses = [one["address"] for one in said if one["msg"] == message]
+    return next(int(one.rpartition(":")[2]) for one in addresses if one.startswith("tcp:"))
 
 
 def _kube_ca(api: KubeApi) -> str:

@@ -22,7 +22,8 @@ import grpc
 
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
 from gketrace_proto.v1alpha1 import capture_pb2, target_pb2
-from tests.security.bed import NODE, OTHER_NODE, Bed, agent_bed, forged, metadata
+from tests.security.bed import NODE, OTHER_NODE, Bed, agent_bed, metadata
+from tests.security.tokens import forged
 
 __all__ = ["CALLERS", "Cell", "Row", "methods", "rows", "run"]
 
@@ -144,7 +145,7 @@ def tokens(bed: Bed) -> dict[str, str | None]:
     made = {
         "no token": None,
         "garbage": "garbage",
-        "forged": forged(),
+        "forged": forged(NODE),
         "expired": expired,
         "wrong audience": bed.token("default/admin", audiences=["vault"]),
         "other node's token": bed.token("default/admin", node=OTHER_NODE),
