@@ -5,34 +5,50 @@ Which commands run is decided before any of them does:
 - legacy: only when ip_tables_names lists a table.  iptables-legacy-save on a table that is not
   there would create it, and its hooks with it.
 - nft: only when nf_tables has a table that iptables-nft uses.  A kernel without nf_tables has no
-  such backend: that is no error.
+  such backend: that is no error.  Its rules are read by netlink and printed as its save command
+  does; that command runs for the tables that hold something not known here.
 
 The commands start side by side in the namespace's thread; the caller reads other things meanwhile
 and collects them at the end.  A command that fails is an `Unavailable` with what it wrote to
 stderr, never "no rules".
 
 Source: kernel net/ipv4/netfilter/ip_tables.c, net/netfilter/x_tables.c (xt_table_seq_show);
-iptables iptables/iptables-save.c, nft-shared.c; hint chains: kubernetes-sigs/iptables-wrappers.
+iptables iptables/iptables-save.c, nft-shared.c.
 """
 
 from __future__ import annotations
 
-import re
 import sys
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
-from gketrace.errors import GketraceError, ParseError
-from gketrace.ruleset import Ruleset
-from gketrace.ruleset.iptables_save import parse_iptables_save
+from gketrace.errors import GketraceError
 from gketrace.snapshot import Maybe, Unavailable
 from gketrace_agent.kernel.nfnetlink import NftTable, nft_generation, nft_tables
+from gketrace_agent.kernel.nft_rules import NftText
 from gketrace_agent.kernel.process import Child, Completed, collect, find_program, start
 from gketrace_agent.kernel.reader import KernelReader
+from gketrace_agent.observe.iptables_cache import DumpCache, Turn
+from gketrace_agent.observe.iptables_dump import (
+    IPTABLES_TABLES,
+    LEGACY,
+    NFT,
+    IptablesDump,
+    IptablesDumps,
+    Programs,
+    judge_dumps,
+)
+from gketrace_agent.observe.iptables_nft import (
+    begin_nft,
+    child_text,
+    incompatible_table,
+    merged_text,
+    nothing_read,
+    reasons,
+    save_arguments,
+)
 
 __all__ = [
     "IPTABLES_TABLES",
@@ -46,185 +62,13 @@ __all__ = [
     "start_iptables",
 ]
 
-LEGACY: Final = "iptables-legacy"
-NFT: Final = "iptables-nft"
-IPTABLES_TABLES: Final = frozenset({"filter", "nat", "mangle", "raw", "security"})
-_HINTS: Final = (b"\n:KUBE-IPTABLES-HINT ", b"\n:KUBE-KUBELET-CANARY ")
-_HOLDS: Final = re.compile(rb"\n(?:(?:\[\d+:\d+\] )?-A |:\S+ DROP )")
-_TABLE: Final = b"# Table `"
-_INCOMPATIBLE: Final = re.compile(rb"# Table `([^'\n]*)' (?:is incompatible|contains incompatible)")
 _NAMES: Final = {4: "ip_tables_names", 6: "ip6_tables_names"}
 _NFT_FAMILY: Final = {4: "ip", 6: "ip6"}
+_BY_NETLINK: Final = {
+    4: "nf_tables by netlink, as iptables-nft-save -c",
+    6: "nf_tables by netlink, as ip6tables-nft-save -c",
+}
 _ATTEMPTS: Final = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Programs:
-    """Which programs read rules, as names to search or paths, and their bounds."""
-
-    legacy: tuple[str, ...] = ("iptables-legacy-save",)
-    legacy6: tuple[str, ...] = ("ip6tables-legacy-save",)
-    nft_backend: tuple[str, ...] = ("iptables-nft-save",)
-    nft_backend6: tuple[str, ...] = ("ip6tables-nft-save",)
-    nft: tuple[str, ...] = ("nft",)
-    ipset: tuple[str, ...] = ("ipset",)
-    python_iptables: bool = True
-    """Read legacy with python-iptables where its save command is missing."""
-    timeout: float = 120.0
-    """Seconds for all the dumps of one namespace; iptables-nft-save was seen to need 50 for
-    140,000 lines on a busy machine."""
-    limit: int = 512 << 20
-    """Bytes that one dump may have."""
-
-    def save(self, backend: str, family: int) -> tuple[str, ...]:
-        """The names of the save command of `backend` and `family`."""
-        if backend == LEGACY:
-            return self.legacy if family == 4 else self.legacy6
-        return self.nft_backend if family == 4 else self.nft_backend6
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class IptablesDump:
-    """What one save command printed."""
-
-    backend: str
-    """`LEGACY` or `NFT`."""
-    family: int
-    """4 or 6."""
-    text: bytes
-    source: str
-    """The command."""
-    seconds: float
-    """How long it took; of the first reading when it comes from the cache."""
-    taken_at: float
-    """Seconds since the epoch: the age of its counters."""
-    generation: int | None = None
-    """nf_tables' generation that it shows; None for legacy, which has none."""
-
-    _ruleset: Maybe[Ruleset] | None = field(default=None, init=False, repr=False)
-
-    def ruleset(self) -> Maybe[Ruleset]:
-        """Parsed once; a cached dump keeps it."""
-        if self._ruleset is None:
-            try:
-                self._ruleset = parse_iptables_save(
-                    self.text,
-                    source=self.source,
-                    backend=self.backend,
-                    family=self.family,
-                    taken_at=self.taken_at,
-                )
-            except ParseError as error:
-                self._ruleset = Unavailable(reason=str(error))
-        return self._ruleset
-
-    @property
-    def holds_rules(self) -> bool:
-        """It has a rule, or a policy that is not ACCEPT."""
-        return _HOLDS.search(self.text) is not None
-
-    @property
-    def has_hint(self) -> bool:
-        """kubelet's chains that say: this backend is the one in use."""
-        # Not one expression: in 35 MB that takes 0.3 s, these 10 ms.
-        return any(hint in self.text for hint in _HINTS)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IptablesDumps:
-    """All that the iptables backends hold in one namespace."""
-
-    dumps: tuple[Maybe[IptablesDump], ...]
-    """Those that exist and were read, and those that exist and could not be."""
-    primary: str
-    """The backend that Kubernetes uses here, `LEGACY` or `NFT`."""
-    both: bool
-    """Both backends hold rules: the kernel runs both."""
-    consistent: bool = True
-    """False: nf_tables' rules changed under every attempt to read them."""
-
-    def of(self, backend: str) -> tuple[IptablesDump, ...]:
-        """The dumps of one backend that could be read."""
-        return tuple(
-            dump
-            for dump in self.dumps
-            if isinstance(dump, IptablesDump) and dump.backend == backend
-        )
-
-
-@dataclass(slots=True)
-class Turn:
-    """One namespace's dumps are made one after the other: a large one takes hundreds of megabytes.
-
-    Who waited through a whole reading takes what it found: it began after they asked.
-    """
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    waiting: int = 0
-    began: float = 0.0
-    """When the reading began that found `dumps`; time.monotonic()."""
-    dumps: IptablesDumps | None = None
-    """Kept only while somebody waits."""
-
-
-class DumpCache:
-    """The nft dumps that are still true, by namespace and family; shared by a node's calls.
-
-    Keyed by the namespace's cookie, which is never used again, and the generation.  The rules are
-    then current; their counters are as old as `IptablesDump.taken_at` says.  Legacy has no
-    generation and is always read again, but once for all who wait for it.
-    """
-
-    def __init__(self, *, most_bytes: int = 256 << 20) -> None:
-        self._most = most_bytes
-        self._lock = threading.Lock()
-        self._turns: dict[int, Turn] = {}
-        self._dumps: OrderedDict[tuple[int, int], IptablesDump] = OrderedDict()
-
-    def wait(self, cookie: int, timeout: float) -> tuple[Turn | None, bool]:
-        """Whoever reads a namespace's rules holds its turn: give it back with `end`.  None: it was
-        not to be had in time.  True: others had it first."""
-        with self._lock:
-            turn = self._turns.setdefault(cookie, Turn())
-            if turn.lock.acquire(blocking=False):
-                return turn, False
-            turn.waiting += 1
-        taken = turn.lock.acquire(timeout=timeout)
-        with self._lock:
-            turn.waiting -= 1
-        return turn if taken else None, True
-
-    def end(self, turn: Turn, began: float, dumps: IptablesDumps | None) -> None:
-        """Gives it back; `dumps`, if there are any, were read since `began`."""
-        with self._lock:
-            if dumps is not None:
-                turn.began, turn.dumps = began, dumps
-            if not turn.waiting:
-                turn.dumps = None
-                for cookie in [c for c, one in self._turns.items() if one is turn]:
-                    del self._turns[cookie]
-        turn.lock.release()
-
-    def get(self, cookie: int | None, family: int, generation: int) -> IptablesDump | None:
-        """The dump of this very generation, if there is one."""
-        if cookie is None:
-            return None
-        with self._lock:
-            dump = self._dumps.get((cookie, family))
-            if dump is None or dump.generation != generation:
-                return None
-            self._dumps.move_to_end((cookie, family))
-            return dump
-
-    def put(self, cookie: int | None, dump: IptablesDump) -> None:
-        """Keeps it, and forgets the least used ones over the bound."""
-        if cookie is None:
-            return
-        with self._lock:
-            self._dumps[cookie, dump.family] = dump
-            self._dumps.move_to_end((cookie, dump.family))
-            while sum(len(kept.text) for kept in self._dumps.values()) > self._most:
-                self._dumps.popitem(last=False)
 
 
 @dataclass(slots=True)
@@ -234,6 +78,12 @@ class _Wanted:
     backend: str
     family: int
     child: Child | None = None
+    by_netlink: bool = False
+    """`child` reads by netlink; else it is a save command."""
+    began: float = 0.0
+    """time.monotonic()."""
+    read: NftText | None = None
+    """What netlink gave."""
     result: Maybe[IptablesDump] | None = None
 
 
@@ -321,11 +171,11 @@ class IptablesReading:
         return all(cache.get(self._cookie, f, generation) is not None for f in families)
 
     def _nft_families(self) -> list[int]:
-        return [
-            family
-            for family, name in _NFT_FAMILY.items()
-            if any(t.family == name and t.name in IPTABLES_TABLES for t in self.tables)
-        ]
+        return [family for family in _NFT_FAMILY if self._nft_tables(family)]
+
+    def _nft_tables(self, family: int) -> frozenset[str]:
+        name = _NFT_FAMILY[family]
+        return IPTABLES_TABLES & {t.name for t in self.tables if t.family == name}
 
     def _release(self, dumps: IptablesDumps | None = None) -> None:
         turn, self._turn = self._turn, None
@@ -341,23 +191,43 @@ class IptablesReading:
             wanted.result = self._cache.get(self._cookie, family, self.generation)
             if wanted.result is not None:
                 return wanted
+        wanted.began = time.monotonic()
+        if backend == NFT and self._programs.netlink:
+            self._start_netlink(wanted)
+        else:
+            self._start_program(wanted, ("-c",))
+        return wanted
+
+    def _start_netlink(self, wanted: _Wanted) -> None:
+        tables = self._nft_tables(wanted.family)
+        try:
+            begun = begin_nft(self._reader, wanted.family, tables, limit=self._programs.limit)
+        except GketraceError as error:
+            begun = nothing_read(tables, error.message)
+        if isinstance(begun, NftText):
+            wanted.read = begun
+        else:
+            wanted.child, wanted.by_netlink = begun, True
+
+    def _start_program(self, wanted: _Wanted, arguments: tuple[str, ...]) -> None:
+        backend, family = wanted.backend, wanted.family
         names = self._programs.save(backend, family)
         program = find_program(*names)
         if program is not None:
-            argv: tuple[str, ...] = (program, "-c")
+            argv: tuple[str, ...] = (program, *arguments)
         elif backend == LEGACY and self._programs.python_iptables:
             argv = (sys.executable, "-I", "-m", "gketrace_agent.kernel.iptc_reader", str(family))
         else:
+            why = f" ({reasons(wanted.read)})" if wanted.read else ""
             wanted.result = Unavailable(
                 reason=f"{backend} holds IPv{family} rules and none of "
-                f"{', '.join(names)} is installed"
+                f"{', '.join(names)} is installed{why}"
             )
-            return wanted
+            return
         try:
-            wanted.child = start(argv, limit=self._programs.limit)
+            wanted.child, wanted.by_netlink = start(argv, limit=self._programs.limit), False
         except GketraceError as error:
             wanted.result = Unavailable(reason=str(error))
-        return wanted
 
     def abandon(self) -> None:
         """Kills what is under way; after `finish` there is nothing."""
@@ -396,25 +266,43 @@ class IptablesReading:
                 if wanted.backend == NFT and isinstance(wanted.result, IptablesDump):
                     self._cache.put(self._cookie, wanted.result)
         dumps = tuple(w.result for w in self._wanted if w.result is not None)
-        return _judge(dumps, consistent)
+        return judge_dumps(dumps, consistent)
 
     def _collect(self, wanted: Sequence[_Wanted]) -> None:
+        deadline = time.monotonic() + self._programs.timeout
+        self._wait(wanted, deadline)
+        for one in wanted:
+            if one.result is not None or one.read is None:
+                continue
+            if one.read.left:
+                self._start_program(one, save_arguments(one.read))
+            else:
+                one.result = self._netlink_dump(one, one.read.text, _BY_NETLINK[one.family])
+        self._wait(wanted, deadline)
+
+    def _wait(self, wanted: Sequence[_Wanted], deadline: float) -> None:
+        """Until the children that run have ended."""
         running = [w for w in wanted if w.child is not None]
         results = collect(
-            [w.child for w in running if w.child is not None], timeout=self._programs.timeout
+            [w.child for w in running if w.child is not None],
+            timeout=max(0.0, deadline - time.monotonic()),
         )
         for one, result in zip(running, results, strict=True):
             one.child = None
-            one.result = self._dump(one, result)
+            if one.by_netlink:
+                one.read = child_text(result, self._nft_tables(one.family))
+            else:
+                one.result = self._dump(one, result)
 
     def _dump(self, wanted: _Wanted, result: Completed | GketraceError) -> Maybe[IptablesDump]:
+        """What a save command printed, with what netlink gave of the other tables."""
         what = f"{wanted.backend} (IPv{wanted.family})"
+        why = f"; by netlink: {reasons(wanted.read)}" if wanted.read else ""
         if isinstance(result, GketraceError):
-            return Unavailable(reason=f"{what}: {result.message}")
+            return Unavailable(reason=f"{what}: {result.message}{why}")
         if not result.ok:
-            return Unavailable(reason=f"{what}: {result.failure()}")
-        if found := _incompatible(result.stdout):
-            table = found[1].decode("utf-8", "backslashreplace")
+            return Unavailable(reason=f"{what}: {result.failure()}{why}")
+        if table := incompatible_table(result.stdout):
             return Unavailable(
                 reason=f"{what}: table {table} holds nftables rules that iptables cannot show"
             )
@@ -424,41 +312,36 @@ class IptablesReading:
                 reason=f"{what}: tables exist and {result.argv[0]} printed nothing"
                 + (f": {said}" if said else "")
             )
+        source = " ".join(result.argv)
+        if wanted.read is not None:
+            text = merged_text(wanted.read, result.stdout)
+            if not isinstance(text, bytes):
+                return Unavailable(reason=f"{what}: {source} printed no table {text.table}{why}")
+            source = f"{_BY_NETLINK[wanted.family]}, and {source} for {reasons(wanted.read)}"
+            return self._netlink_dump(wanted, text, source)
         return IptablesDump(
             backend=wanted.backend,
             family=wanted.family,
             text=result.stdout,
-            source=" ".join(result.argv),
+            source=source,
             seconds=result.seconds,
             taken_at=self._started_at,
             generation=self.generation if wanted.backend == NFT else None,
         )
 
-
-def _incompatible(text: bytes) -> re.Match[bytes] | None:
-    """The line in which iptables-nft-save says that it left a table out."""
-    at = text.find(_TABLE)
-    while at >= 0:
-        found = _INCOMPATIBLE.match(text, at)
-        if found and (at == 0 or text[at - 1] == 0x0A):
-            return found
-        at = text.find(_TABLE, at + 1)
-    return None
-
-
-def _judge(dumps: tuple[Maybe[IptablesDump], ...], consistent: bool) -> IptablesDumps:
-    """Which backend Kubernetes uses: hint chains in nft, then in legacy, else nft when it is all
-    that is known; without any hint, the one that alone holds rules."""
-    read = [dump for dump in dumps if isinstance(dump, IptablesDump)]
-    holding = {dump.backend for dump in read if dump.holds_rules}
-    hinted = {dump.backend for dump in read if dump.has_hint}
-    if hinted:
-        primary = NFT if NFT in hinted else LEGACY
-    else:
-        primary = LEGACY if holding == {LEGACY} else NFT
-    return IptablesDumps(
-        dumps=dumps, primary=primary, both=len(holding) == 2, consistent=consistent
-    )
+    def _netlink_dump(self, wanted: _Wanted, text: bytes, source: str) -> Maybe[IptablesDump]:
+        if len(text) > self._programs.limit:
+            what = f"{wanted.backend} (IPv{wanted.family})"
+            return Unavailable(reason=f"{what}: more than {self._programs.limit} bytes")
+        return IptablesDump(
+            backend=NFT,
+            family=wanted.family,
+            text=text,
+            source=source,
+            seconds=time.monotonic() - wanted.began,
+            taken_at=self._started_at,
+            generation=self.generation,
+        )
 
 
 def start_iptables(

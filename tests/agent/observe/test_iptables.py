@@ -7,6 +7,7 @@ import pytest
 
 from gketrace.snapshot import Unavailable
 from gketrace_agent.kernel.reader import KernelReader
+from gketrace_agent.observe import iptables_nft
 from gketrace_agent.observe.iptables import (
     LEGACY,
     NFT,
@@ -135,6 +136,73 @@ def test_a_table_that_iptables_cannot_show_is_said(bed: Bed) -> None:
     (dump,) = read(netns).dumps
     assert isinstance(dump, Unavailable), dump
     assert "filter" in dump.reason
+
+
+SEVERAL = """\
+*mangle
+-A PREROUTING -p tcp -m tcp --dport 80 -j MARK --set-xmark 0x1/0x1
+COMMIT
+*filter
+-A INPUT -m cpu --cpu 1 -j ACCEPT
+COMMIT
+*nat
+-A PREROUTING -p tcp -m tcp --dport 80 -j DNAT --to-destination 10.40.0.6:8080
+COMMIT
+"""
+
+
+@pytest.mark.parametrize("here", [0, 5000], ids=["child", "here"])
+@pytest.mark.parametrize("more", ["", "*raw\n-A OUTPUT -m cpu --cpu 0\nCOMMIT\n"])
+def test_a_table_with_a_match_that_is_not_known_comes_from_the_save_command(
+    bed: Bed, monkeypatch: pytest.MonkeyPatch, here: int, more: str
+) -> None:
+    """... and only that one: it is said which, and why."""
+    monkeypatch.setattr(iptables_nft, "_HERE", here)
+    netns = bed.netns("mixed")
+    netns.run("iptables-nft-restore", stdin=SEVERAL + more)
+    (dump,) = read(netns).dumps
+    assert isinstance(dump, IptablesDump), dump
+    assert sorted(lines(dump.text)) == sorted(lines(netns.run("iptables-nft-save", "-c")))
+    assert dump.source.startswith("nf_tables by netlink, as iptables-nft-save -c, and /")
+    assert ("iptables-nft-save -c -t filter for " in dump.source) == (not more)
+    assert "table filter: rule 1 of INPUT: match cpu of revision 0" in dump.source
+    assert ("table raw: rule 1 of OUTPUT" in dump.source) == bool(more)
+    ruleset = dump.ruleset()
+    assert not isinstance(ruleset, Unavailable)
+    assert set(ruleset.tables) == {"mangle", "nat", "filter"} | ({"raw"} if more else set())
+
+
+def test_a_large_set_is_read_by_a_process_of_its_own(
+    bed: Bed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(iptables_nft, "_HERE", 0)
+    netns = bed.netns("large")
+    netns.run("iptables-nft-restore", stdin=SEVERAL.replace("-m cpu --cpu 1", "-i eth0"))
+    missing = Programs(nft_backend=("gko-none",), nft_backend6=("gko-none",))
+    (dump,) = read(netns, missing).dumps
+    assert isinstance(dump, IptablesDump), dump
+    assert lines(dump.text) == lines(netns.run("iptables-nft-save", "-c"))
+    assert dump.source == "nf_tables by netlink, as iptables-nft-save -c"
+
+
+def test_without_the_save_command_an_unknown_match_is_said(bed: Bed) -> None:
+    netns = bed.netns("unknown")
+    netns.run("iptables-nft", "-A", "INPUT", "-m", "cpu", "--cpu", "1")
+    (dump,) = read(netns, Programs(nft_backend=("gko-none",))).dumps
+    assert isinstance(dump, Unavailable)
+    assert "none of gko-none is installed" in dump.reason
+    assert "table filter: rule 1 of INPUT: match cpu of revision 0" in dump.reason
+
+
+def test_the_save_command_can_be_asked_for(bed: Bed) -> None:
+    netns = bed.netns("asked")
+    netns.run("iptables-nft", "-A", "INPUT", "-p", "tcp", "--dport", "80", "-j", "DROP")
+    (asked,) = read(netns, Programs(netlink=False)).dumps
+    (dump,) = read(netns).dumps
+    assert isinstance(asked, IptablesDump)
+    assert isinstance(dump, IptablesDump)
+    assert asked.source.endswith("bin/iptables-nft-save -c")
+    assert lines(asked.text) == lines(dump.text)
 
 
 def test_tables_of_nftables_itself_are_not_iptables(bed: Bed) -> None:

@@ -32,14 +32,8 @@ __all__ = ["Chain", "Hook", "RuleDump", "chains_of", "head_of", "rule_parts"]
 
 _NFT_MSG_GETCHAIN: Final = 4
 _NFT_MSG_GETRULE: Final = 7
-_CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_POLICY, _CHAIN_TYPE, _CHAIN_COUNTERS = (
-    1,
-    3,
-    4,
-    5,
-    7,
-    8,
-)
+_CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_POLICY = 1, 3, 4, 5
+_CHAIN_USE, _CHAIN_TYPE, _CHAIN_COUNTERS = 6, 7, 8
 _HOOK_NUMBER, _HOOK_PRIORITY = 1, 2
 _COUNTER_BYTES, _COUNTER_PACKETS = 1, 2
 _RULE_TABLE, _RULE_CHAIN, _RULE_HANDLE, _RULE_EXPRESSIONS, _RULE_POSITION, _RULE_USERDATA = (
@@ -80,20 +74,23 @@ class Chain:
     name: str
     """Latin-1: each character is a byte."""
     hook: Hook | None
+    use: int
+    """Its rules, and the jumps to it (nft_chain->use)."""
 
 
 def chains_of(netfilter: NetlinkSocket, family: int) -> dict[str, list[Chain]]:
     """Table → its chains, of one family (AF_INET or AF_INET6).  Raises `NetlinkError`."""
-    found: dict[str, list[Chain]] = {}
-    tables: dict[bytes, list[Chain]] = {}
+    tables: dict[bytes, dict[bytes, Chain]] = {}
 
     def take(body: bytes) -> bool:
+        # An interrupted dump comes again: a chain counts once.
         parts = attributes(body, NFNL_HEADER.size)
-        table = parts.get(_CHAIN_TABLE, b"")
-        if table not in tables:
-            tables[table] = found.setdefault(string(table), [])
-        hook = _hook(parts) if _CHAIN_HOOK in parts else None
-        tables[table].append(Chain(name=string(parts.get(_CHAIN_NAME, b"")), hook=hook))
+        name = parts.get(_CHAIN_NAME, b"")
+        tables.setdefault(parts.get(_CHAIN_TABLE, b""), {})[name] = Chain(
+            name=string(name),
+            hook=_hook(parts) if _CHAIN_HOOK in parts else None,
+            use=int.from_bytes(parts.get(_CHAIN_USE, b""), "big"),
+        )
         return False
 
     netfilter.dump(
@@ -102,7 +99,7 @@ def chains_of(netfilter: NetlinkSocket, family: int) -> dict[str, list[Chain]]:
         what="nf_tables chains",
         wanted=take,
     )
-    return found
+    return {string(table): list(chains.values()) for table, chains in tables.items()}
 
 
 def _hook(parts: dict[int, bytes]) -> Hook:
