@@ -13,7 +13,6 @@ that holds them.
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import os
 import re
@@ -253,7 +252,7 @@ def _data_or_file(entry: Mapping[str, Any], key: str, config: Path) -> bytes:
     if data := _text(entry, f"{key}-data"):
         try:
             return base64.b64decode(data, validate=True)
-        except binascii.Error as error:
+        except ValueError as error:  # binascii.Error is one; so is what is not ASCII
             raise UsageError(f"kubeconfig {config}: {key}-data is not base64") from error
     if path := _text(entry, key):
         return _read(config.parent / Path(path).expanduser(), key).encode()

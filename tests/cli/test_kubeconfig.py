@@ -146,6 +146,7 @@ def test_missing_and_unreadable(tmp_path: Path) -> None:
         ({"token": "with\nnewline"}, "the bearer token"),
         ({"tokenFile": "nowhere"}, "cannot read the tokenFile"),
         ({"client-certificate-data": "%%"}, "client-certificate-data is not base64"),
+        ({"client-certificate-data": "Zü=="}, "client-certificate-data is not base64"),
         ({"client-certificate-data": "QQ=="}, "only one of client-certificate and client-key"),
         ({"exec": {"apiVersion": "v1"}}, "the exec plugin has no command"),
     ],

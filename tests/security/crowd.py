@@ -190,7 +190,7 @@ def main() -> None:
             trickled = time.monotonic()
             crowd.trickle()
             if kind in _SHORT_LIVED:
-                for number in list(crowd.held)[: most // 2]:
+                for number in list(crowd.held)[: len(crowd.held) // 20]:
                     crowd.drop(number)
         crowd.did["most at once"] = max(crowd.did["most at once"], len(crowd.held))
         # What the agent ends at once is never held.
