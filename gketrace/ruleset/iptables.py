@@ -48,6 +48,7 @@ _RULE: Final = re.compile(
     rb" -m (?:tcp|udp|sctp) --dport ([1-9]\d*+) |)[^\n]*+\n"
 )
 """A rule, with the destination address or port without which it certainly does not match."""
+_DROPS: Final = re.compile(rb"^:\S+ DROP ", re.M)
 _DECLARATION: Final = re.compile(rb":([^ \n]+) (\S+)(?: \[(\d+):(\d+)\])?[^\n]*\n")
 
 
@@ -265,6 +266,18 @@ class IptablesRuleset(Ruleset):
         if self._needs_conntrack is None:
             self._needs_conntrack = _NEEDS_CONNTRACK.search(self.text) is not None
         return self._needs_conntrack and family == self.family
+
+    @property
+    def holds_rules(self) -> bool:
+        """It has a rule, or a policy that is not ACCEPT."""
+        return any(
+            index.rules or any(_DROPS.search(self.text, *span) for span in index.declared)
+            for index in self._tables.values()
+        )
+
+    def declares(self, chain: bytes) -> bool:
+        """Whether any table has a chain of this name."""
+        return any(self._store.declaration(table, chain) is not None for table in self._tables)
 
     @property
     def tables(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from gketrace.ruleset.iptables import IptablesRuleset, TableIndex
 from gketrace.ruleset.model import Rule
 from gketrace.ruleset.rule_text import read_rule
 
-__all__ = ["parse_iptables_save", "parse_rule"]
+__all__ = ["IptablesSaveReader", "parse_iptables_save", "parse_rule"]
 
 _RUN: Final = re.compile(
     rb"(?:\[\d++:\d++\] )?+-A ([^ \n]++)(?: .*+)?+\n"
@@ -46,64 +46,138 @@ def parse_iptables_save(
     `empty_ok`: the caller saw the tool succeed), a table without COMMIT (a cut dump), a line that
     is none of iptables-save's.
     """
-    if not text.endswith(b"\n") and text:
-        text += b"\n"
-    tables: dict[str, TableIndex] = {}
-    notes: list[str] = []
-    table: TableIndex | None = None
-    position = 0
-    for found in _RUN.finditer(text):
-        if found.start() != position:
-            break
-        position = found.end()
-        kind = found.lastindex
-        if kind == 1:
-            if table is None:
-                raise _error("a rule outside of a table", text, found.start(), source)
-            run = found.start() << 32 | position
-            known = table.rules.get(found[1])
-            if known is None:
-                table.rules[found[1]] = run
-            else:
-                table.rules[found[1]] = (known if isinstance(known, tuple) else (known,)) + (run,)
-        elif kind == 2:
-            if table is not None:
-                raise _error("a table begins before COMMIT", text, found.start(), source)
-            name = found[2].decode("utf-8", "replace")
-            table = tables.setdefault(name, TableIndex(name))
-        elif kind == 3:
-            if table is None:
-                raise _error("COMMIT outside of a table", text, found.start(), source)
-            table = None
-        elif kind == 4:
-            line = found[0].decode("utf-8", "replace").rstrip("\n")
-            if (header := _HEADER.match(found[0])) and not backend:
-                backend = "iptables-nft" if header[2] == b"-nft" or header[3] else "iptables-legacy"
-            elif not header and not line.startswith("# Completed on"):
-                notes.append(line.lstrip("# "))
-        elif text[found.start()] == 0x3A:
-            if table is None:
-                raise _error("a chain outside of a table", text, found.start(), source)
-            table.declared.append((found.start(), position))
-    if position != len(text):
-        raise _error("not a line of iptables-save", text, position, source)
-    if table is not None:
-        raise _error(
-            f"table {table.name} has no COMMIT: cut short", text, len(text.rstrip()) - 1, source
+    reader = IptablesSaveReader(backend=backend, family=family)
+    reader.feed(text)
+    return reader.finish(text, source=source, taken_at=taken_at, empty_ok=empty_ok)
+
+
+class IptablesSaveReader:
+    """The same, for text that comes in pieces: it is indexed while the tool is still at work."""
+
+    def __init__(self, *, backend: str = "", family: int = 4) -> None:
+        self._backend, self._family = backend, family
+        self._rest = b""
+        """The beginning of a line that is not whole yet."""
+        self._done = 0
+        """Bytes that have been read, all of them whole lines."""
+        self._tables: dict[str, TableIndex] = {}
+        self._table: TableIndex | None = None
+        """The one that is open."""
+        self._notes: list[str] = []
+        self._wrong = ""
+        """What is wrong at `_done`; nothing behind it is read."""
+
+    def feed(self, piece: bytes) -> None:
+        """The next piece of the text.  What is wrong with it, `finish` tells."""
+        if self._wrong:
+            return
+        data = self._rest + piece if self._rest else piece
+        end = data.rfind(b"\n") + 1
+        position = self._read(data, end)
+        self._done += position
+        self._rest = data[position:]
+        if position < end and not self._wrong:
+            self._wrong = "not a line of iptables-save"
+
+    def _read(self, data: bytes, end: int) -> int:
+        """Where it stopped: at `end`, or at what is wrong."""
+        base, position = self._done, 0
+        table = self._table
+        rules = {} if table is None else table.rules
+        for found in _RUN.finditer(data, 0, end):
+            start, stop = found.span()
+            if start != position:
+                break
+            kind = found.lastindex
+            if kind == 1:
+                if table is None:
+                    self._wrong = "a rule outside of a table"
+                    break
+                chain = found[1]
+                known = rules.get(chain)
+                if known is None:
+                    rules[chain] = base + start << 32 | base + stop
+                else:
+                    _add_run(rules, chain, known, base + start, base + stop)
+            elif kind == 2:
+                if table is not None:
+                    self._wrong = "a table begins before COMMIT"
+                    break
+                name = found[2].decode("utf-8", "replace")
+                table = self._tables.setdefault(name, TableIndex(name))
+                rules = table.rules
+            elif kind == 3:
+                if table is None:
+                    self._wrong = "COMMIT outside of a table"
+                    break
+                table = None
+            elif kind == 4:
+                self._comment(found[0])
+            elif data[start] == 0x3A:
+                if table is None:
+                    self._wrong = "a chain outside of a table"
+                    break
+                if table.declared and table.declared[-1][1] == base + start:
+                    table.declared[-1] = (table.declared[-1][0], base + stop)
+                else:
+                    table.declared.append((base + start, base + stop))
+            position = stop
+        self._table = table
+        return position
+
+    def _comment(self, raw: bytes) -> None:
+        line = raw.decode("utf-8", "replace").rstrip("\n")
+        if (header := _HEADER.match(raw)) and not self._backend:
+            nft = header[2] == b"-nft" or header[3]
+            self._backend = "iptables-nft" if nft else "iptables-legacy"
+        elif not header and not line.startswith("# Completed on"):
+            self._notes.append(line.lstrip("# "))
+
+    def finish(
+        self, text: bytes, *, source: str, taken_at: float = 0.0, empty_ok: bool = False
+    ) -> IptablesRuleset:
+        """The rule set; `text` is all that was fed, in one.  As `parse_iptables_save`."""
+        if not text.endswith(b"\n") and text:
+            text += b"\n"
+            self.feed(b"\n")
+        if self._wrong:
+            raise _error(self._wrong, text, self._done, source)
+        if self._table is not None:
+            raise _error(
+                f"table {self._table.name} has no COMMIT: cut short",
+                text,
+                len(text.rstrip()) - 1,
+                source,
+            )
+        if not self._tables and not self._notes and not empty_ok:
+            if text.strip():
+                raise _error("no table in it", text, len(text) - len(text.lstrip()), source)
+            raise ParseError("nothing in it", source=source, line=0, text="")
+        return IptablesRuleset(
+            backend=self._backend or "iptables-legacy",
+            family=self._family,
+            source=source,
+            taken_at=taken_at,
+            text=text,
+            tables=self._tables,
+            notes=tuple(self._notes),
         )
-    if not tables and not notes and not empty_ok:
-        if text.strip():
-            raise _error("no table in it", text, len(text) - len(text.lstrip()), source)
-        raise ParseError("nothing in it", source=source, line=0, text="")
-    return IptablesRuleset(
-        backend=backend or "iptables-legacy",
-        family=family,
-        source=source,
-        taken_at=taken_at,
-        text=text,
-        tables=tables,
-        notes=tuple(notes),
-    )
+
+
+def _add_run(
+    rules: dict[bytes, int | tuple[int, ...]],
+    chain: bytes,
+    known: int | tuple[int, ...],
+    start: int,
+    stop: int,
+) -> None:
+    """One more run of a chain that has some; two pieces of the text may share one."""
+    runs = known if isinstance(known, tuple) else (known,)
+    if runs[-1] & 0xFFFFFFFF == start:
+        runs = (*runs[:-1], runs[-1] >> 32 << 32 | stop)
+    else:
+        runs = (*runs, start << 32 | stop)
+    rules[chain] = runs if len(runs) > 1 else runs[0]
 
 
 def parse_rule(

@@ -17,7 +17,7 @@ import selectors
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO, Final
 
@@ -31,6 +31,12 @@ _SEARCH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _ENVIRONMENT: Final = {"PATH": _SEARCH, "LC_ALL": "C", "LANG": "C"}
 _STDERR: Final = 1 << 16
 """Bytes of stderr that are read at once, and all that is kept."""
+_PIECE: Final = 1 << 20
+"""Bytes of output that a reader is told at once, at most."""
+_LEAST: Final = 1 << 16
+"""Bytes for which a reader is told while the program still runs."""
+_LOOK: Final = 0.004
+"""Seconds between looks at the output of a program that is being read, in its first moments."""
 _STACK: Final = 512 << 20
 """Bytes.  iptables-nft-save keeps arrays on the stack: the usual 8 MiB overflow at 10,000 services.
 Only what is touched takes memory."""
@@ -68,18 +74,38 @@ class Completed:
 class Child:
     """A subprocess under way; give it to `collect`."""
 
-    __slots__ = ("argv", "limit", "output", "process", "started", "stderr")
+    __slots__ = ("_told", "argv", "limit", "output", "process", "read", "started", "stderr")
 
     def __init__(
-        self, argv: tuple[str, ...], process: subprocess.Popen[bytes], output: int, limit: int
+        self,
+        argv: tuple[str, ...],
+        process: subprocess.Popen[bytes],
+        output: int,
+        limit: int,
+        read: Callable[[bytes], None] | None,
     ) -> None:
         self.argv = argv
+        self.read = read
+        """Is given the output piece by piece, in `collect`."""
+        self._told = 0
         self.process = process
         self.output = output
         """The file that its standard output goes to; -1 once it is closed."""
         self.limit = limit
         self.started = time.monotonic()
         self.stderr = bytearray()
+
+    def tell(self, least: int = _LEAST) -> bool:
+        """Gives a piece of at least so many new bytes to the reader; False: there is none."""
+        if self.read is None:
+            return False
+        size = min(os.fstat(self.output).st_size, self.limit) - self._told
+        if size < least:
+            return False
+        piece = os.pread(self.output, min(size, _PIECE), self._told)
+        self._told += len(piece)
+        self.read(piece)
+        return True
 
     def kill(self) -> None:
         """Kills it if it still runs, reaps it and closes its files."""
@@ -102,10 +128,11 @@ def find_program(*names: str) -> str | None:
     return None
 
 
-def start(argv: Sequence[str], *, limit: int) -> Child:
+def start(argv: Sequence[str], *, limit: int, read: Callable[[bytes], None] | None = None) -> Child:
     """Starts `argv` in the calling thread's namespace.  `limit`: the most bytes of output.
 
-    Raises `UnavailableError` when it cannot be started.
+    `read` is called in `collect` with all that the program writes, piece by piece, while it is
+    still at work.  Raises `UnavailableError` when it cannot be started.
     """
     vector = tuple(argv)
     _raise_stack()
@@ -122,7 +149,7 @@ def start(argv: Sequence[str], *, limit: int) -> Child:
     except OSError as error:
         os.close(output)
         raise UnavailableError(f"cannot run {vector[0]}: {error.strerror}") from None
-    child = Child(vector, process, output, limit)
+    child = Child(vector, process, output, limit, read)
     try:
         # One byte more than it may write, so that too much can be told from just enough.
         with contextlib.suppress(ProcessLookupError):  # it has ended already
@@ -162,20 +189,28 @@ def collect(
                 if child.process.stderr is not None:
                     os.set_blocking(child.process.stderr.fileno(), False)
                     selector.register(child.process.stderr, selectors.EVENT_READ, child)
-            _drain(selector, deadline)
+            _drain(selector, deadline, [child for child in children if child.read is not None])
         return [_finish(child, deadline) for child in children]
     finally:
         for child in children:
             child.kill()
 
 
-def _drain(selector: selectors.DefaultSelector, deadline: float) -> None:
+def _drain(selector: selectors.DefaultSelector, deadline: float, read: Sequence[Child]) -> None:
     """Until all have closed their stderr, which ending does."""
+    began = time.monotonic()
     while selector.get_map():
-        left = deadline - time.monotonic()
-        if left <= 0:
+        now = time.monotonic()
+        if now >= deadline:
             return
-        for key, _ in selector.select(left):
+        wait = deadline - now
+        told = [child.tell() for child in read]
+        if True in told:
+            wait = 0.0
+        elif read:
+            # A file in memory does not tell that it has grown.
+            wait = min(wait, max(_LOOK, (now - began) / 50))
+        for key, _ in selector.select(wait):
             child: Child = key.data
             pipe: IO[bytes] = key.fileobj  # type: ignore[assignment]  # what was registered
             data = os.read(pipe.fileno(), _STDERR)
@@ -193,6 +228,8 @@ def _finish(child: Child, deadline: float) -> Completed | UnavailableError | Exh
         return TimeoutExceeded(f"{name} was killed after {waited:.1f} s without an end")
     if os.fstat(child.output).st_size > child.limit:
         return ExhaustedError(f"{name} wrote more than {child.limit} bytes")
+    while child.tell(1):
+        pass
     return Completed(
         argv=child.argv,
         returncode=child.process.returncode,

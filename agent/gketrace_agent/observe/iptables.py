@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from gketrace.errors import GketraceError
+from gketrace.ruleset.iptables_save import IptablesSaveReader
 from gketrace.snapshot import Maybe, Unavailable
 from gketrace_agent.kernel.nfnetlink import NftTable, nft_generation, nft_tables
 from gketrace_agent.kernel.nft_rules import NftText
@@ -84,6 +85,8 @@ class _Wanted:
     """time.monotonic()."""
     read: NftText | None = None
     """What netlink gave."""
+    reader: IptablesSaveReader | None = None
+    """Reads what the save command prints, meanwhile."""
     result: Maybe[IptablesDump] | None = None
 
 
@@ -224,8 +227,12 @@ class IptablesReading:
                 f"{', '.join(names)} is installed{why}"
             )
             return
+        reader = IptablesSaveReader(backend=backend, family=family) if wanted.read is None else None
         try:
-            wanted.child, wanted.by_netlink = start(argv, limit=self._programs.limit), False
+            wanted.child = start(
+                argv, limit=self._programs.limit, read=reader.feed if reader is not None else None
+            )
+            wanted.by_netlink, wanted.reader = False, reader
         except GketraceError as error:
             wanted.result = Unavailable(reason=str(error))
 
@@ -327,6 +334,7 @@ class IptablesReading:
             seconds=result.seconds,
             taken_at=self._started_at,
             generation=self.generation if wanted.backend == NFT else None,
+            reader=wanted.reader,
         )
 
     def _netlink_dump(self, wanted: _Wanted, text: bytes, source: str) -> Maybe[IptablesDump]:
