@@ -27,6 +27,8 @@ class EventKind(IntEnum):
     """It was in the table when that was read."""
 
 
+_SEEN_REPLY: Final = int(CtStatus.SEEN_REPLY)
+"""A flag's own operators are slow, and this is asked for each event."""
 _OVER: Final = sum(1 << STATE_NAMES.index(name) for name in ("TIME_WAIT", "CLOSE"))
 _SURE: Final = 2.0
 """Seconds that an entry must have had left, by our own count, to say that it was removed early:
@@ -107,7 +109,7 @@ class Seen:
 
     @property
     def replied(self) -> bool:
-        return bool(self.record.status & CtStatus.SEEN_REPLY)
+        return bool(self.record.status & _SEEN_REPLY)
 
     def update(self, record: Record, at: float) -> None:
         self.states |= 1 << record.state

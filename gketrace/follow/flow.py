@@ -10,7 +10,17 @@ __all__ = ["Flow"]
 class Flow:
     """Entries that tuples put together, of one generation.  Mutable; the joiner's own."""
 
-    __slots__ = ("changed", "done", "merged", "number", "opened", "seen", "told_at", "waiting")
+    __slots__ = (
+        "changed",
+        "done",
+        "due",
+        "merged",
+        "number",
+        "opened",
+        "seen",
+        "told_at",
+        "waiting",
+    )
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -24,6 +34,8 @@ class Flow:
         self.done = False
         """Told as closed: what else comes of it is no news."""
         self.told_at = 0.0
+        self.due: float | None = None
+        """When it is to be looked at again."""
         self.merged: Flow | None = None
         """The one that it became part of."""
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from itertools import count
 from typing import Final
 
 from gketrace.connections import (
+    Half,
     Place,
     PlaceEntries,
     TupleKey,
@@ -78,6 +80,8 @@ class Joiner:
         self._told: list[Followed] = []
         self.forgotten = 0
         """Connections that were told before their end, for want of room."""
+        self.unheard = 0
+        """Connections that were told before all places had said what they know of them."""
 
     # what comes in
 
@@ -160,13 +164,16 @@ class Joiner:
         """What is news by `now`."""
         self._forget(now)
         while self._due and self._due[0][0] <= now:
-            _, _, flow = heapq.heappop(self._due)
-            if flow.merged is not None:
+            when, _, flow = heapq.heappop(self._due)
+            if flow.merged is not None or flow.due != when:
                 continue
+            flow.due = None
             if not flow.done:
                 self._consider(flow, now)
-            elif flow.told_at <= now - self._limits.late:
+            elif now >= flow.told_at + self._limits.late:
                 self._drop(flow, now)
+            else:
+                self._wait(flow, flow.told_at + self._limits.late)
         while len(self._flows) > self._limits.flows:
             oldest = min(self._flows.values(), key=lambda flow: flow.changed)
             self.forgotten += 1
@@ -322,30 +329,41 @@ class Joiner:
             self._wait(flow, at + limits.opened_after)
 
     def _wait(self, flow: Flow, until: float) -> None:
+        """Looks at it then, or earlier: one waits for most of its events only once."""
+        if flow.due is not None and flow.due <= until:
+            return
+        flow.due = until
         heapq.heappush(self._due, (until, next(self._ties), flow))
 
     def _consider(self, flow: Flow, now: float) -> None:
         limits = self._limits
         over_at = flow.over_at
         if over_at is not None:
-            since = now - max(one.over_at or 0.0 for one in flow.seen)
+            last = max(one.over_at or 0.0 for one in flow.seen)
             waited = now - over_at
             whole = flow.over and not any(map(self._counters_due, flow.seen))
-            if waited >= limits.behind_at_most or (
-                since >= limits.settle
-                and self.heard_all(over_at + limits.skew)
-                and (whole or waited >= limits.settle_at_most)
-            ):
+            heard = self.heard_all(over_at + limits.skew)
+            settled = now >= last + limits.settle and (whole or waited >= limits.settle_at_most)
+            if (heard and settled) or waited >= limits.behind_at_most:
+                self.unheard += not heard
                 self._tell(flow, Phase.CLOSED, now)
             else:
-                self._wait(flow, now + limits.settle)
-        elif not flow.replied:
-            if not flow.waiting and now - flow.first_heard >= limits.unanswered_after:
+                until = last + limits.settle
+                self._wait(flow, until if until > now else now + limits.settle)
+        elif not flow.replied and not flow.waiting:
+            until = flow.first_heard + limits.unanswered_after
+            if now >= until:
                 flow.waiting = True
                 self._told += self._records(flow, Phase.UNANSWERED, now)
-        elif not flow.opened and now - flow.first_heard >= limits.opened_after:
-            flow.opened = True
-            self._told += self._records(flow, Phase.OPENED, now)
+            else:
+                self._wait(flow, until)
+        elif flow.replied and not flow.opened:
+            until = flow.first_heard + limits.opened_after
+            if now >= until:
+                flow.opened = True
+                self._told += self._records(flow, Phase.OPENED, now)
+            else:
+                self._wait(flow, until)
 
     def _tell(self, flow: Flow, phase: Phase, now: float) -> None:
         """Its record; from then on it is only remembered."""
@@ -396,6 +414,9 @@ class Joiner:
         found = []
         for connection in join_connections(tables, self._owner):
             seen = [by_record[id(half.seen)] for half in connection.halves]
+            # Decoded once: what a half has is asked for again and again.
+            halves = tuple(Half(one.place, one.entry, one.reversed) for one in connection.halves)
+            connection = replace(connection, halves=halves)
             sights = tuple(one.sight() for one in seen)
             begun = [one.began for one in seen if one.began is not None]
             over = [one.over_at for one in seen if one.over_at is not None]

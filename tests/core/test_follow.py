@@ -440,3 +440,19 @@ def test_a_place_that_is_behind_is_not_said_to_have_no_entry() -> None:
     joiner.heard(A, 6.0)
     (one,) = joiner.finish(6.0)
     assert one.connection.unseen == ()
+
+
+def test_what_is_told_without_a_place_that_is_behind_is_counted() -> None:
+    script = Script()
+    script.connect(5.0, node_port("203.0.113.9", 40000, A, B))
+    joiner = Joiner(owner=owner)
+    for place in (A, B):
+        joiner.read_whole(place, 1.0)
+        joiner.heard(place, 4.0)
+    for at, kind, one in script.ordered(A)[:-1]:
+        joiner.feed(A, at, bytes([kind]), [one])
+    joiner.heard(A, 30.0)
+    assert joiner.behind(19.0) == {B}
+    assert [one.phase for one in joiner.told(19.0)] == []
+    assert [one.phase for one in joiner.told(30.0)] == [Phase.CLOSED]
+    assert joiner.unheard == 1

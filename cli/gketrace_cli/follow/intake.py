@@ -57,6 +57,8 @@ class Intake:
         self._streams = streams
         self._say = say
         self._feeds: dict[Place, _Feed] = {}
+        self.taken = 0
+        """Events so far."""
         self.lost: Counter[str] = Counter()
         self._ended: list[Gap] = []
         self._switched_at = 0.0
@@ -107,6 +109,7 @@ class Intake:
         if reply.HasField("status"):
             self._status(place, feed, reply.status, at)
         records, kinds = self._events(reply)
+        self.taken += len(records)
         if records:
             after = reply.after + self._correction(feed) if reply.after else None
             self._joiner.feed(place, at, kinds, records, after=after)

@@ -37,8 +37,10 @@ if TYPE_CHECKING:
 __all__ = ["follow"]
 
 _COUNT_SECONDS: Final = 1.0
-_LAST_SECONDS: Final = 10.0
-"""For which the last events are waited for, at most."""
+_LAST_SECONDS: Final = 5.0
+"""For which the last events are waited for while none come."""
+_LAST_AT_MOST: Final = 30.0
+"""… and while some do."""
 _RULES_SECONDS: Final = 8.0
 """… and then the rules that the last records are to cite."""
 _PATIENCE: Final = 1.0
@@ -316,6 +318,7 @@ class _Follow:
         tally.gaps += self._intake.gaps
         tally.lost.update(self._intake.lost)
         tally.forgotten = self._joiner.forgotten
+        tally.unheard = self._joiner.unheard
         tally.unwritten = self._show.unwritten
         missing = (*self._gaps, *self._world.missing)
         self._show.summary(self._world.scope.title, tally, seconds, missing, self._names())
@@ -326,13 +329,17 @@ class _Follow:
 
     def _wait(self, stopped: float) -> None:
         """For the events of what was under way then, and for counters."""
-        said = False
+        said, came, before = False, stopped, self._intake.taken
         while not self._show.over and not self._joiner.heard_all(self._intake.now(stopped)):
-            waited = time.time() - stopped
+            now = time.time()
+            if self._intake.taken != before:
+                came, before = now, self._intake.taken
+            waited = now - stopped
             if waited > _PATIENCE and not said:
                 said = True
                 self._show.say("waiting for the nodes' last events; Ctrl-C goes on without them")
-            if waited > _LAST_SECONDS or self._hurry.is_set():
+            late = waited > _LAST_AT_MOST or now - came > _LAST_SECONDS
+            if late or self._hurry.is_set():
                 behind = self._joiner.behind(self._intake.now(stopped))
                 self._tally.behind = tuple(sorted(str(place) for place in behind))
                 break

@@ -101,6 +101,8 @@ class Tally:
     unwritten: int = 0
     """Records that were not written, as their reader was too slow."""
     forgotten: int = 0
+    unheard: int = 0
+    """Connections that were told before all nodes had said what they know of them."""
     notes: list[str] = field(default_factory=list)
     hops: dict[Hop, Times] = field(default_factory=dict)
     """With packets, in the order in which they were met."""
@@ -203,6 +205,7 @@ class Tally:
             or self.behind
             or self.unwritten
             or self.forgotten
+            or self.unheard
             or self.lost_packets
             or self.dropped_packets
         )

@@ -85,10 +85,11 @@ def make_view(
             rules.append(())
         else:
             rules.append(way.rules(half.place.node, taken, let_out))
+    doubts = connection.doubts
     remarks = [
         text
         for doubt, text in _DOUBTS.items()
-        if doubt in connection.doubts
+        if doubt in doubts
         and not (doubt is Doubt.REPLIES and followed.judgement.outcome is Outcome.NO_RETURN)
     ]
     said = followed.judgement.next_node

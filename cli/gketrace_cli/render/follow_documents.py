@@ -253,6 +253,7 @@ def summary_document(
             ],
             "unwritten": tally.unwritten,
             "forgotten": tally.forgotten,
+            "unheard": tally.unheard,
             "missing": missing_document(missing),
             "notes": list(tally.notes),
         },

@@ -62,6 +62,9 @@ def summary_lines(
         page.line(f"Not written, as the reader was too slow: {tally.unwritten:,} lines", "yellow")
     if tally.forgotten:
         page.line(f"Given up for want of memory before their end: {tally.forgotten:,}", "yellow")
+    if tally.unheard:
+        text = f"Told without what a node that was behind had still to say: {tally.unheard:,}"
+        page.line(text, "yellow")
     if tally.failures:
         page.blank()
         page.line("Failures", "bold")
