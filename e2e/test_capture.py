@@ -253,7 +253,7 @@ class Fault:
     """It is mended when the capture is over."""
 
 
-VETH, WAY = "vetheaaa87b1", "10.40.0.0/24 dev cbr0"
+VETH, WAY = "$veth", "10.40.0.0/24 dev cbr0"
 _NARROW = "ip route replace 203.0.113.10 via 10.142.0.2 mtu lock 600"
 _WIDE = "ip route del 203.0.113.10"
 _QUIET = "OUTPUT -p icmp --icmp-type fragmentation-needed -j DROP"
@@ -376,12 +376,13 @@ def test_where_it_dies_and_who_resets_it(lab: Lab, capture: Callable[..., Runnin
     running = capture(
         "service/hello-server", "--from", "203.0.113.10", "--connections", "-o", "json", taps=6
     )
+    veth = lab.pod("hello")["veth"]
     with ExitStack() as lasting:
         for number, (name, fault) in enumerate(FAULTS.items()):
-            run(lab, fault.target, fault.broken)
+            run(lab, fault.target, fault.broken.replace(VETH, veth))
             with ExitStack() as at_once:
                 mending = lasting if fault.lasting else at_once
-                mending.callback(run, lab, fault.target, fault.mended)
+                mending.callback(run, lab, fault.target, fault.mended.replace(VETH, veth))
                 assert ask(lab, fault, 45020 + number) == fault.works, name
             if fault.large:  # the pod forgets what it was told of the MTU
                 run(lab, f"pod/{POD}", "ip route flush cache")
@@ -400,7 +401,7 @@ def test_where_it_dies_and_who_resets_it(lab: Lab, capture: Callable[..., Runnin
             assert death["lastSeen"].endswith(f"{node} {interface}"), (name, named)
             first, _, then = death["text"].partition(", not ")
             assert f"last seen {direction} at " in first, (name, named)
-            assert fault.next in then, (name, named)
+            assert fault.next.replace(VETH, veth) in then, (name, named)
         resets = [ending["by"] for ending in found["endings"] if ending["kind"] == "RST"]
         assert resets[:1] == [fault.reset_by][: bool(fault.reset_by)], (name, named)
         texts = [error["text"] for error in found["errors"]]

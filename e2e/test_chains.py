@@ -6,6 +6,7 @@ of a trace are held against the conntrack entries of a real connection on each n
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -90,7 +91,9 @@ def test_node_port_on_the_endpoints_node(lab: Lab) -> None:
         s for s in steps(path) if s["chain"] == "KUBE-POSTROUTING" and "MASQ" in s["rule"]
     ]
     assert masquerade[-1]["after"]["src"] == "10.40.0.1"
-    veth = lab.exec("node/2jdh", ["bridge", "fdb", "get", "0a:58:0a:28:00:06", "br", "cbr0"]).stdout
+    link = json.loads(lab.exec(f"pod/{POD}", ["ip", "-j", "link", "show", "eth0"]).stdout)
+    mac = link[0]["address"]
+    veth = lab.exec("node/2jdh", ["bridge", "fdb", "get", mac, "br", "cbr0"]).stdout
     bridged = [s for s in steps(path) if s["kind"] == "bridge"]
     assert bridged[0]["interface"] == veth.split()[2]
     hops = [(hop["node"] and hop["node"][-4:], hop["netns"]) for hop in path["hops"]]

@@ -49,6 +49,9 @@ _FILES: Final = 4096
 """Descriptors for other things than connections: processes looked at, captures, children."""
 _DOORMEN: Final = 8
 """Threads more than calls: they refuse what is too much, and check who calls."""
+_QUEUE: Final = 512
+"""Calls that wait for one of them.  gRPC itself refuses what is more, whoever calls: a crowd that is
+nobody's would else keep a good client out."""
 _TCP_OPTIONS: Final = (
     # A connection that does not finish its handshake, or says nothing, is not kept for long.
     ("grpc.server_handshake_timeout_ms", 10_000),
@@ -120,7 +123,7 @@ class AgentServer:
             interceptors=[
                 CallInterceptor(self._guard, local=local, reply_bytes=limits.reply_bytes)
             ],
-            maximum_concurrent_rpcs=limits.concurrent_calls + _DOORMEN,
+            maximum_concurrent_rpcs=limits.concurrent_calls + _DOORMEN + _QUEUE,
             options=(
                 ("grpc.max_receive_message_length", limits.request_bytes),
                 ("grpc.max_send_message_length", limits.reply_bytes + 1024),
