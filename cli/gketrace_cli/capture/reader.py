@@ -151,7 +151,7 @@ class CaptureReader:
             start = self._file.read(4)
 
     def _body(self, length: int, head: int = 8) -> bytes:
-        if length < 12 or length % 4:
+        if length < head + 4 or length % 4:
             raise self._damaged(f"a block of {length} bytes")
         body = self._take(length - head - 4)
         if struct.unpack(f"{self._order}I", self._take(4))[0] != length:

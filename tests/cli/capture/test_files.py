@@ -404,6 +404,16 @@ def test_classic_files(tmp_path: Path, order: str, magic: int, unit: int) -> Non
         OfflineFilter(1, "foo bar")
 
 
+@pytest.mark.parametrize("length", [0, 8, 12, 14, 1 << 31])
+def test_a_section_of_an_impossible_length(tmp_path: Path, length: int) -> None:
+    """Its head alone has 16 bytes: fewer would be read as everything, or not at all."""
+    head = struct.pack("<III", 0x0A0D0D0A, length, 0x1A2B3C4D)
+    path = tmp_path / "x.pcapng"
+    path.write_bytes(head + bytes(60))
+    with closing(CaptureReader(str(path))) as reader, pytest.raises(GketraceError, match="damaged"):
+        list(reader)
+
+
 def test_reading_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = tap()
     packets = [packet(one, n, 60) for n in range(4)]
