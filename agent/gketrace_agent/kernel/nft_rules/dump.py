@@ -15,7 +15,7 @@ import socket
 import struct
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Final
+from typing import Final, NamedTuple
 
 from gketrace.errors import TimeoutExceeded
 from gketrace_agent.kernel.netlink import (
@@ -31,7 +31,8 @@ from gketrace_agent.kernel.nft_rules.words import NotRendered, string
 __all__ = ["Chain", "Hook", "RuleDump", "chains_of", "head_of", "rule_parts"]
 
 _NFT_MSG_GETCHAIN: Final = 4
-_NFT_MSG_GETRULE: Final = 7
+_NEWRULE: Final = nfnl_type(NFNL_SUBSYS_NFTABLES, 6)
+_GETRULE: Final = nfnl_type(NFNL_SUBSYS_NFTABLES, 7)
 _CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_POLICY = 1, 3, 4, 5
 _CHAIN_USE, _CHAIN_TYPE, _CHAIN_COUNTERS = 6, 7, 8
 _HOOK_NUMBER, _HOOK_PRIORITY = 1, 2
@@ -39,6 +40,8 @@ _COUNTER_BYTES, _COUNTER_PACKETS = 1, 2
 _RULE_TABLE, _RULE_CHAIN, _RULE_HANDLE, _RULE_EXPRESSIONS, _RULE_POSITION, _RULE_USERDATA = (
     1, 2, 3, 4, 6, 7,
 )  # fmt: skip
+_NUMBERS: Final = (_RULE_HANDLE, _RULE_POSITION)
+_TYPE_MASK: Final = 0x3FFF
 _NLMSG_ERROR: Final = 2
 _NLMSG_DONE: Final = 3
 _DUMP_REQUEST: Final = 0x301
@@ -67,8 +70,7 @@ class Hook:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chain:
+class Chain(NamedTuple):
     """A chain of one table."""
 
     name: str
@@ -122,10 +124,9 @@ class RuleDump:
     """
 
     def __init__(self, family: int) -> None:
-        self._family = family
+        self._generic = NFNL_HEADER.pack(family, 0, 0)
         self._sequence = 0
-        self._buffer = bytearray(_RECEIVE)
-        self._view = memoryview(self._buffer)
+        self._view = memoryview(bytearray(_RECEIVE))
         self._socket = socket.socket(
             socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_NETFILTER
         )
@@ -143,65 +144,57 @@ class RuleDump:
     ) -> None:
         self._socket.close()
 
-    def rules(self, table: str, chain: str) -> list[bytes]:
+    def rules(self, head: bytes) -> list[bytes]:
         """The bodies of a chain's rules, in order: struct nfgenmsg and attributes.
 
-        Raises `NetlinkError`, `TimeoutExceeded`.  Read again, a bounded number of times, when the
-        rules changed meanwhile; whether they changed between two chains is for the caller to see.
+        `head`: as `head_of`.  Raises `NetlinkError`, `TimeoutExceeded`.  Read again, a bounded
+        number of times, when the rules changed meanwhile; whether they changed between two chains
+        is for the caller to see.
         """
-        body = NFNL_HEADER.pack(self._family, 0, 0)
-        body += attribute(_RULE_TABLE, table.encode("latin-1") + b"\0")
-        body += attribute(_RULE_CHAIN, chain.encode("latin-1") + b"\0")
-        for _ in range(_ATTEMPTS):
-            found, interrupted = self._ask(body)
-            if not interrupted:
-                break
-        return found
-
-    def _ask(self, body: bytes) -> tuple[list[bytes], bool]:
-        self._sequence = sequence = self._sequence % 0x7FFFFFFF + 1
-        kind = nfnl_type(NFNL_SUBSYS_NFTABLES, _NFT_MSG_GETRULE)
-        header = _HEADER.pack(_HEADER.size + len(body), kind, _DUMP_REQUEST, sequence, 0)
-        found: list[bytes] = []
-        interrupted = False
+        body = self._generic + head
         try:
-            self._socket.send(header + body)
-            while True:
-                size = self._socket.recv_into(self._buffer, 0, socket.MSG_TRUNC)
-                if size > _RECEIVE:
-                    raise NetlinkError(errno.EMSGSIZE, "nf_tables rules", "longer than the buffer")
-                done, changed = self._take(size, sequence, found)
-                interrupted |= changed
-                if done:
-                    return found, interrupted
+            for _ in range(_ATTEMPTS):
+                found, interrupted = self._ask(body)
+                if not interrupted:
+                    break
         except TimeoutError:
             raise TimeoutExceeded(
                 f"nf_tables rules: the kernel did not answer in {_TIMEOUT} s"
             ) from None
         except OSError as error:
             raise NetlinkError(error.errno or 0, "nf_tables rules") from None
+        return found
 
-    def _take(self, size: int, sequence: int, found: list[bytes]) -> tuple[bool, bool]:
-        """(whether the dump is complete, whether the rules changed) after one datagram."""
-        view, offset, interrupted = self._view, 0, 0
-        while offset + 16 <= size:
-            length, kind, flags, answers, _ = _HEADER.unpack_from(view, offset)
-            if length < 16 or offset + length > size:
-                raise NetlinkError(errno.EBADMSG, "nf_tables rules")
-            if answers == sequence:
-                interrupted |= flags & _NLM_F_DUMP_INTR
-                if kind in (_NLMSG_DONE, _NLMSG_ERROR):
-                    number = _ERRNO.unpack_from(view, offset + 16)[0] if length >= 20 else 0
-                    if number < 0:
-                        raise NetlinkError(-number, "nf_tables rules")
-                    return True, bool(interrupted)
-                found.append(bytes(view[offset + 16 : offset + length]))
-            offset += (length + 3) & ~3
-        return False, bool(interrupted)
+    def _ask(self, body: bytes) -> tuple[list[bytes], int]:
+        self._sequence = sequence = self._sequence % 0x7FFFFFFF + 1
+        header = _HEADER.pack(_HEADER.size + len(body), _GETRULE, _DUMP_REQUEST, sequence, 0)
+        view, receive, unpack = self._view, self._socket.recv_into, _HEADER.unpack_from
+        found: list[bytes] = []
+        interrupted = 0
+        self._socket.send(header + body)
+        while True:
+            size = receive(view, 0, socket.MSG_TRUNC)
+            if size > _RECEIVE:
+                raise NetlinkError(errno.EMSGSIZE, "nf_tables rules", "longer than the buffer")
+            offset = 0
+            while offset + 16 <= size:
+                length, kind, flags, answers, _ = unpack(view, offset)
+                if length < 16 or offset + length > size:
+                    raise NetlinkError(errno.EBADMSG, "nf_tables rules")
+                if answers == sequence:
+                    interrupted |= flags & _NLM_F_DUMP_INTR
+                    if kind == _NEWRULE:
+                        found.append(bytes(view[offset + 16 : offset + length]))
+                    elif kind in (_NLMSG_DONE, _NLMSG_ERROR):
+                        number = _ERRNO.unpack_from(view, offset + 16)[0] if length >= 20 else 0
+                        if number < 0:
+                            raise NetlinkError(-number, "nf_tables rules")
+                        return found, interrupted
+                offset += (length + 3) & ~3
 
 
 def rule_parts(body: bytes, head: bytes) -> tuple[bytes, bytes]:
-    """(expressions, user data) of a rule.  `head`: the attributes of its table and its chain.
+    """(expressions, user data) of a rule of the chain with `head`.
 
     Raises `NotRendered` when it is of another form.
     """
@@ -215,19 +208,22 @@ def rule_parts(body: bytes, head: bytes) -> tuple[bytes, bytes]:
         length, kind = _ATTRIBUTE.unpack_from(body, at)
         if length < 4 or at + length > end:
             raise NotRendered("a rule with broken attributes")
-        kind &= 0x3FFF
-        if kind == _RULE_EXPRESSIONS:
+        if kind in _NUMBERS:
+            pass
+        elif kind & _TYPE_MASK == _RULE_EXPRESSIONS:
             expressions = body[at + 4 : at + length]
-        elif kind == _RULE_USERDATA:
+            if at + length == end:
+                break
+        elif kind & _TYPE_MASK == _RULE_USERDATA:
             userdata = body[at + 4 : at + length]
-        elif kind not in (_RULE_HANDLE, _RULE_POSITION):
+        else:
             raise NotRendered(f"a rule with attribute {kind}")
         at += (length + 3) & ~3
     return expressions, userdata
 
 
 def head_of(table: str, chain: str) -> bytes:
-    """The attributes that each rule of a chain begins with."""
+    """The attributes that each rule of a chain, and the request for them, begin with."""
     return b"".join(
         attribute(kind, name.encode("latin-1") + b"\0")
         for kind, name in ((_RULE_TABLE, table), (_RULE_CHAIN, chain))

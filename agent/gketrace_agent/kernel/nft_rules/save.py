@@ -104,7 +104,7 @@ def _table(
             continue
         lines = []
         head = head_of(table, name)
-        for body in dump.rules(table, name):
+        for body in dump.rules(head):
             expressions, userdata = rule_parts(body, head)
             try:
                 comment = comment_in(userdata) if userdata else None
