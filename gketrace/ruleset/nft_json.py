@@ -23,12 +23,20 @@ _KINDS: Final = (
     "table|chain|rule|set|map|element|counter|quota|limit|flowtable|secmark|synproxy"
     "|ct helper|ct timeout|ct expectation|meter|kernel tests"
 )
-_STRING: Final = rb'"(?:[^"\\]|\\.)*+"'
+_TEXT: Final = rb'"((?:[^"\\]|\\.)*+)"'
+_PAIR: Final = rb', "(name|table|chain)": ' + _TEXT
 _OBJECT: Final = re.compile(
-    rb'\{"(' + _KINDS.encode() + rb')": \{"family": "([a-z0-9]+)"'
-    rb'((?:, "(?:name|table|chain)": ' + _STRING + rb")++)"
+    rb'\{"('
+    + _KINDS.encode()
+    + rb')": \{"family": "([a-z0-9]+)"'
+    + _PAIR
+    + rb"(?:"
+    + _PAIR
+    + rb"(?:"
+    + _PAIR
+    + rb")?+)?+"
 )
-_PAIR: Final = re.compile(rb', "(name|table|chain)": "((?:[^"\\]|\\.)*+)"')
+"""Rules name their table and their chain, all else its table and itself, tables themselves."""
 _HEAD: Final = re.compile(rb'\s*\{"nftables": \[(?:\{"metainfo": \{[^{}]*\}\})?(?:, )?')
 _MODELLED: Final = frozenset(("ip", "ip6", "inet"))
 
@@ -122,20 +130,30 @@ def _index(text: bytes) -> dict[tuple[str, str], _Table] | None:
         return None
     starts = [match.start() for match in found]
     ends = [start - 2 for start in starts[1:]] + [end - 2]
+    last: tuple[bytes, bytes] | None = None
+    table = _Table()
     for match, start, stop in zip(found, starts, ends, strict=True):
-        if text[stop - 1 : stop] != b"}":
+        if text[stop - 1] != 0x7D:
             return None
-        names = {pair[1]: _name(pair[2]) for pair in _PAIR.finditer(match[3])}
-        kind, family = match[1], match[2].decode()
-        own = names.get(b"name", "")
-        key = family, own if kind == b"table" else names.get(b"table", "")
-        table = tables.setdefault(key, _Table())
+        kind, family, key1, text1, key2, text2, key3, text3 = match.groups()
+        # Of rules and chains of one table there are thousands, next to one another.
+        if key1 == b"table" and key2 is not None and key3 is None:
+            of, other, value = text1, key2, text2
+            own = value if other == b"name" else b""
+            chain = value if other == b"chain" else b""
+        else:
+            names = {key1: text1, key2: text2, key3: text3}
+            own, chain = names.get(b"name", b""), names.get(b"chain", b"")
+            of = own if kind == b"table" else names.get(b"table", b"")
+        if (family, of) != last:
+            last = family, of
+            table = tables.setdefault((family.decode(), _name(of)), _Table())
         if kind == b"rule":
-            table.rules.setdefault(names.get(b"chain", ""), []).append((start, stop))
+            table.rules.setdefault(_name(chain), []).append((start, stop))
         elif kind == b"chain":
-            table.chains[own] = (start, stop)
+            table.chains[_name(own)] = (start, stop)
         elif kind in (b"set", b"map"):
-            table.sets[own] = (start, stop)
+            table.sets[_name(own)] = (start, stop)
         elif kind == b"kernel tests":
             table.tests = start, stop
     return tables

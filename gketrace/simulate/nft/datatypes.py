@@ -14,7 +14,16 @@ from typing import Any, Final, TypeAlias
 from gketrace.conntrack import CtStatus
 from gketrace.simulate.nft.values import Scalar
 
-__all__ = ["BITS", "Pattern", "Span", "Starts", "read_flags", "read_pattern", "read_scalar"]
+__all__ = [
+    "BITS",
+    "PROTOCOLS",
+    "Pattern",
+    "Span",
+    "Starts",
+    "read_flags",
+    "read_pattern",
+    "read_scalar",
+]
 
 Json: TypeAlias = Any
 
@@ -46,7 +55,7 @@ BITS: Final[Mapping[str, int]] = {
 }
 """Widths of the types that have prefixes."""
 
-_PROTOCOLS: Final[Mapping[str, int]] = {
+PROTOCOLS: Final[Mapping[str, int]] = {
     "ip": 0, "hopopt": 0, "icmp": 1, "igmp": 2, "ggp": 3, "ipencap": 4, "st": 5, "tcp": 6,
     "egp": 8, "igp": 9, "pup": 12, "udp": 17, "dccp": 33, "ipv6": 41, "ipv6-route": 43,
     "ipv6-frag": 44, "rsvp": 46, "gre": 47, "esp": 50, "ah": 51, "skip": 57, "ipv6-icmp": 58,
@@ -56,7 +65,7 @@ _PROTOCOLS: Final[Mapping[str, int]] = {
     "mpls-in-ip": 137, "hip": 139, "shim6": 140,
 }  # fmt: skip
 _SYMBOLS: Final[Mapping[str, Mapping[str, int]]] = {
-    "inet_proto": _PROTOCOLS,
+    "inet_proto": PROTOCOLS,
     "ct_state": {"invalid": 1, "established": 2, "related": 4, "new": 8, "untracked": 64},
     "ct_status": {
         "expected": CtStatus.EXPECTED, "seen-reply": CtStatus.SEEN_REPLY,

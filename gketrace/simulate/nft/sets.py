@@ -7,13 +7,14 @@ the other.  Where a field of the key is not known, all elements that may fit are
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
 from gketrace.ruleset.nft_text import element_text
-from gketrace.simulate.nft.datatypes import Pattern, Span, Starts, read_pattern
+from gketrace.simulate.nft.datatypes import BITS, PROTOCOLS, Pattern, Span, Starts, read_pattern
 from gketrace.simulate.nft.values import NotKnown, Scalar
 
 __all__ = ["Element", "Elements", "Key", "fits", "index_elements"]
@@ -50,7 +51,11 @@ class Elements:
     """The elements of one set or map."""
 
     types: tuple[str, ...]
+    is_map: bool = False
+    plain: dict[tuple[Scalar, ...], Json] = field(default_factory=dict)
+    """Key → the element as nft printed it, of those that are a key and data, and no more."""
     exact: dict[tuple[Scalar, ...], Element] = field(default_factory=dict)
+    """Other elements with just one key."""
     lows: list[int] = field(default_factory=list)
     spans: list[tuple[int, int, Element]] = field(default_factory=list)
     """Intervals of a set with one field, in ascending order."""
@@ -70,6 +75,8 @@ class Elements:
         if len(known) < len(key):
             return self._candidates(key, known)
         hit = self.exact.get(known)
+        if hit is None and known in self.plain:
+            hit = self.exact[known] = self._element(known)
         if hit is not None:
             return [hit]
         if self.spans and isinstance(known[0], int):
@@ -78,12 +85,17 @@ class Elements:
                 return [self.spans[at][2]]
         return [element for element in self.loose if _all_fit(element.patterns, known)]
 
+    def _element(self, key: tuple[Scalar, ...]) -> Element:
+        item = self.plain[key]
+        return Element(key, item, item[1] if self.is_map else None)
+
     def _candidates(self, key: Key, known: tuple[Scalar, ...]) -> list[Element]:
         mask = tuple(not isinstance(part, NotKnown) for part in key)
         index = self._partial.get(mask)
         if index is None:
             index = self._partial[mask] = {}
-            for values, element in self.exact.items():
+            whole = {key: self._element(key) for key in self.plain} | self.exact
+            for values, element in whole.items():
                 part = tuple(v for v, use in zip(values, mask, strict=True) if use)
                 index.setdefault(part, []).append(element)
         found = list(index.get(known, ()))
@@ -112,9 +124,16 @@ def _all_fit(patterns: Sequence[Pattern], values: Sequence[Scalar]) -> bool:
 
 def index_elements(items: Sequence[Json], types: tuple[str, ...], *, is_map: bool) -> Elements:
     """Raises `ValueError` for a key that is not understood."""
-    made = Elements(types)
+    made = Elements(types, is_map)
     spans: list[tuple[int, int, Element]] = []
-    for element in _read(items, types, is_map=is_map):
+    others: list[Json] = []
+    for item in items:
+        key = _plain_key(item[0] if is_map else item, types)
+        if key is None:
+            others.append(item)
+        else:
+            made.plain[key] = item
+    for element in _read(others, types, is_map=is_map):
         patterns = element.patterns
         if not patterns:
             made.default = element
@@ -128,6 +147,41 @@ def index_elements(items: Sequence[Json], types: tuple[str, ...], *, is_map: boo
     made.spans = spans
     made.lows = [low for low, _, _ in spans]
     return made
+
+
+_DOTTED: Final = re.compile(
+    r"(0|[1-9]\d?\d?)\.(0|[1-9]\d?\d?)\.(0|[1-9]\d?\d?)\.(0|[1-9]\d?\d?)", re.A
+)
+
+
+def _plain_key(key: Json, types: tuple[str, ...]) -> tuple[Scalar, ...] | None:
+    """The key of an element that is nothing but addresses and numbers, as nearly all are; None:
+    another one.  A table of kube-proxy's has tens of thousands."""
+    if type(key) is dict:
+        parts = key.get("concat")
+        if type(parts) is not list or len(parts) != len(types) or len(key) != 1:
+            return None
+    elif len(types) == 1:
+        parts = (key,)
+    else:
+        return None
+    values: list[Scalar] = []
+    for part, kind in zip(parts, types, strict=True):
+        if type(part) is int and kind in BITS:
+            values.append(part)
+        elif type(part) is str and kind == "ipv4_addr":
+            found = _DOTTED.fullmatch(part)
+            if found is None:
+                return None
+            try:
+                values.append(int.from_bytes(bytes(map(int, found.groups())), "big"))
+            except ValueError:
+                return None
+        elif type(part) is str and kind == "inet_proto" and part in PROTOCOLS:
+            values.append(PROTOCOLS[part])
+        else:
+            return None
+    return tuple(values)
 
 
 def _read(items: Sequence[Json], types: tuple[str, ...], *, is_map: bool) -> Iterator[Element]:
