@@ -7,6 +7,8 @@ the containers' cgroups.
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ from e2e.netlab.agentaccess import API_INSIDE, AgentFiles
 from e2e.netlab.containerd import pod_cgroup, snapshotter
 from e2e.netlab.errors import LabError
 from e2e.netlab.images import HELLO_IMAGE
+from e2e.netlab.nodeinit import AGENT_ARGUMENTS
 from e2e.netlab.state import Cgroup, runtime_dir
 from e2e.netlab.world import Node, Pod, World, agent_key, agent_object
 
@@ -45,7 +48,8 @@ def packaged_agent(node: Node, without: tuple[str, ...] = (), seccomp: str = "")
     """The agent's pod as deploy/daemonset.yaml's controller makes it, on `node`; of its added
     capabilities those in `without` are left out; `seccomp` is another type of profile.
 
-    The file's arguments hold, but for where the API is: the lab has no ClusterIP for it.
+    The file's arguments hold, but for where the API is: the lab has no ClusterIP for it; those that
+    a test adds for processes come after them.
     """
     objects = yaml.safe_load_all((_REPOSITORY / "deploy/daemonset.yaml").read_text())
     template = next(one for one in objects if one and one["kind"] == "DaemonSet")["spec"][
@@ -61,6 +65,10 @@ def packaged_agent(node: Node, without: tuple[str, ...] = (), seccomp: str = "")
         security = {**security, "seccompProfile": {"type": seccomp}}
     container = {
         **container,
+        "args": [
+            *container.get("args", ()),
+            *shlex.split(os.environ.get(AGENT_ARGUMENTS, "")),
+        ],
         "env": [
             *container["env"],
             {"name": "KUBERNETES_SERVICE_HOST", "value": host},
