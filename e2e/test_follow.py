@@ -75,7 +75,7 @@ class Following:
         if self.code is not None:
             return
         self.process.send_signal(signal.SIGINT)
-        self.code = self.process.wait(30)
+        self.code = self.process.wait(60)  # on a busy machine the last events take their time
         for thread in self.threads:
             thread.join(10)
 
@@ -286,17 +286,23 @@ def break_ptp(lab: Lab) -> dict[str, tuple[str, list[str], list[str]]]:
             ["iptables-nft", "-I", "INPUT", *RESET],
             ["iptables-nft", "-F", "INPUT"],
         ),
-        "gone": (
-            "pod/web-0",
-            ["iptables-nft", "-I", "INPUT", *REFUSE],
-            ["iptables-nft", "-F", "INPUT"],
-        ),
     }
 
 
-# The pod's kernel answers with a RST: to the SYN, as where nothing listens; to the request.
-REFUSE = ["-p", "tcp", "--dport", "8080", "-j", "REJECT", "--reject-with", "tcp-reset"]
-RESET = ["-p", "tcp", "--dport", "8080", "--tcp-flags", "PSH", "PSH", *REFUSE[4:]]
+# The pod's kernel answers the request with a RST.
+RESET = "-p tcp --dport 8080 --tcp-flags PSH PSH -j REJECT --reject-with tcp-reset".split()
+
+
+@contextmanager
+def listener_gone(lab: Lab, pod: str, port: int) -> Iterator[None]:
+    """The process that listens there is killed; the pod and its namespace stay."""
+    find = f"ss -Hltnp 'sport = :{port}' | sed -n 's/.*pid=\\([0-9]*\\).*/\\1/p'"
+    done = lab.exec(f"pod/{pod}", ["sh", "-ec", f"kill -KILL $({find})"])
+    assert done.returncode == 0, done.stderr
+    try:
+        yield
+    finally:
+        lab.start_pod(pod)
 
 
 @contextmanager
@@ -337,7 +343,7 @@ def walks(one: Following, clients: list[str]) -> dict[str, set[tuple[str, str]]]
 def test_what_is_broken_is_named_where_it_dies(labs: LabFactory) -> None:
     lab = labs("ptp")
     with following(lab, "service", "web-nodeport") as one:
-        with broken(lab, "drop", "veth", "gone"):
+        with broken(lab, "drop", "veth"), listener_gone(lab, "web-0", 8080):
             first = fail(lab, 18, 6.0)
         with broken(lab, "forward", "route", "reset"):
             second = fail(lab, 18, 6.0)

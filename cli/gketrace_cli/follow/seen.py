@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, Final
 
-from gketrace.capture.passages import Repeat, Station
-from gketrace.capture.verdicts import State, hop_times, sender_text, state_of
+from gketrace.capture.passages import Fate, Repeat, Station
+from gketrace.capture.stitch import StitchedConnection
+from gketrace.capture.verdicts import State, deaths_of, hop_times, sender_text, state_of
 from gketrace.follow.outcome import Judgement, Outcome
 from gketrace_cli.capture.connections import connection_document
 from gketrace_cli.follow.packets import SeenPackets
@@ -25,6 +26,8 @@ __all__ = [
 Hop = tuple[str, str]
 """From where to where: ``NODE INTERFACE DIRECTION``, pods' with ``NS/NAME:`` before it."""
 _ENDED: Final = frozenset({Outcome.CLOSED, Outcome.OPEN, Outcome.EXPIRED, Outcome.REMOVED})
+_LARGE: Final = 256
+"""Bytes of data: what is smaller fits any path (RFC 791: 576 with its headers)."""
 _OUTCOMES: Final = {
     State.UNANSWERED: Outcome.UNANSWERED,
     State.REFUSED: Outcome.REFUSED,
@@ -54,11 +57,29 @@ def refine(judgement: Judgement, seen: SeenPackets) -> Judgement:
             )
         return replace(judgement, because="; ".join([judgement.because, *deaths[:1]]))
     if outcome in _ENDED and state is State.STALLED:
-        because = "; ".join([*errors[:1], *deaths[:1]]) or "data was sent again and again"
+        facts = [*errors[:1], *deaths[:1], *_too_large(connection)]
+        because = "; ".join(facts) or "data was sent again and again"
         return Judgement(outcome=Outcome.STALLED, failed=True, because=because)
     if outcome in (Outcome.NO_RETURN, Outcome.HANDSHAKE) and deaths:
         return replace(judgement, because="; ".join([judgement.because, deaths[0]]))
     return judgement
+
+
+def _too_large(connection: StitchedConnection) -> Iterator[str]:
+    """At the first place of death: that size alone tells what is lost from what is not."""
+    for death in deaths_of(connection)[:1]:
+        flow = connection.back if death.back else connection.there
+        lost = [unit.first.size for unit in death.units]
+        came = [
+            unit.first.size
+            for unit in flow.units
+            if unit.fate is Fate.ARRIVED and unit not in death.units
+        ]
+        if lost and came and min(lost) > max(_LARGE, *came):
+            yield (
+                f"each of these has {min(lost):,} bytes of data or more, and packets with up to "
+                f"{max(came):,} came through: as where the MTU is too small and no ICMP says so"
+            )
 
 
 def judge_alone(seen: SeenPackets) -> Judgement:
@@ -102,8 +123,8 @@ def times_of(seen: SeenPackets) -> Iterator[tuple[Hop, list[int], int | None]]:
             yield (place_of(before), place_of(here)), times, bound
 
 
-def packet_lines(seen: SeenPackets) -> list[str]:
-    """For people, beside the connection's line."""
+def packet_lines(seen: SeenPackets, because: str) -> list[str]:
+    """For people, beside the connection's line and `because`, the outcome's."""
     from statistics import median
 
     from gketrace_cli.capture.connections import span
@@ -126,6 +147,8 @@ def packet_lines(seen: SeenPackets) -> list[str]:
     ]
     if counts:
         lines.append(", ".join(counts))
+    errors = dict.fromkeys(str(one["text"]) for one in _document(seen)["errors"])
+    lines += [f"packets: {text}" for text in errors if text not in because]
     if not seen.whole:
         lines.append("not all of its packets were captured")
     return lines

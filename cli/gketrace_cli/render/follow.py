@@ -41,7 +41,7 @@ def connection_lines(page: Page, view: View, namespace: str) -> str:
     for line in _why(view):
         out.line(page.short(line), indent=9, hang=2)
     if view.packets is not None:
-        for line in packet_lines(view.packets):
+        for line in packet_lines(view.packets, judgement.because):
             out.line(page.short(line), indent=9, hang=2)
     for remark in view.remarks:
         out.line(page.short(remark), "yellow", indent=9, hang=2)
@@ -63,7 +63,7 @@ def alone_lines(page: Page, seen: SeenPackets, judgement: Judgement) -> str:
     first = seen.connection.first
     way = f"{end_text(first, source=True)} → {end_text(first)}"
     _head(out, head + judgement.outcome.value.upper(), "red", way)
-    for line in (judgement.because, *packet_lines(seen)):
+    for line in (judgement.because, *packet_lines(seen, judgement.because)):
         out.line(page.short(line), indent=9, hang=2)
     return "\n".join(out.lines) + "\n"
 
