@@ -28,6 +28,11 @@ from gketrace_agent.kernel.hostpaths import HostPaths
 from gketrace_agent.kernel.netlink import NetlinkSocket
 from gketrace_agent.kernel.netns import open_path, run_in_netns
 from gketrace_agent.kernel.nfnetlink import NftTable, nft_generation, nft_tables
+from gketrace_agent.kernel.nft_rules import nft_chains
+from gketrace_agent.kernel.nft_rules.dump import RuleDump, head_of, rule_parts
+from gketrace_agent.kernel.nft_rules.rule import RuleReader, comment_in
+from gketrace_agent.kernel.nft_rules.sets import SetNames
+from gketrace_agent.kernel.nft_rules.words import NotRendered
 from gketrace_agent.kernel.nft_tests import nft_tests
 from gketrace_agent.observe.addresses import observe_addresses
 from gketrace_agent.observe.conntrack_lines import render_batch
@@ -46,9 +51,13 @@ __all__ = [
     "read_events",
     "read_nftables",
     "read_route",
+    "read_rules",
     "route_seeds",
+    "rules_seeds",
 ]
 
+_EXPRESSIONS: Final = struct.pack("=H", 4 | 0x8000)
+"""The second half of the header of NFTA_RULE_EXPRESSIONS; the first is its length."""
 _MARK: Final = struct.pack("=I", 0x7E5A_1D00)
 """Stands for the sequence number in inputs; it is the one that conntrack's socket begins with."""
 _LINES: Final = """
@@ -78,6 +87,8 @@ rule add from 10.9.0.0/24 iif br0 ipproto tcp dport 80-90 prohibit pref 51
 neigh add 10.9.0.2 lladdr 02:00:00:00:00:02 dev br0 nud permanent
 neigh add fd00:9::5 lladdr 02:00:00:00:00:05 dev br0 router nud permanent
 """
+_SAVED: Final = Path(__file__).parents[1] / "data" / "rules" / "iptables-nft.txt"
+"""Every match and target; those that name objects, which the namespace has not, are left out."""
 _RULES: Final = """
 table ip t { set s { type ipv4_addr; elements = { 10.0.0.1, 10.0.0.2 } }
  chain c { type filter hook input priority 0; ct l3proto ip tcp dport 80 accept
@@ -89,11 +100,13 @@ table ip t { set s { type ipv4_addr; elements = { 10.0.0.1, 10.0.0.2 } }
 @functools.cache
 def _seeds() -> dict[str, list[bytes]]:
     name = f"gkfuzz-{os.getpid()}"
+    saved = "\n".join(x for x in _SAVED.read_text().splitlines() if "gkt" not in x) + "\n"
     subprocess.run(["ip", "netns", "add", name], check=True)
     try:
         for argv, text in (
             (["ip", "-n", name, "-force", "-batch", "-"], _LINES),
             (["ip", "netns", "exec", name, "nft", "-f", "-"], _RULES),
+            (["ip", "netns", "exec", name, "iptables-nft-restore"], saved),
         ):
             # Not every kernel has every kind of route: those that it has are the seeds.
             subprocess.run(argv, input=text.encode(), check=False, capture_output=True)
@@ -108,7 +121,7 @@ def _record() -> dict[str, list[bytes]]:
     make(flows(60))
     make([Made(src="10.0.0.9", dst="10.0.0.10", protocol=p, sport=8, dport=8) for p in (1, 17, 47)])
     make([Made(src="fd00::9", dst="fd00::10", sport=8, dport=8, state=1)])
-    kernel: dict[str, list[bytes]] = {"route": [], "nftables": [], "conntrack": []}
+    kernel: dict[str, list[bytes]] = {"route": [], "nftables": [], "rules": [], "conntrack": []}
     dumps: tuple[tuple[int, str, Callable[[NetlinkSocket], object]], ...] = (
         (netlink.NETLINK_ROUTE, "route", rtnetlink.dump_links),
         (netlink.NETLINK_ROUTE, "route", rtnetlink.dump_addresses),
@@ -125,6 +138,7 @@ def _record() -> dict[str, list[bytes]]:
             "nftables",
             lambda s: nft_tests(s, NftTable(family="ip", name="t")),
         ),
+        (netlink.NETLINK_NETFILTER, "rules", lambda s: nft_chains(s, 4)),
     )
     for protocol, group, dump in dumps:
         real = NetlinkSocket(protocol)
@@ -133,6 +147,13 @@ def _record() -> dict[str, list[bytes]]:
         dump(real)
         real.close()
         kernel[group].append(recorder.heard())
+    with RuleDump(socket.AF_INET) as rules:
+        plain = rules._socket
+        for table, chain in (("filter", "C1"), ("nat", "PREROUTING"), ("mangle", "PREROUTING")):
+            rules._socket = recorder = _Recorder(plain)  # type: ignore[assignment]
+            rules.rules(head_of(table, chain))
+            kernel["rules"] += _messages(recorder.heard())
+        rules._socket = plain
     bulk = BulkSocket()
     recorder = _Recorder(bulk._socket)
     bulk._socket = recorder  # type: ignore[assignment]
@@ -278,6 +299,35 @@ def read_nftables(data: bytes) -> None:
         lambda s: nft_tests(s, NftTable(family="ip", name="t")),
     ):
         read(_socket(data))
+
+
+def rules_seeds() -> list[bytes]:
+    return _seeds()["rules"]
+
+
+def read_rules(data: bytes) -> None:
+    """As chains, and as rules of a chain; each rule as it is, and without what is before it."""
+    reader = RuleReader(4, SetNames(str))
+    refused: list[Exception] = []
+
+    def read(head: bytes, body: bytes) -> None:
+        try:
+            expressions, userdata = rule_parts(body, head)
+            reader.line(expressions, "C1", comment_in(userdata) if userdata else None)
+        except NotRendered as reason:
+            refused.append(reason)
+
+    with RuleDump(socket.AF_INET) as dump:
+        real, dump._socket = dump._socket, _Kernel(data)  # type: ignore[assignment]
+        real.close()
+        for body in dump.rules(b""):
+            read(head_of("filter", "C1"), body)
+            inner = body.find(_EXPRESSIONS) - 2
+            if inner >= 4:
+                read(b"", body[:4] + body[inner:])
+    nft_chains(_socket(data), 4)
+    if refused:
+        raise refused[0]
 
 
 def conntrack_seeds() -> list[bytes]:

@@ -18,6 +18,7 @@ from gketrace.ruleset.nft_json import NftTables, parse_nft_json
 from gketrace.ruleset.nft_text import element_text
 from gketrace.ruleset.render import render_ruleset
 from gketrace.trace import Disposition
+from gketrace_agent.kernel.nft_rules.words import NotRendered
 from tests.core.simulate.nodes import Node, world_node
 from tests.fuzz import files, live, netlink
 from tests.fuzz.binary import mutate_bytes
@@ -143,6 +144,12 @@ TARGETS: Final = {
         mutate=mutate_bytes,
         run=netlink.read_nftables,
         refusals=_KERNEL,
+    ),
+    "netlink-rules": Target(
+        seeds=netlink.rules_seeds,
+        mutate=mutate_bytes,
+        run=netlink.read_rules,
+        refusals=(*_KERNEL, NotRendered),
     ),
     "netlink-conntrack": Target(
         seeds=netlink.conntrack_seeds,

@@ -207,6 +207,8 @@ class IptablesReading:
             begun = begin_nft(self._reader, wanted.family, tables, limit=self._programs.limit)
         except GketraceError as error:
             begun = nothing_read(tables, error.message)
+        except ValueError as error:  # an answer with broken attributes
+            begun = nothing_read(tables, str(error))
         if isinstance(begun, NftText):
             wanted.read = begun
         else:

@@ -27,8 +27,8 @@ def main(arguments: list[str]) -> int:
     try:
         names = {t.name for t in nft_tables(netfilter) if t.family == _NFT_FAMILY[arguments[0]]}
         found = nft_text(netfilter, family, names, nft_chains(netfilter, family))
-    except GketraceError as error:
-        sys.stderr.write(f"{error.message}\n")
+    except (GketraceError, ValueError) as error:  # ValueError: broken attributes
+        sys.stderr.write(f"{error}\n")
         return 1
     finally:
         netfilter.close()
