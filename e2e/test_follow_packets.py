@@ -11,8 +11,11 @@ from e2e.test_follow import VALIDATOR, following
 
 POD = "hello-server-579859fb5b-szrwh"
 NODE_PORT = "-p tcp --dport 31830"
-# A black hole: what is too large for the path disappears, and no ICMP tells the pod.
-LARGE = "FORWARD -p tcp --sport 8080 -m length --length 601:65535"
+CLIENT = "client/203.0.113.10"
+# What is too large for the path is answered with an ICMP error; or it is not: a black hole.
+NARROW = "ip route replace 203.0.113.10 via 10.142.0.2 mtu lock 600"
+WIDE = "ip route del 203.0.113.10"
+QUIET = "OUTPUT -p icmp --icmp-type fragmentation-needed -j DROP"
 BROKEN = {
     # target, broken, mended, large reply
     45101: ("node/33fg", "true", "true", False),
@@ -34,13 +37,17 @@ BROKEN = {
         "iptables-nft -F INPUT",
         False,
     ),
-    45105: (
+    45105: ("node/33fg", NARROW, WIDE, True),
+    45106: (
         "node/33fg",
-        f"iptables-nft -I {LARGE} -j DROP",
-        f"iptables-nft -D {LARGE} -j DROP",
+        f"{NARROW} && iptables-nft -I {QUIET}",
+        f"{WIDE} && iptables-nft -D {QUIET}",
         True,
     ),
 }
+WORK = {45101, 45105}
+LASTING = 45106
+"""Until the end: what is sent again later would arrive."""
 ASK = """
 import socket, sys
 s = socket.socket()
@@ -59,7 +66,7 @@ if sys.argv[2] == "large":
 
 def ask(lab: Lab, port: int, *, large: bool) -> bool:
     kind, seconds = ("large", "1.0") if large else ("small", "0.6")
-    return lab.exec("client", ["python3", "-c", ASK, str(port), kind, seconds]).returncode == 0
+    return lab.exec(CLIENT, ["python3", "-c", ASK, str(port), kind, seconds]).returncode == 0
 
 
 def test_packets_say_where_it_dies_and_where_the_time_goes(lab: Lab) -> None:
@@ -70,9 +77,11 @@ def test_packets_say_where_it_dies_and_where_the_time_goes(lab: Lab) -> None:
             with ExitStack() as at_once:
                 done = lab.exec(target, ["sh", "-ec", broken])
                 assert done.returncode == 0, (port, done.stderr)
-                stack = lasting if large else at_once
+                stack = lasting if port == LASTING else at_once
                 stack.callback(lab.exec, target, ["sh", "-ec", mended])
-                assert ask(lab, port, large=large) == (port == 45101), port
+                assert ask(lab, port, large=large) == (port in WORK), port
+            if large:  # the pod forgets what it was told of the MTU
+                lab.exec(f"pod/{POD}", ["ip", "route", "flush", "cache"])
         end = time.monotonic() + 8.0
         while len(one.records) < len(BROKEN) - 1 and time.monotonic() < end:
             time.sleep(0.1)
@@ -112,11 +121,16 @@ def test_packets_say_where_it_dies_and_where_the_time_goes(lab: Lab) -> None:
     refused = by_port[45104]
     assert refused["outcome"] == "refused"
     assert refused["because"] == f"RST by pod default/{POD}"
-    stalled = by_port[45105]
+    told = by_port[45105]
+    assert told["outcome"] == "closed"
+    (error,) = told["packets"]["errors"]
+    assert "ICMP fragmentation needed (MTU 600) from 10.142.0.7" in error["text"]
+    stalled = by_port[45106]
     assert stalled["outcome"] == "stalled", stalled
     assert stalled["failed"]
     assert stalled["packets"]["back"]["retransmissions"] > 0
     assert "33fg eth0" in stalled["because"]
+    assert "as where the MTU is too small" in stalled["because"], stalled["because"]
 
     hops = one.summary["hopLatency"]
     assert len(hops) >= 4
@@ -124,3 +138,30 @@ def test_packets_say_where_it_dies_and_where_the_time_goes(lab: Lab) -> None:
     assert one.summary["lostPackets"] == {}
     assert one.summary["droppedPackets"] == 0
     assert one.summary["failed"] == 4
+
+
+def test_a_pods_packets_are_seen_at_its_own_interface(lab: Lab) -> None:
+    with following(lab, "pod", POD, "--packets", "--from", "203.0.113.10") as one:
+        assert ask(lab, 45111, large=False)
+        target, broken, mended, _ = BROKEN[45104]
+        try:
+            assert lab.exec(target, ["sh", "-ec", broken]).returncode == 0
+            assert not ask(lab, 45112, large=False)
+        finally:
+            lab.exec(target, ["sh", "-ec", mended])
+        end = time.monotonic() + 20.0
+        while len(one.records) < 2 and time.monotonic() < end:
+            time.sleep(0.1)
+    assert one.code == 1, one.said
+    assert [record["outcome"] for record in one.records] == ["closed", "refused"], one.said
+    good, refused = one.records
+    for record in one.records:
+        VALIDATOR.validate(record)
+        assert record["endpointName"] == f"pod/default/{POD}"
+        assert record["packets"]["complete"]
+        places = {(s["node"][-4:], s["pod"]) for s in record["packets"]["there"]["stations"]}
+        assert places == {("2jdh", f"default/{POD}")}, record
+    # What the node's table and the pod's own say of it, and what its packets do, is one record.
+    assert {entry["netns"] for entry in good["entries"]} <= {"host", f"pod/default/{POD}"}
+    assert good["packets"]["answeredNs"] > 0
+    assert refused["because"] == f"RST by pod default/{POD}"
