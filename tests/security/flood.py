@@ -58,6 +58,8 @@ class Figures:
     """The good client's failures by status."""
     worst_seconds: float
     median_seconds: float
+    rss: int
+    """Of the agent, in bytes, while the crowd is there."""
 
 
 def _call(stub: AgentStub, token: str) -> str:
@@ -113,6 +115,7 @@ def _one(bed: Bed, kind: str, connections: int, seconds: float, good: str, bad: 
                     if problem:
                         failed[problem] += 1
                     time.sleep(_PAUSE)
+            rss = read_gauges(bed.pid)["rss"]
     return Figures(
         kind=kind,
         crowd=did,
@@ -120,6 +123,7 @@ def _one(bed: Bed, kind: str, connections: int, seconds: float, good: str, bad: 
         failed=dict(failed),
         worst_seconds=round(max(took), 3),
         median_seconds=round(sorted(took)[len(took) // 2], 3),
+        rss=rss,
     )
 
 
@@ -188,7 +192,8 @@ def main() -> int:
     def tell(one: Figures) -> None:
         print(
             f"{one.kind}: {one.crowd}; {one.calls} calls, worst {one.worst_seconds} s, "
-            f"median {one.median_seconds} s, failed: {one.failed or 'none'}",
+            f"median {one.median_seconds} s, failed: {one.failed or 'none'}, "
+            f"agent {one.rss >> 20} MiB",
             flush=True,
         )
 

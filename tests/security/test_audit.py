@@ -37,7 +37,7 @@ def test_what_is_known() -> None:
 
 
 def test_what_nobody_knows_of_is_not_fine() -> None:
-    unknown = "could not tell of 1 of 2 packages, as the advisories that were asked know nothing of them: b"
+    unknown = "could not tell of 1 of 2 packages, as the advisories asked know nothing of them: b"
     assert judge(FINE, SKIPPED) == (3, [unknown])
     assert judge(SKIPPED, BROKEN) == (1, ["c 2: CVE-1; fixed in: 2.1", unknown])
     assert judge()[0] == 3
