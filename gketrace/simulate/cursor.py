@@ -9,7 +9,7 @@ from typing import Final, TypeAlias
 
 from gketrace.packet import IPAddress, Packet
 from gketrace.quick import quick
-from gketrace.simulate.evolve import copier, evolve
+from gketrace.simulate.evolve import copier
 from gketrace.simulate.namespace import Namespace
 from gketrace.simulate.routing import RouteDecision
 from gketrace.simulate.state import CERTAIN, PacketState
@@ -171,14 +171,17 @@ def followed_by(first: Way, then: Way) -> Way:
         chance = first.chance
     elif first.chance is not None and then.chance is not None:
         chance = first.chance * then.chance
-    return evolve(
+    return _way_of(
         then,
-        steps=first.steps + then.steps,
-        flows=first.flows + then.flows,
-        missing=first.missing + then.missing,
-        chance=chance,
-        because=joined(first.because, then.because),
+        first.steps + then.steps,
+        first.flows + then.flows,
+        first.missing + then.missing,
+        chance,
+        joined(first.because, then.because),
     )
+
+
+_way_of: Final = copier(Way, "steps", "flows", "missing", "chance", "because")
 
 
 def joined(*parts: str) -> str:
@@ -190,9 +193,10 @@ _at_hook: Final = copier(Cursor, "stage", "then", "state", "stations")
 _state_at: Final = copier(PacketState, "hook")
 
 
-def enter_hook(cursor: Cursor, hook: Hook, then: Stage) -> Cursor:
-    """The cursor at the beginning of `hook`."""
-    state = cursor.state
+def enter_hook(cursor: Cursor, hook: Hook, then: Stage, state: PacketState | None = None) -> Cursor:
+    """The cursor at the beginning of `hook`, with `state` if that is another one."""
+    if state is None:
+        state = cursor.state
     return _at_hook(
         cursor,
         Stage.HOOK,

@@ -17,7 +17,7 @@ from typing import Final
 from gketrace.conntrack import CtStatus
 from gketrace.packet import PORT_PROTOCOLS, IPAddress, Packet, Protocol, Tuple5
 from gketrace.quick import quick
-from gketrace.simulate.evolve import evolve
+from gketrace.simulate.evolve import copier, evolve
 from gketrace.simulate.state import CERTAIN, CtInfo, Direction, NatRequest
 from gketrace.trace import Hook
 
@@ -163,9 +163,14 @@ def set_up(
 
 
 def _with(current: Tuple5, manip: Manip, address: IPAddress) -> Tuple5:
-    if manip is Manip.SRC:
-        return evolve(current, src=address)
-    return evolve(current, dst=address)
+    return _from(current, address) if manip is Manip.SRC else _to(current, address)
+
+
+_from: Final = copier(Tuple5, "src")
+_to: Final = copier(Tuple5, "dst")
+_sport: Final = copier(Tuple5, "sport")
+_dport: Final = copier(Tuple5, "dport")
+_replied: Final = copier(CtInfo, "reply", "status")
 
 
 def _addresses(
@@ -249,11 +254,11 @@ def _bound(
 ) -> CtInfo:
     icmp = current.protocol in (Protocol.ICMP, Protocol.ICMPV6)
     if icmp or manip is Manip.SRC:
-        new = wanted if wanted.sport == port else evolve(wanted, sport=port)
+        new = wanted if wanted.sport == port else _sport(wanted, port)
     else:
-        new = wanted if wanted.dport == port else evolve(wanted, dport=port)
+        new = wanted if wanted.dport == port else _dport(wanted, port)
     random = manip is Manip.SRC and (request.random or request.random_fully)
     status = ct.status | _DONE[manip]
     if new != current or (random and port is None and current.protocol in PORT_PROTOCOLS):
         status |= _CHANGED[manip]
-    return evolve(ct, reply=new.inverted(), status=status)
+    return _replied(ct, new.inverted(), status)

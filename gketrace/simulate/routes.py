@@ -6,8 +6,9 @@ from typing import Final
 
 from gketrace.packet import Packet
 from gketrace.simulate.cursor import Cursor, Stage, Way, end, enter_hook, step, unknown
-from gketrace.simulate.evolve import evolve
+from gketrace.simulate.evolve import copier, evolve
 from gketrace.simulate.routing import RouteDecision, RouteKind
+from gketrace.simulate.state import PacketState
 from gketrace.snapshot import PolicyRule
 from gketrace.trace import Citation, Disposition, Hook, Source, Step, StepAction, StepKind
 
@@ -110,6 +111,10 @@ def route_input(cursor: Cursor) -> tuple[Way, ...]:
     return tuple(routed_input(cursor, decision) for decision in decisions)
 
 
+_routed: Final = copier(Cursor, "decision")
+_forwarded: Final = copier(PacketState, "packet", "out_iface")
+
+
 def routed_input(cursor: Cursor, decision: RouteDecision) -> Way:
     """Where one input decision leads."""
     if _bad(decision):
@@ -119,12 +124,10 @@ def routed_input(cursor: Cursor, decision: RouteDecision) -> Way:
         packet = cursor.packet
         if packet.ttl is not None:
             packet = evolve(packet, ttl=packet.ttl - 1)
-        state = evolve(cursor.state, packet=packet, out_iface=decision.interface)
-        onward = enter_hook(
-            evolve(cursor, state=state, decision=decision), Hook.FORWARD, Stage.POST
-        )
+        state = _forwarded(cursor.state, packet, decision.interface)
+        onward = enter_hook(_routed(cursor, decision), Hook.FORWARD, Stage.POST, state)
     else:
-        onward = enter_hook(evolve(cursor, decision=decision), Hook.INPUT, Stage.DELIVER)
+        onward = enter_hook(_routed(cursor, decision), Hook.INPUT, Stage.DELIVER)
     return Way(cursor=onward, steps=steps, chance=decision.chance, because=decision.because)
 
 

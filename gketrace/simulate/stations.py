@@ -61,10 +61,10 @@ def run_stations(context: Context, cursor: Cursor) -> tuple[tuple[Step, ...], tu
     unread = cursor.space.unread
     if unread and cursor.stations and not cursor.guessed_rules:
         return (), _without(cursor, unread)
-    state, manip = cursor.state, nat.MANIP_AT.get(cursor.state.hook)
+    state, stations = cursor.state, cursor.stations
+    manip = nat.MANIP_AT.get(state.hook)
     steps: tuple[Step, ...] = ()
-    # Most chains have one way through them: those need no cursors of their own.
-    for position, station in enumerate(cursor.stations, 1):
+    for position, station in enumerate(stations, 1):
         kind = station.kind
         if _idle(kind, state.ct, manip):
             continue
@@ -73,20 +73,39 @@ def run_stations(context: Context, cursor: Cursor) -> tuple[tuple[Step, ...], tu
             found = _through(cursor.space, station, state)
             only = found[0]
             if len(found) == 1 and _passes(only, station, state):
+                # Most chains have one way through them: it needs no cursor of its own.
                 state = only.state
                 steps += only.steps
                 continue
-        rest = _before(cursor, state, cursor.stations[position:])
+        rest = _before(cursor, state, stations[position:])
         if kind is StationKind.CHAIN:
-            return steps, _chain_ways(rest, station, found)
-        if kind is StationKind.NAT_CHAIN:
-            return steps, _nat_chain_ways(context, rest, found)
-        return steps, _RUN[kind](context, rest, station)
+            ways = _chain_ways(rest, station, found)
+        elif kind is StationKind.NAT_CHAIN:
+            ways = _nat_chain_ways(context, rest, found)
+        else:
+            ways = _RUN[kind](context, rest, station)
+        onward = _onward(ways)
+        if onward is None:
+            return steps, ways
+        cursor, state = onward, onward.state
+        steps += ways[0].steps
     return steps, (Way(cursor=_past(cursor, state, (), cursor.then)),)
+
+
+def _onward(ways: tuple[Way, ...]) -> Cursor | None:
+    """Where the packet is on the hook, when it just goes on and all that is left are the steps."""
+    way = ways[0]
+    if len(ways) > 1 or way.chance is not CERTAIN or way.because or way.flows or way.missing:
+        return None
+    return way.cursor
 
 
 _before: Final = copier(Cursor, "state", "stations")
 _past: Final = copier(Cursor, "state", "stations", "stage")
+_with_nat: Final = copier(Cursor, "state", "nat_citation", "nat_note")
+_confirmed: Final = copier(Cursor, "state", "flow", "flows")
+_with_ct: Final = copier(PacketState, "ct")
+_rewritten: Final = copier(PacketState, "packet", "ct")
 
 
 def _passes(alternative: Alternative, station: Station, state: PacketState) -> bool:
@@ -358,12 +377,7 @@ def _settle(context: Context, cursor: Cursor, request: NatRequest, citation: Cit
             continue
         ways.append(
             Way(
-                cursor=evolve(
-                    cursor,
-                    state=evolve(cursor.state, ct=setup.ct),
-                    nat_citation=citation,
-                    nat_note=setup.note,
-                ),
+                cursor=_with_nat(cursor, _with_ct(cursor.state, setup.ct), citation, setup.note),
                 chance=setup.chance,
                 because=setup.because,
             )
@@ -417,12 +431,7 @@ def _nat(context: Context, cursor: Cursor, station: Station) -> tuple[Way, ...]:
             source = Citation(source=Source.KERNEL, text="nf_nat_alloc_null_binding")
             cursor = evolve(cursor, nat_citation=source, nat_note=bound.note)
     packet = nat.rewrite(state.packet, ct, manip)
-    after = evolve(
-        cursor,
-        state=evolve(state, packet=packet, ct=ct),
-        nat_citation=None,
-        nat_note="",
-    )
+    after = _with_nat(cursor, _rewritten(state, packet, ct), None, "")
     if packet is state.packet:
         return on(after)
     citation = cursor.nat_citation
@@ -462,12 +471,7 @@ def _confirm(context: Context, cursor: Cursor, station: Station) -> tuple[Way, .
         )
         return (end(cursor, Disposition.DROPPED, why, last, citation=citation),)
     settled = evolve(ct, status=ct.status | _CONFIRMED, existing=True)
-    after = evolve(
-        cursor,
-        state=evolve(cursor.state, ct=settled),
-        flow=flow,
-        flows=(*cursor.flows, flow),
-    )
+    after = _confirmed(cursor, _with_ct(cursor.state, settled), flow, (*cursor.flows, flow))
     return (Way(cursor=after, flows=(flow,)),)
 
 

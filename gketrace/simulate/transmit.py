@@ -15,7 +15,7 @@ from gketrace.simulate.cursor import (
     step,
     unknown,
 )
-from gketrace.simulate.evolve import evolve
+from gketrace.simulate.evolve import copier, evolve
 from gketrace.simulate.namespace import Namespace, cite_link
 from gketrace.simulate.ports import PortChoice, choose_port, neighbour_of
 from gketrace.simulate.routing import RouteKind
@@ -73,7 +73,10 @@ def transmit(context: Context, cursor: Cursor) -> tuple[Way, ...]:
     if link.kind in _TUNNELS:
         why = f"{name} is a {link.kind} tunnel; the packet that carries this one is not followed"
         return (unknown(cursor, why, *steps, citation=cite_link(link)),)
-    return (leave(context, evolve(cursor, link_target=target), link, steps),)
+    return (leave(context, _towards(cursor, target), link, steps),)
+
+
+_towards: Final = copier(Cursor, "link_target")
 
 
 def through_port(context: Context, cursor: Cursor) -> tuple[Way, ...]:

@@ -32,7 +32,7 @@ from gketrace.simulate.cursor import (
     unknown,
 )
 from gketrace.simulate.delivery import deliver
-from gketrace.simulate.evolve import evolve
+from gketrace.simulate.evolve import copier, evolve
 from gketrace.simulate.namespace import cite_link
 from gketrace.simulate.query import WalkQuery
 from gketrace.simulate.routes import route_input, send
@@ -225,9 +225,11 @@ def _post(context: Context, cursor: Cursor) -> tuple[Way, ...]:
     decision = cursor.decision
     if decision is None:
         raise AssertionError("POSTROUTING without a route")
-    state = evolve(cursor.state, out_iface=decision.interface)
-    onward = evolve(cursor, state=state)
-    return (Way(cursor=enter_hook(onward, Hook.POSTROUTING, Stage.TRANSMIT)),)
+    state = _leaving(cursor.state, decision.interface)
+    return (Way(cursor=enter_hook(cursor, Hook.POSTROUTING, Stage.TRANSMIT, state)),)
+
+
+_leaving: Final = copier(PacketState, "out_iface")
 
 
 def _input(context: Context, cursor: Cursor) -> tuple[Way, ...]:
