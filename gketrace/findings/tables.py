@@ -17,7 +17,7 @@ from gketrace.ruleset.nft import NftRuleset
 from gketrace.snapshot import Unavailable
 from gketrace.trace import Citation, Source
 
-__all__ = ["invalid", "losses", "ports", "room"]
+__all__ = ["STATS", "invalid", "losses", "ports", "room"]
 
 _NEARLY: Final = 0.9
 _INVALID: Final = 100
@@ -28,7 +28,7 @@ net/netfilter/nf_nat_core.c)."""
 _SCARCE: Final = 0.8
 _TO_PORTS: Final = re.compile(r"-j (?:MASQUERADE --to-ports|SNAT --to-source \S+:)\s?(\d+)-(\d+)")
 _RANGED: Final = re.compile(rb"-j (?:MASQUERADE --to-ports|SNAT --to-source \S+:)\s?\d+-\d+")
-_STATS: Final = "/proc/net/stat/nf_conntrack"
+STATS: Final = "/proc/net/stat/nf_conntrack"
 
 
 def room(world: World) -> Iterator[Finding]:
@@ -73,7 +73,7 @@ def _rose(sight: Sight, name: str) -> int:
 
 def _counter(sight: Sight, table: TableState, name: str) -> Evidence:
     rose = _rose(sight, name)
-    text = f"{_STATS}: {name} {table.counters.get(name, 0)}"
+    text = f"{STATS}: {name} {table.counters.get(name, 0)}"
     return evidence(
         Source.KERNEL, text, node=sight.node, note=f"rose by {rose} meanwhile" if rose else ""
     )

@@ -20,6 +20,7 @@ from gketrace.trace import Citation, Path
 from gketrace_cli.bundle.differences import Difference, Part, differences
 from gketrace_cli.bundle.model import HOST, Bundle
 from gketrace_cli.bundle.replay import Replay
+from gketrace_cli.bundle.ticking import ticking
 from gketrace_cli.checking.whole import read_world, trace_world
 from gketrace_cli.options import Options
 from gketrace_cli.session import Session
@@ -77,9 +78,12 @@ def compare(before: Opened, after: Opened) -> Compared:
     """What changed, the causes of changed verdicts first."""
     changed = _changed(before, after.findings, after.world)
     found = differences(before.bundle, after.bundle)
+    mine = [one for one in after.findings if _name(one) in changed]
+    counters = ticking(before.world, after.world, mine)
+    tryable = (*found, *counters)
     cited = _cited(before, changed) + _cited(after, changed)
-    parts = list(dict.fromkeys(one.part for one in found))
-    parts.sort(key=lambda part: -_rank(part, found, cited))
+    parts = list(dict.fromkeys(one.part for one in tryable))
+    parts.sort(key=lambda part: -_rank(part, tryable, cited))
     causes: dict[str, list[Difference]] = {name: [] for name in changed}
     tried = 0
     for part in parts if changed else ():
@@ -91,15 +95,16 @@ def compare(before: Opened, after: Opened) -> Compared:
         tried += 1
         world, _ = trace_world(restored, after.seen)
         still = _changed(before, find(world), world)
-        mine = sorted(
-            (one for one in found if one.part == part), key=lambda one: not _named(one, cited)
+        of_part = sorted(
+            (one for one in tryable if one.part == part),
+            key=lambda one: (not _named(one, cited), one in counters),
         )
         for name, (_, now) in changed.items():
             if name not in still or still[name][1] != now:
-                causes[name] += mine
+                causes[name] += of_part
     of_verdict = frozenset(one.part for some in causes.values() for one in some)
     order = sorted(
-        found,
+        (*found, *(one for one in counters if one.part in of_verdict)),
         key=lambda one: (one.part not in of_verdict, not _named(one, cited) if cited else False),
     )
     return Compared(
@@ -129,7 +134,7 @@ def _changed(
 
 def _verdicts(findings: Iterable[Finding], world: World) -> dict[str, str]:
     """Findings by code and subjects; ways by who asks whom."""
-    found = {f"{one.code} {', '.join(one.subjects)}": one.severity.value for one in findings}
+    found = {_name(one): one.severity.value for one in findings}
     rank = ("fine", "configured", "unknown", "broken")
     ways: dict[str, str] = {}
     for way in world.ways:
@@ -138,11 +143,15 @@ def _verdicts(findings: Iterable[Finding], world: World) -> dict[str, str]:
     return found | ways
 
 
+def _name(one: Finding) -> str:
+    return f"{one.code} {', '.join(one.subjects)}"
+
+
 def _cited(opened: Opened, changed: Mapping[str, object]) -> tuple[str, ...]:
     """What the evidence of changed verdicts quotes."""
     texts: list[str] = []
     for one in opened.findings:
-        if f"{one.code} {', '.join(one.subjects)}" in changed:
+        if _name(one) in changed:
             texts += [proof.citation.text for proof in one.evidence]
     for way in opened.world.ways:
         name = f"{way.path.source} → {way.path.front_door} {way.path.target}"

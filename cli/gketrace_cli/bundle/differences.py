@@ -251,6 +251,7 @@ def _sockets(shot: NetnsSnapshot) -> Items:
         return {("", "sockets"): shot.sockets.reason}
     return {
         ("", f"{one.state} {one.address}:{one.port} protocol {one.protocol}"): one.process
+        + (", accept queue full" if one.backlog and (one.queue or 0) >= one.backlog else "")
         for one in shot.sockets
     }
 
