@@ -6,7 +6,9 @@ go, the pods' wires and the objects say.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
 from gketrace.findings.making import cited, finding
@@ -31,14 +33,53 @@ def routes(world: World) -> Iterator[Finding]:
         if isinstance(sight.host.routes, Unavailable) or isinstance(sight.host.links, Unavailable):
             continue
         links = {link.name: link for link in sight.host.links}
+        lost: dict[tuple[str, int], list[Finding]] = {}
+        there: Counter[tuple[str, int]] = Counter()
         for pod in world.pods:
             if pod.host_network or not pod.node or pod.phase in ("Succeeded", "Failed"):
                 continue
             for address in map(ip_address, pod.pod_ips):
+                there[pod.node, address.version] += 1
                 for decision in sight.fib.output(address):
                     found = _judge(world, sight, links, pod, address, decision)
-                    if found is not None:
-                        yield found
+                    if found is None:
+                        continue
+                    if found.code == "GKT-305":
+                        lost.setdefault((pod.node, address.version), []).append(found)
+                        break  # one for each address
+                    yield found
+        yield from _lost(sight, lost, there)
+
+
+def _lost(
+    sight: Sight,
+    lost: Mapping[tuple[str, int], list[Finding]],
+    there: Mapping[tuple[str, int], int],
+) -> Iterator[Finding]:
+    """GKT-305, one for what one route would cover: all pods of the node itself (its bridge's route,
+    or what the CNI plugin made), all pods of all other nodes (the default route)."""
+    for version in sorted({version for _, version in lost}):
+        whole = {
+            node: found
+            for (node, of), found in lost.items()
+            if of == version and len(found) == there[node, of]
+        }
+        own = whole.pop(sight.node, [])
+        if len(own) > 1:
+            text = f"Node {sight.node} has no route to any of its own {len(own)} pods"
+            cause = f"no route {sight.node} own {version}"
+            yield from (replace(one, text=text, cause=cause) for one in own)
+        others = {node for node, of in there if of == version and node != sight.node}
+        if len(others) > 1 and set(whole) == others:
+            text = f"Node {sight.node} has no route to the pods of any other node"
+            cause = f"no route {sight.node} others {version}"
+            yield from (replace(one, text=text, cause=cause) for o in whole.values() for one in o)
+        else:
+            whole = {}
+        for (node, of), found in lost.items():
+            told = node in whole or (node == sight.node and len(own) > 1)
+            if of == version and not told:
+                yield from found
 
 
 def _judge(

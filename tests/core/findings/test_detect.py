@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
@@ -523,6 +524,25 @@ def test_one_dead_node_explains_its_endpoints() -> None:
     assert [one.code for one in found] == ["GKT-301"]
     assert len(found[0].subjects) > 5
     assert found[0].nodes == ("m69d",)
+
+
+def test_a_route_that_many_pods_share_is_one_finding() -> None:
+    bench = Bench("bridge")
+    host = bench.host("2jdh")
+    host.routes = [r for r in host.routes if str(r.dst) != "10.40.0.0/24"]
+    (found,) = bench.found()
+    assert found.code == "GKT-305"
+    assert re.fullmatch(r"Node 2jdh has no route to any of its own \d+ pods", found.text)
+    assert {"node 2jdh", "pod default/web-0"} < set(found.subjects)
+
+
+def test_a_default_route_that_is_gone_is_one_finding() -> None:
+    bench = Bench("ptp")
+    host = bench.host("2jdh")
+    host.routes = [r for r in host.routes if r.dst.prefixlen or r.type is not RouteType.UNICAST]
+    (found,) = [one for one in bench.found() if one.code == "GKT-305"]
+    assert found.text == "Node 2jdh has no route to the pods of any other node"
+    assert {"pod default/web-1", "pod default/web-2"} < set(found.subjects)
 
 
 def test_what_was_not_seen_is_not_judged() -> None:
