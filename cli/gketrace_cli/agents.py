@@ -329,12 +329,16 @@ class Fleet:
             if key == HIDDEN_HEADER and isinstance(value, bytes):
                 self.hidden[node] = value.decode(errors="replace")
 
-    def stream(self, calls: Mapping[K, tuple[str, str, Message]]) -> Iterator[tuple[K, Any]]:
+    def stream(
+        self, calls: Mapping[K, tuple[str, str, Message]], *, silence: float | None = None
+    ) -> Iterator[tuple[K, Any]]:
         """Streaming calls (node, method, request) at the same time: each reply as it comes.
 
         What ends a call comes last for its key: None, or the `GketraceError` that broke it off.
-        There is no deadline for a whole call, only for the time in which no agent sends anything.
+        There is no deadline for a whole call, only for the time in which no agent sends anything:
+        `silence` seconds, or as long as for any other answer.
         """
+        silence = self._timeout if silence is None else silence
         arrived: Queue[tuple[K, Any]] = Queue(maxsize=_AHEAD)
         waiting = deque(calls)
         running: dict[K, tuple[threading.Thread, Any]] = {}
@@ -379,10 +383,10 @@ class Fleet:
                 if not running:
                     continue
                 try:
-                    key, reply = arrived.get(timeout=self._timeout)
+                    key, reply = arrived.get(timeout=silence)
                 except Empty:
                     for key in (*running, *waiting):
-                        yield key, self._too_late(calls[key][0])
+                        yield key, self._too_late(calls[key][0], silence)
                     return
                 if reply is None or isinstance(reply, GketraceError):
                     del running[key]
@@ -397,9 +401,9 @@ class Fleet:
                 except Empty:
                     continue
 
-    def _too_late(self, node: str) -> GketraceError:
+    def _too_late(self, node: str, silence: float) -> GketraceError:
         return TimeoutExceeded(
-            f"the agent of node {node} sent nothing for {self._timeout:g} s",
+            f"the agent of node {node} sent nothing for {silence:g} s",
             hint="--timeout SECONDS waits longer",
         )
 

@@ -26,6 +26,8 @@ __all__ = ["Intake"]
 _TWICE_SECONDS: Final = 3.0
 """For so long after a change of filters an event may come from both calls."""
 _APART_SECONDS: Final = 1.0
+_SILENT_SECONDS: Final = 5.0
+"""Agents send something each second."""
 _SETTLED: Final = 4
 """Statuses, one a second, after which a node's offset is taken for known."""
 
@@ -33,7 +35,18 @@ _SETTLED: Final = 4
 class _Feed:
     """One place."""
 
-    __slots__ = ("away", "lost", "offset", "resyncs", "said", "statuses", "turn", "why")
+    __slots__ = (
+        "away",
+        "came",
+        "lost",
+        "offset",
+        "resyncs",
+        "said",
+        "silent",
+        "statuses",
+        "turn",
+        "why",
+    )
 
     def __init__(self) -> None:
         self.turn = 0
@@ -47,6 +60,10 @@ class _Feed:
         """Since when no call is under way."""
         self.why = ""
         self.said = ""
+        self.came = time.time()
+        """Our time of the last message."""
+        self.silent = False
+        """It was said that none comes."""
 
 
 class Intake:
@@ -98,6 +115,10 @@ class Intake:
                 self._end(place, feed, arrived)
             return
         reply = arrived.reply
+        feed.came = arrived.at
+        if feed.silent:
+            feed.silent = False
+            self._say(f"{place} is heard again; what happened there meanwhile comes now")
         if arrived.turn > feed.turn or feed.away is not None:
             if not reply.HasField("status"):
                 return
@@ -113,6 +134,13 @@ class Intake:
         if records:
             after = reply.after + self._correction(feed) if reply.after else None
             self._joiner.feed(place, at, kinds, records, after=after)
+
+    def listen(self, ours: float) -> None:
+        """Says which nodes are silent; `ours`: the time.  For when all that came was taken."""
+        for place, feed in self._feeds.items():
+            if feed.away is None and not feed.silent and ours - feed.came > _SILENT_SECONDS:
+                feed.silent = True
+                self._say(f"{place}: nothing has come from there for {ours - feed.came:.0f} s")
 
     def now(self, ours: float) -> float:
         """Our time by the nodes' clocks."""

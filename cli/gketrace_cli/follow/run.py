@@ -139,6 +139,8 @@ class _Follow:
             if now >= next_count:
                 next_count = now + _COUNT_SECONDS
                 self._count()
+            if self._streams.arrived.empty():
+                self._intake.listen(time.time())
             self._show.tick()
 
     def _take(self, seconds: float) -> None:

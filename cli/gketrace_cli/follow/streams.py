@@ -23,6 +23,9 @@ __all__ = ["Arrived", "Streams"]
 _AHEAD: Final = 64
 """Replies that are read before they are wanted; beyond that, the agents wait."""
 _RETRY_SECONDS: Final = (0.3, 0.5, 1.0, 2.0, 3.0, 5.0)
+_SILENCE: Final = 30.0
+"""Seconds without a message after which a call is given up.  Agents send one a second; on a node
+without processor time to spare it comes late, and a call that goes on misses nothing."""
 _FRESH_AFTER: Final = 2
 """Attempts over the way that there was, before the agent is looked for anew."""
 
@@ -110,7 +113,8 @@ class Streams:
 
     def _read(self, place: Place, call: _Call, request: pb.FollowConntrackRequest) -> str:
         """Why it ended."""
-        stream: Any = self._fleet.stream({place: (place.node, "FollowConntrack", request)})
+        calls = {place: (place.node, "FollowConntrack", request)}
+        stream: Any = self._fleet.stream(calls, silence=_SILENCE)
         try:
             for _, reply in stream:
                 if call.over.is_set():
