@@ -15,16 +15,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 from operator import attrgetter
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 from gketrace.packet import Packet
 from gketrace.simulate.evolve import COPIERS, evolve
 from gketrace.simulate.state import CtInfo, PacketState
 
-__all__ = ["Reads", "Rebase", "watch"]
+__all__ = ["Guard", "Reads", "Rebase", "note_instead", "noted", "watch"]
 
-Log: TypeAlias = dict[str, None]
-"""The fields that were read, as paths from the state: ``packet.mark``, ``ct.state``."""
+
+class Guard(Protocol):
+    """A question with the same answer, which stands for the fields that were read for it."""
+
+    def holds(self, rebase: Rebase) -> bool:
+        """Whether the answer is the same for another state."""
+
+
+Log: TypeAlias = "dict[str | Guard, None]"
+"""The fields that were read, as paths from the state: ``packet.mark``, ``ct.state``; guards."""
 
 
 def _subclass(kind: type, path: str) -> tuple[type, Callable[..., Any]]:
@@ -94,21 +102,40 @@ def watch(state: PacketState) -> tuple[PacketState, Log]:
     return watched, log
 
 
+def noted(state: PacketState) -> Log | None:
+    """What has been read of a watched state so far; None: it is not watched."""
+    return dict(state._watched_log) if type(state) is _STATE else None  # type: ignore[attr-defined]
+
+
+def note_instead(state: PacketState, before: Log, guard: Guard) -> None:
+    """Takes `guard` for all that was read of a watched state since `noted` gave `before`."""
+    log: Log = state._watched_log  # type: ignore[attr-defined]
+    log.clear()
+    log.update(before)
+    log[guard] = None
+
+
 class Reads:
     """What was read of a state, and what it was."""
 
-    __slots__ = ("_read", "_tracked", "_values", "names")
+    __slots__ = ("_guards", "_read", "_tracked", "_values", "names")
 
     def __init__(self, state: PacketState, log: Log) -> None:
-        self.names: Final = frozenset(log)
+        self.names: Final = frozenset(name for name in log if isinstance(name, str))
+        self._guards = tuple(guard for guard in log if not isinstance(guard, str))
         self._tracked = state.ct is not None
         # One that every state has, so that there are always two: attrgetter then gives a tuple.
-        self._read = attrgetter("hook", "hook", *log)
+        self._read = attrgetter("hook", "hook", *self.names)
         self._values = self._read(state)
 
     def agree(self, state: PacketState) -> bool:
         """Whether `state` has the same in all that was read."""
-        return (state.ct is not None) is self._tracked and bool(self._read(state) == self._values)
+        if (state.ct is not None) is not self._tracked or self._read(state) != self._values:
+            return False
+        if not self._guards:
+            return True
+        rebase = Rebase(state)
+        return all(guard.holds(rebase) for guard in self._guards)
 
 
 class Rebase:

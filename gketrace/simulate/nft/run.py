@@ -11,6 +11,7 @@ from gketrace.simulate.recall import Recall
 from gketrace.simulate.running import Frame, Run
 from gketrace.simulate.state import Alternative, PacketState, Verdict, VerdictKind
 from gketrace.simulate.threads import Fork, Thread
+from gketrace.simulate.watched import noted
 from gketrace.trace import Citation, Source, StepAction
 
 __all__ = ["traverse"]
@@ -91,7 +92,7 @@ class _NftRun(Run):
 
     def _ways(self, rule: NftRule, state: PacketState) -> list[Way]:
         env, ruleset = self.env, self.ruleset
-        if self.recall is None:
+        if self.recall is None or noted(state) is not None:
             return run_rule(rule, state, env, ruleset)
         return self.recall.rule(rule, state, lambda s: run_rule(rule, s, env, ruleset), carried)
 

@@ -26,7 +26,7 @@ from gketrace.simulate.nft.scene import NftEnvironment, Scene
 from gketrace.simulate.nft.values import BREAK, Branch, NotKnown, Value, times
 from gketrace.simulate.state import CERTAIN, PacketState, VerdictKind
 from gketrace.simulate.targets.base import Effect
-from gketrace.simulate.watched import Rebase
+from gketrace.simulate.watched import Rebase, note_instead, noted
 from gketrace.trace import StepAction
 
 __all__ = ["Way", "carried", "run_rule"]
@@ -115,12 +115,53 @@ def _run(statement: Json, way: Way, scene: Scene) -> list[Way]:
     try:
         if run is None:
             return _not_modelled(statement, way, f"the statement {kind or statement!r}")
-        return run(kind, body, way, scene)
+        before = noted(way.state) if kind in _TESTS and _is_first(way) else None
+        if before is None:
+            return run(kind, body, way, scene)
+        ways = run(kind, body, way, scene)
+        if _breaks(ways, way):
+            # Most packets are not in most sets: that is all that later packets have in common.
+            note_instead(way.state, before, _Breaks(run, kind, body, scene))
+        return ways
     except Unclear as why:
         return [_stop(way, str(why))]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         # JSON of another shape than this version knows, or a constant of an unknown type.
         return _not_modelled(statement, way, str(error) or type(error).__name__)
+
+
+_TESTS: Final = frozenset(("match", "vmap"))
+
+
+def _is_first(way: Way) -> bool:
+    return way.chance is CERTAIN and not way.drawn and not way.unknown and not way.notes
+
+
+def _breaks(ways: list[Way], way: Way) -> bool:
+    """Whether the rule has not matched, for certain, and nothing else has come of it."""
+    only = ways[0] if len(ways) == 1 else None
+    return only is not None and only.broken and only.state is way.state and _is_first(only)
+
+
+class _Breaks:
+    """That a test breaks its rule."""
+
+    __slots__ = ("_body", "_kind", "_run", "_scene")
+
+    def __init__(
+        self, run: Callable[[str, Json, Way, Scene], list[Way]], kind: str, body: Json, scene: Scene
+    ) -> None:
+        self._run, self._kind, self._body, self._scene = run, kind, body, scene
+
+    def holds(self, rebase: Rebase) -> bool:
+        seen = self._scene
+        way = Way(state=rebase.state(seen.state))
+        scene = Scene(way.state, seen.env, seen.ruleset)
+        try:
+            return _breaks(self._run(self._kind, self._body, way, scene), way)
+        except (Unclear, ValueError, KeyError, TypeError, AttributeError, IndexError):
+            # The rule itself then says what is not understood.
+            return False
 
 
 def _single(statement: Json) -> tuple[str, Json]:
