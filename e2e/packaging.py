@@ -1,5 +1,8 @@
 """`e2e/packaged`: the agents from their image, with what deploy/daemonset.yaml gives them.
 
+`suite` runs the end-to-end tests with such agents, or those of its files that are named after the
+archive; its last line is a JSON object.
+
 `capabilities` takes each added capability away in turn, restarts the agents and runs one command of
 each kind: either the agent does not start and its log says why, or each command that is affected
 names the capability.  What it prints is the table in docs/capabilities.md.
@@ -8,12 +11,15 @@ names the capability.  What it prints is the table in docs/capabilities.md.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from xml.etree import ElementTree
 
 import yaml
 
@@ -28,18 +34,30 @@ _HERE = Path(__file__).parent
 _SUITE = (
     "test_access.py",
     "test_answers.py",
+    "test_bundle.py",
     "test_capture.py",
     "test_chains.py",
     "test_conntrack.py",
     "test_containerd.py",
     "test_follow.py",
+    "test_follow_packets.py",
     "test_node_addresses.py",
     "test_pinned.py",
     "test_sctp.py",
     "test_wrong_input.py",
 )
-"""Tests of what gketrace says.  The others are of the lab and of the API server themselves, or hold
-console output against what processes in the lab's own cgroups look like."""
+"""Tests of what gketrace says."""
+_OF_PROCESSES = "its expectations name what pods that are processes in the lab's cgroups look like"
+_OF_THE_LAB = "it tests the lab, not gketrace"
+_LEFT_OUT = {
+    "test_docs.py": f"{_OF_PROCESSES}: PIDs, namespaces, commands in the documents' output",
+    "test_kubeapi.py": f"{_OF_THE_LAB}: its API server, without agents",
+    "test_kubeapi_portforward.py": f"{_OF_THE_LAB}: its API server, without agents",
+    "test_lab.py": f"{_OF_THE_LAB}: how it is built of processes",
+    "test_lab_traffic.py": f"{_OF_THE_LAB}: how packets go through it, without agents",
+    "test_scenarios.py": f"{_OF_PROCESSES}: findings of the untouched lab, and faults made there",
+}
+"""Tests that say nothing of the packaged agent, and why."""
 _COMMANDS = (
     ("status",),
     ("pod", "web-0"),
@@ -75,6 +93,37 @@ def _last_logged(lab: Lab) -> str:
     logs = runtime_dir(lab.name).glob("logs/*/gketrace-system_*/agent/*.log")
     newest = max(logs, key=lambda path: path.stat().st_mtime)
     return newest.read_text().splitlines()[-1].split(" F ", 1)[-1]
+
+
+def _suite(archive: str, more: Sequence[str]) -> int:
+    """Runs the tests; the last line is a JSON object with what came of them, and what was left out
+    and why.  1 when one failed, or a file of tests is neither run nor left out."""
+    unknown = sorted(
+        path.name
+        for path in _HERE.glob("test_*.py")
+        if path.name not in _SUITE and path.name not in _LEFT_OUT
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder, "report.xml")
+        argv = [sys.executable, "-m", "pytest", f"--junitxml={report}", *more]
+        if not any(word.partition("::")[0].endswith(".py") for word in more):
+            argv += [str(_HERE / name) for name in _SUITE]
+        done = subprocess.run(
+            argv, env={**os.environ, AGENT_IMAGE_VARIABLE: os.path.abspath(archive)}, check=False
+        )
+        told = ElementTree.parse(report).getroot().find("testsuite") if report.exists() else None
+    counts = {} if told is None else dict(told.attrib)
+    failed = int(counts.get("failures", 0)) + int(counts.get("errors", 0))
+    result = {
+        "tests": int(counts.get("tests", 0)),
+        "failed": failed,
+        "skipped": int(counts.get("skipped", 0)),
+        "seconds": round(float(counts.get("time", 0))),
+        "left_out": _LEFT_OUT,
+        "neither_run_nor_left_out": unknown,
+    }
+    print(json.dumps(result), flush=True)
+    return int(bool(done.returncode or unknown))
 
 
 def _run_commands(lab: Lab) -> dict[str, Ran]:
@@ -133,12 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lab", default="", help="use this lab, which is up")
     arguments, rest = parser.parse_known_args(argv)
     if arguments.what == "suite":
-        archive = os.path.abspath(arguments.archive)
-        return subprocess.run(
-            [sys.executable, "-m", "pytest", *(str(_HERE / name) for name in _SUITE), *rest],
-            env={**os.environ, AGENT_IMAGE_VARIABLE: archive},
-            check=False,
-        ).returncode
+        return _suite(arguments.archive, rest)
     lab = Lab(
         arguments.lab or f"packaged-{os.getpid()}",
         topology=arguments.topology,
