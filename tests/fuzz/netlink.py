@@ -29,8 +29,8 @@ from gketrace_agent.kernel.netlink import NetlinkSocket
 from gketrace_agent.kernel.netns import open_path, run_in_netns
 from gketrace_agent.kernel.nfnetlink import NftTable, nft_generation, nft_tables
 from gketrace_agent.kernel.nft_rules import nft_chains
-from gketrace_agent.kernel.nft_rules.dump import RuleDump, head_of, rule_parts
-from gketrace_agent.kernel.nft_rules.rule import RuleReader, comment_in
+from gketrace_agent.kernel.nft_rules.dump import RuleDump, head_of
+from gketrace_agent.kernel.nft_rules.rule import RuleReader
 from gketrace_agent.kernel.nft_rules.sets import SetNames
 from gketrace_agent.kernel.nft_rules.words import NotRendered
 from gketrace_agent.kernel.nft_tests import nft_tests
@@ -310,21 +310,17 @@ def read_rules(data: bytes) -> None:
     reader = RuleReader(4, SetNames(str))
     refused: list[Exception] = []
 
-    def read(head: bytes, body: bytes) -> None:
-        try:
-            expressions, userdata = rule_parts(body, head)
-            reader.line(expressions, "C1", comment_in(userdata) if userdata else None)
-        except NotRendered as reason:
-            refused.append(reason)
-
+    head = len(head_of("filter", "C1"))
     with RuleDump(socket.AF_INET) as dump:
         real, dump._socket = dump._socket, _Kernel(data)  # type: ignore[assignment]
         real.close()
         for body in dump.rules(b""):
-            read(head_of("filter", "C1"), body)
             inner = body.find(_EXPRESSIONS) - 2
-            if inner >= 4:
-                read(b"", body[:4] + body[inner:])
+            for rule in (body[4 + head :], body[inner:]):
+                try:
+                    reader.line(rule, "C1")
+                except NotRendered as reason:
+                    refused.append(reason)
     nft_chains(_socket(data), 4)
     if refused:
         raise refused[0]

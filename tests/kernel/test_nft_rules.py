@@ -18,7 +18,7 @@ import pytest
 from gketrace_agent.kernel.netlink import NETLINK_NETFILTER, NetlinkSocket
 from gketrace_agent.kernel.nfnetlink import nft_tables
 from gketrace_agent.kernel.nft_rules import NftText, nft_chains, nft_text
-from gketrace_agent.kernel.nft_rules.dump import RuleDump, head_of, rule_parts
+from gketrace_agent.kernel.nft_rules.dump import RuleDump, head_of
 from gketrace_agent.kernel.nft_rules.rule import RuleReader
 from gketrace_agent.kernel.nft_rules.sets import SetNames, ask_for_name
 from gketrace_agent.kernel.nft_rules.words import NotRendered
@@ -145,11 +145,9 @@ def read_each(family: int) -> tuple[dict[tuple[str, str], list[str | None]], set
             for chain in chains:
                 head = head_of(table, chain.name)
                 for body in dump.rules(head):
-                    expressions, userdata = rule_parts(body, head)
-                    assert not userdata
                     said: str | None = None
                     try:
-                        said = without_counters(reader.line(expressions, chain.name))
+                        said = without_counters(reader.line(body[4 + len(head) :], chain.name))
                     except NotRendered as reason:
                         name = re.fullmatch(r"(?:match|target) (\S+) of revision \d", str(reason))
                         unknown.add(name[1] if name else str(reason))

@@ -28,8 +28,9 @@ __all__ = [
     "save_arguments",
 ]
 
-_HERE: Final = 5000
-"""Chains and rules (and jumps) of one family that are read in this process: some 60 ms."""
+_HERE: Final = 20000
+"""Chains, rules and jumps of one family that are read in this process: some 0.2 s, not much more
+than a process of its own takes to begin."""
 _TABLE: Final = b"# Table `"
 _INCOMPATIBLE: Final = re.compile(rb"# Table `([^'\n]*)' (?:is incompatible|contains incompatible)")
 

@@ -26,9 +26,9 @@ from gketrace_agent.kernel.netlink import (
     attributes,
 )
 from gketrace_agent.kernel.nfnetlink import NFNL_HEADER, NFNL_SUBSYS_NFTABLES, nfnl_type
-from gketrace_agent.kernel.nft_rules.words import NotRendered, string
+from gketrace_agent.kernel.nft_rules.words import string
 
-__all__ = ["Chain", "Hook", "RuleDump", "chains_of", "head_of", "rule_parts"]
+__all__ = ["Chain", "Hook", "RuleDump", "chains_of", "head_of"]
 
 _NFT_MSG_GETCHAIN: Final = 4
 _NEWRULE: Final = nfnl_type(NFNL_SUBSYS_NFTABLES, 6)
@@ -37,17 +37,12 @@ _CHAIN_TABLE, _CHAIN_NAME, _CHAIN_HOOK, _CHAIN_POLICY = 1, 3, 4, 5
 _CHAIN_USE, _CHAIN_TYPE, _CHAIN_COUNTERS = 6, 7, 8
 _HOOK_NUMBER, _HOOK_PRIORITY = 1, 2
 _COUNTER_BYTES, _COUNTER_PACKETS = 1, 2
-_RULE_TABLE, _RULE_CHAIN, _RULE_HANDLE, _RULE_EXPRESSIONS, _RULE_POSITION, _RULE_USERDATA = (
-    1, 2, 3, 4, 6, 7,
-)  # fmt: skip
-_NUMBERS: Final = (_RULE_HANDLE, _RULE_POSITION)
-_TYPE_MASK: Final = 0x3FFF
+_RULE_TABLE, _RULE_CHAIN = 1, 2
 _NLMSG_ERROR: Final = 2
 _NLMSG_DONE: Final = 3
 _DUMP_REQUEST: Final = 0x301
 _NLM_F_DUMP_INTR: Final = 0x10
 _HEADER: Final = struct.Struct("=IHHII")
-_ATTRIBUTE: Final = struct.Struct("=HH")
 _ERRNO: Final = struct.Struct("=i")
 _RECEIVE: Final = 1 << 16
 """Bytes; twice of what the kernel fills at most."""
@@ -145,7 +140,7 @@ class RuleDump:
         self._socket.close()
 
     def rules(self, head: bytes) -> list[bytes]:
-        """The bodies of a chain's rules, in order: struct nfgenmsg and attributes.
+        """The bodies of a chain's rules, in order: struct nfgenmsg, `head`, and other attributes.
 
         `head`: as `head_of`.  Raises `NetlinkError`, `TimeoutExceeded`.  Read again, a bounded
         number of times, when the rules changed meanwhile; whether they changed between two chains
@@ -191,35 +186,6 @@ class RuleDump:
                             raise NetlinkError(-number, "nf_tables rules")
                         return found, interrupted
                 offset += (length + 3) & ~3
-
-
-def rule_parts(body: bytes, head: bytes) -> tuple[bytes, bytes]:
-    """(expressions, user data) of a rule of the chain with `head`.
-
-    Raises `NotRendered` when it is of another form.
-    """
-    at = NFNL_HEADER.size
-    end = len(body)
-    if not body.startswith(head, at):
-        raise NotRendered("a rule of another chain")
-    at += len(head)
-    expressions = userdata = b""
-    while at + 4 <= end:
-        length, kind = _ATTRIBUTE.unpack_from(body, at)
-        if length < 4 or at + length > end:
-            raise NotRendered("a rule with broken attributes")
-        if kind in _NUMBERS:
-            pass
-        elif kind & _TYPE_MASK == _RULE_EXPRESSIONS:
-            expressions = body[at + 4 : at + length]
-            if at + length == end:
-                break
-        elif kind & _TYPE_MASK == _RULE_USERDATA:
-            userdata = body[at + 4 : at + length]
-        else:
-            raise NotRendered(f"a rule with attribute {kind}")
-        at += (length + 3) & ~3
-    return expressions, userdata
 
 
 def head_of(table: str, chain: str) -> bytes:

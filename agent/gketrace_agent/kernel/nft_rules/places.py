@@ -52,13 +52,12 @@ def places(data: bytes, start: int, end: int) -> dict[int, Place]:
     return found
 
 
-def expressions(data: bytes) -> list[tuple[str, dict[int, Place]]]:
+def expressions(data: bytes, start: int, end: int) -> list[tuple[str, dict[int, Place]]]:
     """(name, attributes) of each expression of a rule.  Raises ValueError."""
     found = []
-    start = 0
-    while start + 4 <= len(data):
+    while start + 4 <= end:
         length, _ = _ATTRIBUTE.unpack_from(data, start)
-        if length < 4 or start + length > len(data):
+        if length < 4 or start + length > end:
             raise ValueError(f"an nf_tables expression of {length} bytes at {start}")
         parts = places(data, start + 4, start + length)
         if 1 not in parts:

@@ -26,8 +26,10 @@ from gketrace_agent.kernel.nft_rules.targets import TARGETS, nflog_text
 from gketrace_agent.kernel.nft_rules.template import Template, Value
 from gketrace_agent.kernel.nft_rules.words import NotRendered, quoted, rate, string
 
-__all__ = ["RuleReader", "comment_in"]
+__all__ = ["RuleReader"]
 
+_HANDLE, _EXPRESSIONS, _POSITION, _USERDATA = 3, 4, 6, 7
+"""NFTA_RULE_*."""
 _ACCEPT, _DROP, _JUMP, _GOTO, _RETURN = 1, 0, -3, -4, -5
 """NF_* and NFT_*."""
 _KEPT: Final = 4096
@@ -47,28 +49,25 @@ class RuleReader:
         self._count = 0
         self._shows: dict[tuple[str, str, int], Callable[[bytes], str]] = {}
 
-    def line(self, data: bytes, chain: str, comment: str | None = None) -> str:
-        """The line of a rule with the expressions `data` (the payload of NFTA_RULE_EXPRESSIONS).
+    def line(self, data: bytes, chain: str) -> str:
+        """The line of a rule of `chain`; `data`: its attributes behind those of table and chain.
 
-        Raises `NotRendered` for what is not known, and for bytes that are no expressions.
+        Raises `NotRendered` for what is not known, and for bytes that are no rule.
         """
-        if comment is None:
-            known = self._templates.get(len(data), ())
-            try:
-                for template in known:
-                    line = template.line(data, chain)
-                    if line is not None:
-                        return line
-            except NotRendered:
-                pass  # a value that its shape does not fit: it may have a shape of its own
         try:
-            template = self._read(data, comment)
+            for template in self._templates.get(len(data), ()):
+                line = template.line(data, chain)
+                if line is not None:
+                    return line
+        except NotRendered:
+            pass  # a value that its shape does not fit: it may have a shape of its own
+        try:
+            template = self._read(data)
         except (KeyError, IndexError, ValueError, struct.error) as error:
             raise NotRendered(f"an expression of another form: {error}") from None
-        if comment is None:
-            self._keep(len(data), template)
         line = template.line(data, chain)
         assert line is not None  # it was made from these bytes
+        self._keep(len(data), template)
         return line
 
     def _keep(self, length: int, template: Template) -> None:
@@ -80,9 +79,12 @@ class RuleReader:
             of_length.append(template)
             self._count += 1
 
-    def _read(self, data: bytes, comment: str | None) -> Template:
+    def _read(self, data: bytes) -> Template:
         rule = Reading()
-        for name, attributes in expressions(data):
+        parts = places(data, 0, len(data))
+        if set(parts) - {_HANDLE, _EXPRESSIONS, _POSITION, _USERDATA}:
+            raise NotRendered(f"a rule with attributes {sorted(parts)}")
+        for name, attributes in expressions(data, *parts[_EXPRESSIONS]):
             if rule.end is not None:
                 raise NotRendered(f"expression {name} behind the target")
             if compare := _COMPARES.get(name):
@@ -91,9 +93,12 @@ class RuleReader:
                 read(self, rule, data, attributes)
             else:
                 raise NotRendered(f"expression {name}")
-        if comment is not None:
-            rule.matches.append([f" -m comment --comment {quoted(comment[:255])}"])
-        return Template(data, rule.counters, rule.rest())
+        if _USERDATA in parts:
+            comment = _comment(data[slice(*parts[_USERDATA])])
+            if comment is not None:
+                rule.matches.append([f" -m comment --comment {quoted(comment[:255])}"])
+        unseen = [Value(*parts[key], bytes) for key in (_HANDLE, _POSITION) if key in parts]
+        return Template(data, rule.counters, rule.rest(), unseen)
 
     def _counter(self, rule: Reading, data: bytes, attributes: Places) -> None:
         octets, packets = attributes[1], attributes[2]
@@ -173,7 +178,10 @@ class RuleReader:
         if code in (_JUMP, _GOTO):
             rule.finish(" -g " if code == _GOTO else " -j ")
             assert rule.end is not None
-            rule.end.append(Value(*verdict[2], string))
+            name = data[slice(*verdict[2])]
+            if name.find(b"\0") != len(name) - 1:
+                raise NotRendered("a verdict with a chain's name of another kind")
+            rule.end.append(Value(verdict[2].start, verdict[2].end - 1, _latin))
         elif code in (_ACCEPT, _DROP, _RETURN):
             rule.finish(f" -j {({_ACCEPT: 'ACCEPT', _DROP: 'DROP', _RETURN: 'RETURN'})[code]}")
         else:
@@ -197,7 +205,11 @@ _READERS: Final[Mapping[str, Callable[[RuleReader, Reading, bytes, Places], None
 }
 
 
-def comment_in(userdata: bytes) -> str | None:
+def _latin(data: bytes) -> str:
+    return data.decode("latin-1")
+
+
+def _comment(userdata: bytes) -> str | None:
     """The comment that a rule carries in its user data, None for none.
 
     Type, length, value, one byte each but the value; libnftnl NFTNL_UDATA_RULE_COMMENT.

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from typing import Final
 
 from gketrace_agent.kernel.netlink import NetlinkSocket
+from gketrace_agent.kernel.nfnetlink import NFNL_HEADER
 from gketrace_agent.kernel.nft_rules.dump import (
     Chain,
     Hook,
     RuleDump,
     chains_of,
     head_of,
-    rule_parts,
 )
-from gketrace_agent.kernel.nft_rules.rule import RuleReader, comment_in
+from gketrace_agent.kernel.nft_rules.rule import RuleReader
 from gketrace_agent.kernel.nft_rules.sets import SetNames, ask_for_name
 from gketrace_agent.kernel.nft_rules.words import NotRendered
 
@@ -96,7 +96,7 @@ def nft_text(
 def _table(
     text: bytearray, table: str, chains: Sequence[Chain], dump: RuleDump, reader: RuleReader
 ) -> None:
-    ordered = _ordered(table, chains)
+    ordered, line = _ordered(table, chains), reader.line
     lines = [f"*{table}", *(_head(name, hook) for name, hook, _ in ordered), ""]
     text += "\n".join(lines).encode("latin-1")
     for name, _, real in ordered:
@@ -104,11 +104,12 @@ def _table(
             continue
         lines = []
         head = head_of(table, name)
+        at = NFNL_HEADER.size + len(head)
         for body in dump.rules(head):
-            expressions, userdata = rule_parts(body, head)
             try:
-                comment = comment_in(userdata) if userdata else None
-                lines.append(reader.line(expressions, name, comment))
+                if not body.startswith(head, NFNL_HEADER.size):
+                    raise NotRendered("of another chain")
+                lines.append(line(body[at:], name))
             except NotRendered as reason:
                 raise NotRendered(f"rule {len(lines) + 1} of {name}: {reason}") from None
         if lines:

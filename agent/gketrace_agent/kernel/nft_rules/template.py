@@ -2,7 +2,7 @@
 
 A large set has hundreds of thousands of rules of a dozen shapes: the same expressions with other
 addresses, ports, counters, comments and chains.  A `Template` is such a shape: which bytes of a
-rule's expressions are values, what prints each, and that every other byte is as it was in the rule
+rule's attributes are values, what prints each, and that every other byte is as it was in the rule
 that it was made from.  What the text says besides the values depends on those other bytes alone.
 """
 
@@ -16,7 +16,7 @@ __all__ = ["Piece", "Pieces", "Template", "Value"]
 
 
 class Value(NamedTuple):
-    """Bytes `start` to `end` of a rule's expressions."""
+    """Bytes `start` to `end` of a rule's attributes."""
 
     start: int
     end: int
@@ -35,11 +35,15 @@ class Template:
     __slots__ = ("_counters", "_fixed", "_format", "_shown", "_unpack")
 
     def __init__(
-        self, data: bytes, counters: tuple[Value, Value] | None, rest: Sequence[Piece]
+        self,
+        data: bytes,
+        counters: tuple[Value, Value] | None,
+        rest: Sequence[Piece],
+        unseen: Sequence[Value] = (),
     ) -> None:
-        """`counters`: packets and bytes."""
+        """`counters`: packets and bytes; `unseen`: values that are not printed."""
         values = [piece for piece in rest if isinstance(piece, Value)]
-        ordered = sorted({*values, *(counters or ())}, key=lambda value: value.start)
+        ordered = sorted({*values, *unseen, *(counters or ())}, key=lambda value: value.start)
         layout, at = ">", 0
         for value in ordered:
             kind = (
@@ -59,7 +63,7 @@ class Template:
         )
 
     def line(self, data: bytes, chain: str) -> str | None:
-        """The rule as iptables-nft-save -c prints it, for expressions of the same length; None for
+        """The rule as iptables-nft-save -c prints it, for attributes of the same length; None for
         those of another shape."""
         found = self._unpack(data)
         if found[::2] != self._fixed:
