@@ -33,9 +33,9 @@ _STDERR: Final = 1 << 16
 """Bytes of stderr that are read at once, and all that is kept."""
 _PIECE: Final = 1 << 20
 """Bytes of output that a reader is told at once, at most."""
-_LEAST: Final = 1 << 16
+_LEAST: Final = 1 << 15
 """Bytes for which a reader is told while the program still runs."""
-_LOOK: Final = 0.004
+_LOOK: Final = 0.001
 """Seconds between looks at the output of a program that is being read, in its first moments."""
 _STACK: Final = 512 << 20
 """Bytes.  iptables-nft-save keeps arrays on the stack: the usual 8 MiB overflow at 10,000 services.
