@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from ipaddress import IPv6Address
+from itertools import accumulate
 from typing import Any, Final, TypeAlias
 
 from gketrace.packet import PORT_PROTOCOLS, Packet
@@ -126,7 +127,7 @@ _NEEDS_CONNTRACK: Final = re.compile(
     rb"|CLUSTERIP)\b"
 )
 """Extensions whose checkentry calls nf_ct_netns_get(): the namespace tracks while one is in use."""
-_OFTEN: Final = (b" -m conntrack ", b" -j MASQUERADE ", b" -j DNAT ")
+_OFTEN: Final = (b" -j MASQUERADE ", b" -j DNAT ", b" -m conntrack ")
 """What the expression finds in most rule sets; plain words are found ten times as fast."""
 
 
@@ -157,9 +158,11 @@ class Chain:
         """Offset of each rule's line."""
         if self._starts is None:
             text = self._store.text
-            self._starts = [
-                m.start() for start, end in self._spans for m in _LINE.finditer(text, start, end)
-            ]
+            starts: list[int] = []
+            for start, end in self._spans:
+                starts += accumulate(map(len, _LINE.findall(text, start, end)), initial=start)
+                del starts[-1]
+            self._starts = starts
         return self._starts
 
     def __len__(self) -> int:
@@ -228,16 +231,20 @@ class Chain:
     def _index(self) -> list[int]:
         """Fills `_by_dst` and `_by_port`; the positions that are in neither."""
         always: list[int] = []
-        text, six = self._store.text, self._store.family == 6
+        text, six, by_dst = self._store.text, self._store.family == 6, self._by_dst
         keys = [key for start, end in self._spans for key in _RULE.findall(text, start, end)]
         for position, (address, port) in enumerate(keys, 1):
             if address:
-                try:
-                    key = str(IPv6Address(address.decode())).encode() if six else address
-                except ValueError:
-                    always.append(position)
+                if six:
+                    try:
+                        address = str(IPv6Address(address.decode())).encode()
+                    except ValueError:
+                        always.append(position)
+                        continue
+                if address in by_dst:
+                    by_dst[address].append(position)
                 else:
-                    self._by_dst.setdefault(key, []).append(position)
+                    by_dst[address] = [position]
             elif port:
                 self._by_port.setdefault(int(port), []).append(position)
             else:
