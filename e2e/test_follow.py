@@ -63,7 +63,7 @@ class Following:
         assert self.documents[-1]["kind"] == "FollowSummary"
         return self.documents[-1]
 
-    def wait_said(self, text: str, seconds: float = 30.0) -> None:
+    def wait_said(self, text: str, seconds: float = 90.0) -> None:
         end = time.monotonic() + seconds
         while not any(text in line for line in self.said):
             assert time.monotonic() < end, (text, self.said)

@@ -185,6 +185,11 @@ class Joiner:
         """Whether no place that is followed has more to say of what was before `until`."""
         return all(here.recovering or here.heard >= until for here in self._places.values())
 
+    def heard_until(self, place: Place) -> float | None:
+        """By its clock; None: it was not heard, or not since events of it were lost."""
+        here = self._places.get(place)
+        return here.heard if here is not None and here.heard and not here.recovering else None
+
     def behind(self, until: float) -> frozenset[Place]:
         """Places that are followed and may have more to say of what was before `until`."""
         return frozenset(

@@ -39,7 +39,7 @@ class Limits:
     """From the end of a connection to its record, at least: other places' events come later."""
     settle_at_most: float = 3.0
     """… and at most, when a place has missed the end, or its counters are not to be had."""
-    behind_at_most: float = 15.0
+    behind_at_most: float = 60.0
     """… and when a place is behind with its events."""
     late: float = 5.0
     """How long after its record a connection still takes in what comes of it."""

@@ -8,7 +8,7 @@ second that each became one record with the entries of both nodes, and the proce
 processor, that agents and the CLI take at 0, 100 and 1,000 connections a second.
 
 What is not in a record must be in the summary: events that a kernel dropped, nodes that were
-behind.  ``unsaid`` counts what is in neither.
+behind, connections that were told without waiting for one.  ``unsaid`` counts what is in neither.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def measure(lab: Lab, rate: int, directory: Path) -> dict[str, Any]:
         ending = time.monotonic()
         one.finish()
     said = one.summary
-    blind = said["lostEvents"] or said["behind"] or said["gaps"]
+    blind = said["lostEvents"] or said["behind"] or said["gaps"] or said["unheard"]
     return {
         "asked": rate,
         "reached": round(made / took),
@@ -238,6 +238,7 @@ def measure(lab: Lab, rate: int, directory: Path) -> dict[str, Any]:
         "of_both_nodes": one.whole,
         "lost_events": sum(said["lostEvents"].values()),
         "nodes_behind": len(said["behind"]),
+        "told_early": said["unheard"],
         "unsaid": 0 if blind else made - one.whole,
         "agent_cpu_percent": [round(100 * one / seconds, 1) for one in used[:-1]],
         "cli_cpu_percent": round(100 * used[-1] / seconds, 1),

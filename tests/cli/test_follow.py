@@ -13,10 +13,13 @@ from gketrace.errors import ExitCode, UsageError
 from gketrace.follow.joiner import Joiner
 from gketrace.objects import Endpoint, Pod
 from gketrace_cli.addressbook import AddressBook
+from gketrace_cli.agents import Fleet
+from gketrace_cli.follow.intake import Intake
 from gketrace_cli.follow.options import Followed, FollowOutput, plain_output
 from gketrace_cli.follow.output import Sampler
 from gketrace_cli.follow.rulebook import Way
 from gketrace_cli.follow.scope import changes, pod_scope
+from gketrace_cli.follow.streams import Arrived, Streams
 from gketrace_cli.follow.tally import Gap, Tally, percentiles
 from gketrace_cli.follow.view import Chosen, View, make_view, parse_state
 from gketrace_cli.main import run
@@ -25,6 +28,7 @@ from gketrace_cli.render.follow import connection_lines
 from gketrace_cli.render.follow_documents import connection_document
 from gketrace_cli.render.follow_summary import verdict
 from gketrace_cli.render.layout import Page
+from gketrace_proto.v1alpha1 import agent_pb2 as pb
 from tests.core.test_follow import A, B, Script, node_port, owner, play
 
 
@@ -107,6 +111,37 @@ def test_options_that_go_with_follow_only() -> None:
         ["pod", "x", "--follow", "--events"],
     ):
         assert run(words) == ExitCode.USAGE
+
+
+def test_a_node_that_is_behind_is_named_once_and_when_it_is_not() -> None:
+    said: list[str] = []
+    fleet = Fleet(timeout=1.0)
+    intake = Intake(Joiner(owner=owner), Streams(fleet, lambda: fleet), said.append)
+
+    def hear(place: Place, at: float, until: float) -> None:
+        status = pb.FollowConntrackStatus(at=until, tracked=True, mode="events")
+        intake.take(Arrived(place, 1, at, pb.FollowConntrackReply(status=status)))
+
+    for place in (A, B, A, B):
+        hear(place, 100.0, 100.0)
+    hear(A, 111.0, 111.0)
+    intake.listen(111.0, waiting=False)
+    assert said == ["b is 11 s behind: nothing comes from there"]
+    hear(B, 112.0, 105.0)
+    hear(A, 112.0, 112.0)
+    intake.listen(112.0, waiting=True)
+    assert len(said) == 1
+    hear(B, 112.5, 112.0)
+    intake.listen(112.5, waiting=False)
+    assert said[1:] == ["b is not behind any more"]
+    hear(B, 120.0, 113.0)
+    hear(A, 120.0, 120.0)
+    intake.listen(120.0, waiting=False)
+    intake.listen(127.0, waiting=True)
+    assert said[2:] == [
+        "b is 7 s behind: its agent is late with its events",
+        "a is 7 s behind: this program needs more processor time than it gets",
+    ]
 
 
 def test_states() -> None:

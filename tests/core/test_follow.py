@@ -451,8 +451,8 @@ def test_what_is_told_without_a_place_that_is_behind_is_counted() -> None:
         joiner.heard(place, 4.0)
     for at, kind, one in script.ordered(A)[:-1]:
         joiner.feed(A, at, bytes([kind]), [one])
-    joiner.heard(A, 30.0)
-    assert joiner.behind(19.0) == {B}
-    assert [one.phase for one in joiner.told(19.0)] == []
-    assert [one.phase for one in joiner.told(30.0)] == [Phase.CLOSED]
+    joiner.heard(A, 80.0)
+    assert joiner.behind(64.0) == {B}
+    assert [one.phase for one in joiner.told(64.0)] == []
+    assert [one.phase for one in joiner.told(80.0)] == [Phase.CLOSED]
     assert joiner.unheard == 1

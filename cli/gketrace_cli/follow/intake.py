@@ -26,8 +26,9 @@ __all__ = ["Intake"]
 _TWICE_SECONDS: Final = 3.0
 """For so long after a change of filters an event may come from both calls."""
 _APART_SECONDS: Final = 1.0
-_SILENT_SECONDS: Final = 5.0
+_LATE_SECONDS: Final = 5.0
 """Agents send something each second."""
+_SOON_SECONDS: Final = 2.0
 _SETTLED: Final = 4
 """Statuses, one a second, after which a node's offset is taken for known."""
 
@@ -38,11 +39,11 @@ class _Feed:
     __slots__ = (
         "away",
         "came",
+        "late",
         "lost",
         "offset",
         "resyncs",
         "said",
-        "silent",
         "statuses",
         "turn",
         "why",
@@ -62,8 +63,8 @@ class _Feed:
         self.said = ""
         self.came = time.time()
         """Our time of the last message."""
-        self.silent = False
-        """It was said that none comes."""
+        self.late = False
+        """It was said that none comes, or that they come late."""
 
 
 class Intake:
@@ -116,9 +117,6 @@ class Intake:
             return
         reply = arrived.reply
         feed.came = arrived.at
-        if feed.silent:
-            feed.silent = False
-            self._say(f"{place} is heard again; what happened there meanwhile comes now")
         if arrived.turn > feed.turn or feed.away is not None:
             if not reply.HasField("status"):
                 return
@@ -135,12 +133,27 @@ class Intake:
             after = reply.after + self._correction(feed) if reply.after else None
             self._joiner.feed(place, at, kinds, records, after=after)
 
-    def listen(self, ours: float) -> None:
-        """Says which nodes are silent; `ours`: the time.  For when all that came was taken."""
+    def listen(self, ours: float, *, waiting: bool) -> None:
+        """Says of whom nothing comes, or late; `ours`: the time.  `waiting`: more has come than was
+        taken, so it is this program that is late."""
         for place, feed in self._feeds.items():
-            if feed.away is None and not feed.silent and ours - feed.came > _SILENT_SECONDS:
-                feed.silent = True
-                self._say(f"{place}: nothing has come from there for {ours - feed.came:.0f} s")
+            until = self._joiner.heard_until(place)
+            if feed.away is not None or until is None:
+                continue
+            late = self.now(ours) - until
+            if feed.late and late < _SOON_SECONDS:
+                feed.late = False
+                self._say(f"{place} is not behind any more")
+            if feed.late or late < _LATE_SECONDS:
+                continue
+            feed.late = True
+            if waiting:
+                why = "this program needs more processor time than it gets"
+            elif ours - feed.came > _LATE_SECONDS:
+                why = "nothing comes from there"
+            else:
+                why = "its agent is late with its events"
+            self._say(f"{place} is {late:.0f} s behind: {why}")
 
     def now(self, ours: float) -> float:
         """Our time by the nodes' clocks."""

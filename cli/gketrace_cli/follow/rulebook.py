@@ -206,6 +206,8 @@ class RuleBook:
             found = [answer.paths for answer in result.answers]
         except GketraceError as failure:
             error = failure.message
+        except (RuntimeError, ValueError) as failure:  # the channel was closed meanwhile
+            error = str(failure)
         with self._lock:
             now = time.monotonic()
             for (key, question, dying), paths in zip(batch, found, strict=True):

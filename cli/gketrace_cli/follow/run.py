@@ -139,8 +139,7 @@ class _Follow:
             if now >= next_count:
                 next_count = now + _COUNT_SECONDS
                 self._count()
-            if self._streams.arrived.empty():
-                self._intake.listen(time.time())
+            self._intake.listen(time.time(), waiting=not self._streams.arrived.empty())
             self._show.tick()
 
     def _take(self, seconds: float) -> None:
