@@ -14,7 +14,7 @@ from collections.abc import Collection
 from typing import Final
 
 from gketrace.errors import GketraceError
-from gketrace_agent.kernel.nft_rules import NftText, NotRead, nft_chains, nft_text
+from gketrace_agent.kernel.nft_rules import TABLES, NftText, NotRead, nft_chains, nft_text
 from gketrace_agent.kernel.process import Child, Completed, start
 from gketrace_agent.kernel.reader import KernelReader
 
@@ -63,7 +63,8 @@ def child_text(result: Completed | GketraceError, tables: Collection[str]) -> Nf
 
 def nothing_read(tables: Collection[str], reason: str) -> NftText:
     """All of `tables` are for iptables-nft-save."""
-    return NftText(text=b"", left=tuple(NotRead(table=t, reason=reason) for t in sorted(tables)))
+    left = tuple(NotRead(table=table, reason=reason) for table in TABLES if table in tables)
+    return NftText(text=b"", left=left)
 
 
 def reasons(found: NftText) -> str:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from gketrace.errors import UnavailableError
 from gketrace.ruleset.iptables import IptablesRuleset
 from gketrace.snapshot import Unavailable
+from gketrace_agent.kernel.process import Completed
 from gketrace_agent.kernel.reader import KernelReader
 from gketrace_agent.observe import iptables_nft
 from gketrace_agent.observe.iptables import (
@@ -204,6 +207,52 @@ def test_the_save_command_can_be_asked_for(bed: Bed) -> None:
     assert isinstance(dump, IptablesDump)
     assert asked.source.endswith("bin/iptables-nft-save -c")
     assert lines(asked.text) == lines(dump.text)
+
+
+@pytest.mark.parametrize("here", [0, 20000], ids=["child", "here"])
+def test_rules_that_change_while_they_are_read_are_read_again(
+    bed: Bed, monkeypatch: pytest.MonkeyPatch, here: int
+) -> None:
+    monkeypatch.setattr(iptables_nft, "_HERE", here)
+    netns = bed.netns("changing")
+    netns.run("iptables-nft", "-A", "INPUT", "-j", "ACCEPT")
+
+    def observe(reader: KernelReader) -> IptablesDumps:
+        started = start_iptables(reader, Programs())
+        subprocess.run(["iptables-nft", "-A", "INPUT", "-j", "DROP"], check=True)
+        return started.finish()
+
+    dumps = netns.read(observe)
+    (dump,) = dumps.dumps
+    assert dumps.consistent
+    assert isinstance(dump, IptablesDump)
+    assert b"-A INPUT -j DROP\n" in dump.text
+
+
+@pytest.mark.parametrize("error", [UnavailableError("no answer"), ValueError("broken")])
+def test_when_netlink_fails_the_save_command_reads_all(
+    bed: Bed, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(iptables_nft, "nft_chains", fail)
+    netns = bed.netns("failing")
+    netns.run("iptables-nft-restore", stdin=SEVERAL)
+    (dump,) = read(netns).dumps
+    assert isinstance(dump, IptablesDump), dump
+    assert lines(dump.text) == lines(netns.run("iptables-nft-save", "-c"))
+    for table in ("filter", "mangle", "nat"):
+        assert f"table {table}: {error}" in dump.source
+
+
+def test_a_reader_that_dies_leaves_all_to_the_save_command() -> None:
+    died = Completed(argv=("python",), returncode=-9, stdout=b"*nat\n", stderr="", seconds=1.0)
+    found = iptables_nft.child_text(died, {"nat", "filter"})
+    assert found.text == b""
+    assert iptables_nft.reasons(found) == (
+        "table filter: python was killed by signal 9; table nat: python was killed by signal 9"
+    )
 
 
 def test_tables_of_nftables_itself_are_not_iptables(bed: Bed) -> None:

@@ -18,6 +18,12 @@ texts are the same (tests/kernel/test_nft_rules.py).
 
 from __future__ import annotations
 
-from gketrace_agent.kernel.nft_rules.save import NftText, NotRead, nft_chains, nft_text
+from gketrace_agent.kernel.nft_rules.save import (
+    TABLES,
+    NftText,
+    NotRead,
+    nft_chains,
+    nft_text,
+)
 
-__all__ = ["NftText", "NotRead", "nft_chains", "nft_text"]
+__all__ = ["TABLES", "NftText", "NotRead", "nft_chains", "nft_text"]

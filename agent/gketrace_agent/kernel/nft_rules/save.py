@@ -37,6 +37,7 @@ _PRIORITIES: Final = {
 }
 """Table → hook → priority, in the order in which iptables-nft-save prints the tables."""
 TABLES: Final = tuple(_PRIORITIES)
+"""The tables that iptables has, in that order."""
 _POLICIES: Final = {0: "DROP", 1: "ACCEPT"}
 _FAMILIES: Final = {4: socket.AF_INET, 6: socket.AF_INET6}
 
