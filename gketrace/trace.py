@@ -78,6 +78,9 @@ class NetnsRef:
 class Hook(Enum):
     """Netfilter hooks of the IP layer (include/uapi/linux/netfilter.h)."""
 
+    # Members are compared by identity; Enum's own hash is a call for each look-up.
+    __hash__ = object.__hash__
+
     PREROUTING = "PREROUTING"
     INPUT = "INPUT"
     FORWARD = "FORWARD"

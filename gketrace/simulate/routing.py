@@ -20,7 +20,6 @@ from ipaddress import IPv4Address, IPv6Address
 from gketrace.packet import IPAddress, Packet
 from gketrace.simulate.fib import netfilter4, netfilter6
 from gketrace.simulate.fib.decision import RouteDecision, RouteKind
-from gketrace.simulate.fib.input4 import input4
 from gketrace.simulate.fib.ipv4 import Ipv4Tables
 from gketrace.simulate.fib.ipv6 import Ipv6Tables
 from gketrace.simulate.fib.output4 import output4
@@ -94,12 +93,7 @@ class Fib:
         try:
             if packet.family == 6:
                 return input6(self._v6, packet, iif)
-            key = self._memo.key(packet, iif)
-            found = self._memo.get(key)
-            if found is None:
-                found = input4(self._v4, packet, iif)
-                self._memo.keep(key, found)
-            return found
+            return self._memo.ask(packet, iif)
         except NotKnown as reason:
             return _unknown(reason)
 

@@ -18,6 +18,9 @@ __all__ = ["RouteDecision", "RouteKind"]
 class RouteKind(Enum):
     """What becomes of the packet."""
 
+    # Members are compared by identity; Enum's own hash is a call for each look-up.
+    __hash__ = object.__hash__
+
     LOCAL = "local"
     """For this namespace: to INPUT, or for a local sender over the loopback."""
     FORWARD = "forward"

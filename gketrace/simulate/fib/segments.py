@@ -12,13 +12,17 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import fields
 from operator import attrgetter
+from typing import TypeAlias
 
 from gketrace.packet import Packet
 from gketrace.simulate.fib.decision import RouteDecision, RouteKind
+from gketrace.simulate.fib.input4 import input4
 from gketrace.simulate.fib.ipv4 import Ipv4Tables
 from gketrace.simulate.fib.view import NotKnown
 
 __all__ = ["InputMemo"]
+
+_Decisions: TypeAlias = tuple[RouteDecision, ...]
 
 _KERNEL = (
     (0, 32),
@@ -39,33 +43,40 @@ class InputMemo:
 
     def __init__(self, tables: Ipv4Tables) -> None:
         self._tables = tables
-        self._asked = False
+        self._first: tuple[Packet, str, _Decisions] | None = None
+        """Kept as it was: there may be no second packet."""
         self._cuts: list[int] | None = None
-        self._known: dict[tuple[object, ...], tuple[RouteDecision, ...]] = {}
+        """Empty: the routes or the rules are not known, and nothing is remembered."""
+        self._known: dict[tuple[object, ...], _Decisions] = {}
 
-    def key(self, packet: Packet, iif: str) -> tuple[object, ...] | None:
-        """What the decision hangs on.
-
-        None for the first packet, as there may be no second one, and where the routes or the rules
-        are not known.
-        """
-        if not self._asked:
-            self._asked = True
-            return None
+    def ask(self, packet: Packet, iif: str) -> _Decisions:
+        """As `input4`.  Raises `NotKnown`."""
+        first = self._first
+        if first is None:
+            found = input4(self._tables, packet, iif)
+            self._first = packet, iif, found
+            return found
         if self._cuts is None:
             try:
                 self._cuts = _cuts(self._prefixes())
             except NotKnown:
                 self._cuts = []
+            self._keep(self._key(first[0], first[1]), first[2])
         if not self._cuts:
-            return None
-        return iif, bisect_right(self._cuts, int(packet.dst)), _OTHERS(packet)
+            return input4(self._tables, packet, iif)
+        key = self._key(packet, iif)
+        known = self._known.get(key)
+        if known is None:
+            known = input4(self._tables, packet, iif)
+            self._keep(key, known)
+        return known
 
-    def get(self, key: tuple[object, ...] | None) -> tuple[RouteDecision, ...] | None:
-        return None if key is None else self._known.get(key)
+    def _key(self, packet: Packet, iif: str) -> tuple[object, ...]:
+        """What the decision hangs on."""
+        return iif, bisect_right(self._cuts or (), int(packet.dst)), _OTHERS(packet)
 
-    def keep(self, key: tuple[object, ...] | None, found: tuple[RouteDecision, ...]) -> None:
-        if key is not None and all(one.kind is RouteKind.FORWARD for one in found):
+    def _keep(self, key: tuple[object, ...], found: _Decisions) -> None:
+        if all(one.kind is RouteKind.FORWARD for one in found):
             self._known[key] = found
 
     def _prefixes(self) -> Iterable[tuple[int, int]]:
