@@ -75,7 +75,7 @@ class Following:
         if self.code is not None:
             return
         self.process.send_signal(signal.SIGINT)
-        self.code = self.process.wait(60)  # on a busy machine the last events take their time
+        self.code = self.process.wait(90)  # on a busy machine the last events take their time
         for thread in self.threads:
             thread.join(10)
 

@@ -82,6 +82,12 @@ class Asker:
                 missing += path.reply.missing if path.reply is not None else ()
         return Result(answers=answers, missing=tuple(dict.fromkeys(missing)))
 
+    @property
+    def unanswered(self) -> str:
+        """Why an agent did not answer, when that may pass; empty: all did."""
+        passing = (error for error in self._failed if isinstance(error, UnavailableError))
+        return next((error.message for error in passing), "")
+
     def _walk(self, batch: Sequence[NodeQuery]) -> list[Maybe[Walk]]:
         """One walk for each query, all nodes at the same time."""
         from gketrace_cli.podref import pod_ref

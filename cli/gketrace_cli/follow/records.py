@@ -23,7 +23,7 @@ from gketrace_cli.follow.world import World
 
 __all__ = ["Records"]
 
-_WALK_SECONDS: Final = 15.0
+_WALK_SECONDS: Final = 60.0
 """For which a record waits for the rules that it is to cite."""
 _WALKED: Final = frozenset(
     {Outcome.UNANSWERED, Outcome.REFUSED, Outcome.NO_RETURN, Outcome.HANDSHAKE}
@@ -138,7 +138,7 @@ class Records:
         followed, asked, deadline = waiting
         judgement = followed.judgement
         record = followed.phase in RECORDS
-        way = self._rulebook.way(followed.connection)
+        way = self._rulebook.way(followed.connection, last=now >= deadline)
         walked = judgement.failed and judgement.outcome in _WALKED
         death = self._died.get(followed.number) if walked else ""
         if death is None:

@@ -17,7 +17,7 @@ from queue import Queue
 from typing import TYPE_CHECKING, Final
 
 from gketrace.connections import Connection
-from gketrace.errors import GketraceError
+from gketrace.errors import GketraceError, UnavailableError
 from gketrace.packet import IPAddress, Tuple5
 from gketrace.trace import FAILURE, SUCCESS, Citation, Disposition, Path, Source, StepKind
 from gketrace_cli.asking import Asker
@@ -37,6 +37,8 @@ _AGE: Final = 30.0
 _TOGETHER: Final = 32
 """Walks that are asked for at the same time."""
 _DEATHS_AGE: Final = 10.0
+_AGAIN: Final = 5.0
+"""Seconds after which an agent that did not answer is asked again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,9 @@ class Way:
     paths: tuple[Path, ...]
     door: IPAddress
     error: str = ""
+    """Why an agent did not answer."""
+    again: bool = False
+    """That may pass: it is asked again."""
 
     def rules(self, node: str, taken: Tuple5, let_out: Tuple5) -> tuple[Citation, ...]:
         """Those that turn `taken` into `let_out` on `node`, in their order; empty: not known."""
@@ -131,8 +136,8 @@ class RuleBook:
             self._deaths.clear()
             self._similar.clear()
 
-    def way(self, connection: Connection) -> Way | None:
-        """None: not known yet; ask again."""
+    def way(self, connection: Connection, *, last: bool = False) -> Way | None:
+        """None: not known yet; ask again.  `last`: nobody will, so take what there is."""
         first, entry = connection.first, connection.halves[0].place.node
         similar = (first.dst, first.dport, first.protocol, entry)
         key: Hashable = (*similar, first.src)
@@ -140,12 +145,15 @@ class RuleBook:
             known = self._ways.get(key)
             if known is None and len(self._ways) >= _AT_MOST and similar in self._similar:
                 known = self._ways.get(self._similar[similar])
-            if known is not None and time.monotonic() - known[0] < _AGE:
-                return known[1]
-            self._ways[key] = (time.monotonic(), known[1] if known is not None else None)
+            known_way = known[1] if known is not None else None
+            failed = known_way is not None and known_way.again
+            usable = known_way if last or not failed else None
+            if known is not None and time.monotonic() - known[0] < (_AGAIN if failed else _AGE):
+                return usable
+            self._ways[key] = time.monotonic(), known_way
             self._similar.setdefault(similar, key)
         self._asked.put((key, self._question(first, entry, existing=False), False))
-        return known[1] if known is not None else None
+        return usable
 
     def death(self, connection: Connection, after: float) -> str | None:
         """What a walk of its packet says, one sentence, ``""`` for nothing; None: not known yet.
@@ -199,22 +207,26 @@ class RuleBook:
             self._walk(batch)
 
     def _walk(self, batch: list[tuple[Hashable, Question, bool]]) -> None:
-        error, begun = "", time.time()
+        error, again, begun = "", False, time.time()
         found: list[tuple[Path, ...]] = [()] * len(batch)
         try:
-            result = Asker(self._session).ask([question for _, question, _ in batch])
+            asker = Asker(self._session)
+            result = asker.ask([question for _, question, _ in batch])
             found = [answer.paths for answer in result.answers]
+            error = asker.unanswered
+            again = bool(error)
         except GketraceError as failure:
-            error = failure.message
+            error, again = failure.message, isinstance(failure, UnavailableError)
         except (RuntimeError, ValueError) as failure:  # the channel was closed meanwhile
-            error = str(failure)
+            error, again = str(failure), True
         with self._lock:
             now = time.monotonic()
             for (key, question, dying), paths in zip(batch, found, strict=True):
                 if dying:
-                    self._deaths[key] = begun, _death(paths, error)
+                    self._deaths[key] = begun, _death(paths, "" if paths else error)
                 else:
-                    self._ways[key] = now, Way(paths=paths, door=question.address, error=error)
+                    way = Way(paths=paths, door=question.address, error=error, again=again)
+                    self._ways[key] = now, way
 
 
 def _death(paths: tuple[Path, ...], error: str) -> str:

@@ -41,7 +41,7 @@ _LAST_SECONDS: Final = 5.0
 """For which the last events are waited for while none come."""
 _LAST_AT_MOST: Final = 30.0
 """… and while some do."""
-_RULES_SECONDS: Final = 8.0
+_RULES_SECONDS: Final = 20.0
 """… and then the rules that the last records are to cite."""
 _PATIENCE: Final = 1.0
 """Seconds of waiting at the end after which it is said what for."""

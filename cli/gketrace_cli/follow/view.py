@@ -98,11 +98,15 @@ def make_view(
         for one in connection.unseen
         if one.node != said
     ]
-    if any(half.entry.dst_nat or half.entry.src_nat for half in connection.halves):
-        if way is None:
-            remarks.append("the rules that translate it were not read in time")
-        elif way.error:
-            remarks.append(f"the rules that translate it were not read: {way.error}")
+    translated = [half.entry.dst_nat or half.entry.src_nat for half in connection.halves]
+    if way is None and any(translated):
+        remarks.append("the rules that translate it were not read in time")
+    elif (
+        way is not None
+        and way.error
+        and any(wanted and not cited for wanted, cited in zip(translated, rules, strict=True))
+    ):
+        remarks.append(f"the rules that translate it were not read: {way.error}")
     if connection.contested:
         remarks.append("other entries could belong to it just as well")
     if not all(sight.complete for sight in followed.sights):
