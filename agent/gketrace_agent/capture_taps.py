@@ -75,10 +75,10 @@ class OpenTap:
             bytes=self.bytes,
         )
 
-    def is_full(self) -> bool:
-        """Whether it is time to read, whatever else is waited for."""
+    def fullness(self) -> float:
+        """From 1 on it is time to read, whatever else is waited for."""
         enough = max(self.ring.blocks // _FULL, 1)
-        return self.ring.ready(enough) >= enough
+        return self.ring.ready(enough) / enough
 
 
 def exclusions(*, host: bool, ports: Sequence[int], forwarded: bool) -> tuple[Exclusion, ...]:

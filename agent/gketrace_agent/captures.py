@@ -37,12 +37,15 @@ _LATENCY: Final = 0.1
 _LATENCIES: Final = (0.01, 2.0)
 _RETIRE_SHARE: Final = 0.4
 """Of the latency.  The kernel hands a block over after one to two retire times."""
+_RETIRE_MS: Final = 40
+"""At most; beyond that only gathering takes longer."""
 _STATISTICS_EVERY: Final = 0.5
+_STATISTICS: Final = (0.2, 10.0)
 _LOOK_EVERY: Final = 1.0
 """Seconds between looks at whether a pod's namespace is still used."""
 _GATHER_SHARE: Final = 0.4
-"""Of the latency: for so long blocks are gathered, so that messages are few."""
-_STEP: Final = 0.01
+"""Of the latency, at least: for so long blocks are gathered, so that messages are few."""
+_STEPS: Final = (0.01, 0.04)
 """Seconds between looks at how many there are."""
 _MOST_BLOCKS: Final = 16
 """Of one message."""
@@ -100,7 +103,12 @@ class _Capture:
         self._bytes = int(self._granted("bytes", asked.bytes, limits.bytes))
         wanted = request.latency_seconds or _LATENCY
         self._latency = min(max(wanted, _LATENCIES[0]), _LATENCIES[1])
-        self._retire_ms = max(int(self._latency * _RETIRE_SHARE * 1000), 1)
+        self._retire_ms = min(max(int(self._latency * _RETIRE_SHARE * 1000), 1), _RETIRE_MS)
+        self._gathering = max(
+            self._latency - 2 * self._retire_ms / 1000, self._latency * _GATHER_SHARE
+        )
+        every = request.statistics_seconds or _STATISTICS_EVERY
+        self._statistics_every = min(max(every, _STATISTICS[0]), _STATISTICS[1])
         self._drain = 2.5 * self._retire_ms / 1000 + 0.02
         """Seconds after which all that a ring had is handed over."""
         self._poll = select.poll()
@@ -162,7 +170,7 @@ class _Capture:
         now = time.monotonic()
         deadline = now + self._seconds
         yield self._started()
-        statistics_at = now + _STATISTICS_EVERY
+        statistics_at = now + self._statistics_every
         look_at = now + _LOOK_EVERY
         while any(not tap.over for tap in self._taps):
             waits = [statistics_at, deadline, *(tap.until for tap in self._taps if tap.until)]
@@ -179,7 +187,7 @@ class _Capture:
                 look_at = now + _LOOK_EVERY
                 self._look()
             if now >= statistics_at:
-                statistics_at = now + _STATISTICS_EVERY
+                statistics_at = now + self._statistics_every
                 yield self._statistics()
             yield from self._ended(now)
 
@@ -199,12 +207,16 @@ class _Capture:
         while again and self._active():
             for tap in taps:
                 yield from self._send(tap)
-            again = any(tap.is_full() for tap in taps)
+            again = any(tap.fullness() >= 1 for tap in taps)
 
     def _gather(self, taps: Sequence[OpenTap]) -> None:
-        end = time.monotonic() + _GATHER_SHARE * self._latency
-        while not any(tap.is_full() for tap in taps) and (left := end - time.monotonic()) > 0:
-            time.sleep(min(_STEP, left))
+        begun = now = time.monotonic()
+        end = begun + self._gathering
+        while (fullest := max(tap.fullness() for tap in taps)) < 1 and now < end:
+            # Half the time that it would take at this rate.
+            half = (now - begun) * (1 - fullest) / max(fullest, 0.01) / 2
+            time.sleep(min(max(half, _STEPS[0]), _STEPS[1], end - now))
+            now = time.monotonic()
 
     def _send(self, tap: OpenTap) -> Iterator[Reply]:
         blocks = tap.ring.take(blocks=_MOST_BLOCKS, packets=self._packets, size=self._bytes)

@@ -48,6 +48,8 @@ _CHANNEL_OPTIONS: Final = (
     # For captures, whose messages are megabytes: they come in few pieces.
     ("grpc.http2.max_frame_size", (1 << 24) - 1),
     ("grpc.http2.lookahead_bytes", 8 << 20),
+    # With so much room gRPC need not find out, by a ping for each message, how much is worth it.
+    ("grpc.http2.bdp_probe", 0),
 )
 K = TypeVar("K")
 

@@ -115,7 +115,7 @@ def work(address: str, text: str, file: str) -> None:
     """The client: says when it listens, ends with SIGINT, prints its numbers."""
     from gketrace.capture.packets import Tap
     from gketrace_cli.agents import Fleet
-    from gketrace_cli.capture.files import FileSink
+    from gketrace_cli.capture.files import FileSink, unhurried
     from gketrace_cli.capture.running import keep_memory, run_capture
     from gketrace_cli.capture.stream import CaptureStream, Event, Started
     from gketrace_proto.v1alpha1 import capture_pb2 as pb
@@ -132,6 +132,7 @@ def work(address: str, text: str, file: str) -> None:
         target=target_pb2.Target(host=True), interface="b1", filter=text, snap_length=SNAP
     )
     request = pb.CaptureRequest(taps=[tap], ring_bytes=RING_KIB << 10, include_own=True)
+    unhurried(request, file)
     keep_memory()
     with Fleet(timeout=30) as fleet:
         fleet.add_address("n1", address)

@@ -195,6 +195,8 @@ def batch_from_blocks(
     starts = places + (headers[:, _MAC] & 0xFFFF)
     sizes = headers[:, _SNAPLEN].astype(np.int64)
     sent = headers[:, _LENGTH].astype(np.int64)
+    if len(places) and int((starts + sizes).max()) > len(buffer):
+        raise GketraceError("an agent's packets are not where their headers say")
     times = headers[:, _SEC].astype(np.int64)
     times *= _SECOND
     times += headers[:, _NSEC]
@@ -263,9 +265,12 @@ def _is_chain(places: Array, nexts: Array, counts: Array, lengths: Array, ends: 
     firsts = np.cumsum(counts) - counts
     reached = places + nexts
     # The last header of a block has 0, and what it reaches is the next block.
-    reached[firsts + counts - 1] = ends
+    lasts = firsts + counts - 1
+    reached[lasts] = ends
     return bool(
-        np.array_equal(places[firsts], ends - lengths) and np.array_equal(places[1:], reached[:-1])
+        np.array_equal(places[firsts], ends - lengths)
+        and np.array_equal(places[1:], reached[:-1])
+        and (places[lasts] + ring.HEADER_LENGTH <= ends).all()
     )
 
 

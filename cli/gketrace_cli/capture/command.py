@@ -203,7 +203,7 @@ def _show_plan(
 
 def _requests(wish: Wish, taps: Mapping[str, NodeTaps]) -> dict[str, pb.CaptureRequest]:
     limits = pb.CaptureLimits(seconds=wish.seconds, packets=wish.count, bytes=wish.most)
-    return {
+    made = {
         node: pb.CaptureRequest(
             taps=one.taps,
             limits=limits,
@@ -213,6 +213,12 @@ def _requests(wish: Wish, taps: Mapping[str, NodeTaps]) -> dict[str, pb.CaptureR
         )
         for node, one in taps.items()
     }
+    if wish.write:
+        from gketrace_cli.capture.files import unhurried
+
+        for request in made.values():
+            unhurried(request, wish.write)
+    return made
 
 
 def _capture(

@@ -10,6 +10,7 @@ import stat
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
 
 from gketrace.capture.packets import Tap
 from gketrace.errors import GketraceError, UsageError
@@ -17,10 +18,14 @@ from gketrace.packet import IPAddress
 from gketrace_cli.capture.merge import Chunk
 from gketrace_cli.capture.pcapng import PcapngWriter
 from gketrace_cli.capture.running import Outcome, TapOutcome, tell
+from gketrace_proto.v1alpha1 import capture_pb2 as pb
 
-__all__ = ["STDOUT", "CaptureFile", "FileSink", "node_path"]
+__all__ = ["STDOUT", "CaptureFile", "FileSink", "node_path", "unhurried"]
 
 STDOUT = "-"
+_LATENCY: Final = 0.25
+_STATISTICS: Final = 1.0
+"""Seconds; how long an interruption takes depends on both."""
 
 
 class CaptureFile:
@@ -98,6 +103,14 @@ class CaptureFile:
         self._close()
         if self._part:
             os.unlink(self._part)
+
+
+def unhurried(request: pb.CaptureRequest, path: str) -> None:
+    """For a capture of which `path` gets all: nobody waits for what is in a plain file, so it may
+    come in few messages."""
+    if path != STDOUT and (not Path(path).exists() or Path(path).is_file()):
+        request.latency_seconds = _LATENCY
+        request.statistics_seconds = _STATISTICS
 
 
 def node_path(path: str, node: str) -> str:

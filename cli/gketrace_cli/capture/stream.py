@@ -42,8 +42,11 @@ _METHOD: Final = "/gketrace.v1alpha1.Agent/Capture"
 _AHEAD: Final = 8
 """Replies of all agents, of 4 MiB at most, that are read before they are wanted; beyond that, the
 agents wait, and then their rings fill."""
-_LOOK: Final = 0.5
+_LOOK: Final = 1.0
 """Seconds between looks at whether to stop, when nothing comes."""
+_DRIFT: Final = 0.001
+"""By so much one machine's monotonic clock may be faster than another's: NTP turns them by at most
+500 parts in a million."""
 _GRACE: Final = 3.0
 """Seconds that the last statistics may take after `stop`."""
 
@@ -86,7 +89,8 @@ class TapStatistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """Twice a second.  All packets of blocks that were closed by `wall_ns` have come before."""
+    """As often as the request says.  All packets of blocks that were closed by `wall_ns` have come
+    before."""
 
     node: str
     taps: Mapping[Tap, TapStatistics]
@@ -123,14 +127,30 @@ Event: TypeAlias = Started | Batch | Statistics | TapsEnded | AgentFailed
 class _Call:
     node: str
     replies: Any
+    asked: float
+    """When, by this machine's monotonic clock."""
+    begun_ns: int = 0
+    """By the node's; it was asked before that."""
+    latency: float = 0.0
+    """Seconds."""
     taps: tuple[Tap, ...] = ()
     ended: frozenset[int] = frozenset()
     stopped: bool = False
-    """Its statistics after `stop` have come."""
+    """Statistics have come after `stop`."""
 
     @property
     def live(self) -> tuple[Tap, ...]:
         return tuple(tap for tap in self.taps if tap.index not in self.ended)
+
+    def has_all(self, until: float, monotonic_ns: int) -> bool:
+        """Whether statistics of that time on the node's clock come after all that was captured
+        until then on this machine's.
+
+        The node was asked at a known time here, and began at a known time there, later: so we know
+        what its clock said at most at any time here, whatever messages take.
+        """
+        passed = (until - self.asked) * (1 + _DRIFT) + self.latency
+        return monotonic_ns - self.begun_ns >= passed * 1e9
 
 
 class CaptureStream:
@@ -152,7 +172,7 @@ class CaptureStream:
         self._arrived: Queue[tuple[str, Any]] = Queue(maxsize=_AHEAD)
         self._calls: dict[str, _Call] = {}
         self._threads: list[threading.Thread] = []
-        self._stop_ns = 0
+        self._stopped = 0.0
         self._stop_by = 0.0
 
     def __enter__(self) -> CaptureStream:
@@ -172,10 +192,10 @@ class CaptureStream:
         return tuple(self._requests)
 
     def stop(self) -> None:
-        """Lets `events` end after each agent's next statistics, which have all that was captured
-        until now.  May be called by a signal's handler."""
-        self._stop_ns = time.time_ns()
-        self._stop_by = time.monotonic() + _GRACE
+        """Lets `events` end after statistics of each agent before which all has come that was
+        captured until now.  May be called by a signal's handler."""
+        self._stopped = time.monotonic()
+        self._stop_by = self._stopped + _GRACE
 
     def close(self) -> None:
         """Ends all calls now.  May be called twice."""
@@ -217,11 +237,12 @@ class CaptureStream:
             request_serializer=pb.CaptureRequest.SerializeToString,
             response_deserializer=parse_reply,
         )
+        asked = time.monotonic()
         replies = method(request)
-        self._calls[node] = _Call(node, replies)
+        self._calls[node] = _Call(node, replies, asked)
         thread = threading.Thread(
             target=self._read,
-            args=(node, replies, time.monotonic()),
+            args=(node, replies, asked),
             name=f"capture-{node}",
             daemon=True,
         )
@@ -249,6 +270,8 @@ class CaptureStream:
                 yield AgentFailed(node=node, taps=call.live, error=reply)
         elif reply.HasField("started"):
             call.taps = self._taps(node, reply.started)
+            call.begun_ns = reply.started.monotonic_ns
+            call.latency = reply.started.latency_seconds
             yield Started(
                 node=node, taps=call.taps, reply=reply.started, received_ns=time.time_ns()
             )
@@ -267,12 +290,12 @@ class CaptureStream:
 
     def _statistics(self, call: _Call, message: pb.CaptureStatistics) -> Statistics:
         received_ns = time.time_ns()
-        if self._stop_ns and not call.stopped:
-            # Made before `stop`, perhaps; the second one is not.
-            call.stopped = True
-        elif self._stop_ns:
+        if self._stopped and (call.stopped or call.has_all(self._stopped, message.monotonic_ns)):
             call.replies.cancel()
             del self._calls[call.node]
+        elif self._stopped:
+            # Made before `stop`, perhaps; the second one is not.
+            call.stopped = True
         numbers = (
             TapStatistics(
                 received=one.received,

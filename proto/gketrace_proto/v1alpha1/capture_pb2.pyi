@@ -81,6 +81,7 @@ class CaptureRequest(_message.Message):
     LATENCY_SECONDS_FIELD_NUMBER: _builtins.int
     INCLUDE_OWN_FIELD_NUMBER: _builtins.int
     HARDWARE_TIMESTAMPS_FIELD_NUMBER: _builtins.int
+    STATISTICS_SECONDS_FIELD_NUMBER: _builtins.int
     ring_bytes: _builtins.int
     """Memory for each tap's ring; 0: the server's choice."""
     latency_seconds: _builtins.float
@@ -89,6 +90,8 @@ class CaptureRequest(_message.Message):
     """True: the agent's own traffic and the metadata server's are not excluded."""
     hardware_timestamps: _builtins.bool
     """True: timestamps of the device where it makes them.  They are of the device's clock."""
+    statistics_seconds: _builtins.float
+    """Between statistics; 0: the server's choice."""
     @_builtins.property
     def taps(self) -> _containers.RepeatedCompositeFieldContainer[Global___CaptureTap]:
         """One at least; all of them share the limits.  Replies name them by their place in this list."""
@@ -104,10 +107,11 @@ class CaptureRequest(_message.Message):
         latency_seconds: _builtins.float = ...,
         include_own: _builtins.bool = ...,
         hardware_timestamps: _builtins.bool = ...,
+        statistics_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hardware_timestamps", b"hardware_timestamps", "include_own", b"include_own", "latency_seconds", b"latency_seconds", "limits", b"limits", "ring_bytes", b"ring_bytes", "taps", b"taps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hardware_timestamps", b"hardware_timestamps", "include_own", b"include_own", "latency_seconds", b"latency_seconds", "limits", b"limits", "ring_bytes", b"ring_bytes", "statistics_seconds", b"statistics_seconds", "taps", b"taps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -193,7 +197,7 @@ class CaptureReply(_message.Message):
     def packets(self) -> Global___CapturePackets: ...
     @_builtins.property
     def statistics(self) -> Global___CaptureStatistics:
-        """Every second, and before the end."""
+        """Every half second unless the request says otherwise, and before the end."""
 
     @_builtins.property
     def end(self) -> Global___CaptureEnd:
