@@ -20,6 +20,22 @@ def test_output_status_and_errors_are_told() -> None:
     assert done.failure() == "sh was killed by signal 11"
 
 
+def test_a_reader_is_given_all_of_it_and_some_while_it_runs(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    pieces: list[bytes] = []
+
+    def read(piece: bytes) -> None:
+        pieces.append(piece)
+        told.touch()
+
+    # It goes on only when it has been read.
+    script = f"head -c 200000 /dev/zero; until [ -e {told} ]; do sleep 0.01; done; echo end"
+    (done,) = collect([start(["sh", "-c", script], limit=1 << 20, read=read)], timeout=30)
+    assert isinstance(done, Completed), done
+    assert b"".join(pieces) == done.stdout
+    assert len(done.stdout) == 200_004
+
+
 def test_a_process_over_its_time_is_killed_and_reaped() -> None:
     child = start(["sleep", "60"], limit=1000)
     began = time.monotonic()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gketrace.errors import ParseError
 from gketrace.packet import Packet, parse_address
 from gketrace.ruleset.iptables import IptablesRuleset
-from gketrace.ruleset.iptables_save import parse_iptables_save, parse_rule
+from gketrace.ruleset.iptables_save import IptablesSaveReader, parse_iptables_save, parse_rule
 from gketrace.ruleset.model import ChainType
 from gketrace.ruleset.options import quote, tokenize
 from gketrace.ruleset.render import render_rule, render_ruleset
@@ -309,3 +309,74 @@ def test_what_a_long_chain_leaves_out_does_not_match() -> None:
     for rule in chain:
         if rule.position not in chosen:
             assert NO in [m.evaluate(state, FixedEnvironment()) for m in rule.matches]
+
+
+# -- text that comes in pieces --------------------------------------------------------------------
+
+
+def _in_pieces(text: bytes, size: int) -> IptablesRuleset:
+    reader = IptablesSaveReader()
+    for start in range(0, len(text), size):
+        reader.feed(text[start : start + size])
+    return reader.finish(text, source="pieces")
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 4096])
+def test_pieces_give_the_same_index(size: int) -> None:
+    text = max(DUMPS, key=lambda path: path.stat().st_size).read_bytes()[: 1 << 16]
+    text = text[: text.rindex(b"COMMIT")] + b"COMMIT"
+    whole, made = parse_iptables_save(text, source="whole"), _in_pieces(text, size)
+    assert made.text == whole.text == text + b"\n"
+    assert (made.tables, made.notes, made.backend) == (whole.tables, whole.notes, whole.backend)
+    for table in whole.tables:
+        names = whole.chain_names(table)
+        assert made.chain_names(table) == names
+        for name in names:
+            one, other = whole.chain(table, name), made.chain(table, name)
+            assert one is not None
+            assert other is not None
+            assert [rule.text for rule in other] == [rule.text for rule in one]
+            assert other.policy == one.policy
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"*filter\n:INPUT ACCEPT [0:0]\nnonsense\nCOMMIT\n",
+        b"-A INPUT -j ACCEPT\n",
+        b"*filter\n:INPUT ACCEPT [0:0]\n-A INPUT -j ACCEPT\n",
+        b"*filter\n*nat\nCOMMIT\n",
+        b"COMMIT\n",
+        b":INPUT ACCEPT [0:0]\n",
+        b"",
+        b"\n \n",
+    ],
+)
+def test_pieces_are_refused_as_the_whole_is(text: bytes) -> None:
+    with pytest.raises(ParseError) as whole:
+        parse_iptables_save(text, source="pieces")
+    for size in (1, 3, 1000):
+        with pytest.raises(ParseError) as pieces:
+            _in_pieces(text, size)
+        assert str(pieces.value) == str(whole.value)
+
+
+def test_a_rule_says_the_same_until_its_target_becomes_a_chain() -> None:
+    line = "-A INPUT -p tcp -m tcp --dport 80 -j LOG"
+    first = parse_rule(line)
+    again = parse_rule("[7:9] " + line, position=3)
+    assert again.matches is first.matches, "kept by its text"
+    assert (again.position, again.packets, again.bytes) == (3, 7, 9)
+    assert parse_rule(line, chains=frozenset({"LOG"})).target == Jump(chain="LOG", goto=False)
+    assert parse_rule(line).target == first.target
+
+
+def test_what_holds_rules_and_which_chains_there_are() -> None:
+    empty = b"*filter\n:INPUT ACCEPT [0:0]\n:KUBE-KUBELET-CANARY - [0:0]\nCOMMIT\n"
+    rules = parse_iptables_save(empty, source="x")
+    assert not rules.holds_rules
+    assert rules.declares(b"KUBE-KUBELET-CANARY")
+    assert not rules.declares(b"KUBE-IPTABLES-HINT")
+    assert parse_iptables_save(empty.replace(b"ACCEPT", b"DROP"), source="x").holds_rules
+    with_rule = empty.replace(b"COMMIT", b"-A INPUT -j ACCEPT\nCOMMIT")
+    assert parse_iptables_save(with_rule, source="x").holds_rules
