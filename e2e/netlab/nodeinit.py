@@ -441,8 +441,8 @@ class NodeInit:
         os.execv(argv[0], argv)
 
     def wait_for_agent(self) -> None:
-        """Until its socket answers, it ends, or five seconds have passed."""
-        deadline = time.monotonic() + 5
+        """Until its socket answers, it ends, or thirty seconds have passed: machines are busy."""
+        deadline = time.monotonic() + 30
         while self.alive(self.agent_pid) and time.monotonic() < deadline:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
                 try:
