@@ -48,6 +48,7 @@ _NOT_ANY: Final = b"INVAL/D\0"
 
 
 def read_meta(family: int, rule: Reading, data: bytes, attributes: Places) -> None:
+    """A field of the packet's metadata is loaded; or the trace is turned on, which is a target."""
     found = numbers(data, attributes, {1, 2, 3}, "meta")
     if 3 in found:
         load = rule.registers.get(found[3])
@@ -59,6 +60,7 @@ def read_meta(family: int, rule: Reading, data: bytes, attributes: Places) -> No
 
 
 def read_payload(family: int, rule: Reading, data: bytes, attributes: Places) -> None:
+    """Bytes of a header are loaded."""
     found = numbers(data, attributes, {1, 2, 3, 4}, "payload")
     if found[4] > _REGISTER_SIZE:
         raise NotRendered(f"payload of {found[4]} bytes")
@@ -66,6 +68,7 @@ def read_payload(family: int, rule: Reading, data: bytes, attributes: Places) ->
 
 
 def read_bitwise(family: int, rule: Reading, data: bytes, attributes: Places) -> None:
+    """What is loaded is masked."""
     values = {key: attributes[key] for key in attributes if key not in (4, 5)}
     found = numbers(data, values, {1, 2, 3, 6}, "bitwise")
     load = rule.registers.get(found[1])
@@ -78,6 +81,7 @@ def read_bitwise(family: int, rule: Reading, data: bytes, attributes: Places) ->
 
 
 def read_cmp(family: int, rule: Reading, data: bytes, attributes: Places) -> None:
+    """What is loaded is compared with a value: an option, or a match."""
     values = {key: attributes[key] for key in attributes if key != 3}
     found = numbers(data, values, {1, 2}, "cmp")
     load = rule.registers.get(found[1])
@@ -100,7 +104,7 @@ def _meta_test(
     (key,) = load.key
     off = inverted(_equality(operator))
     value = data[at.start : at.end]
-    if key == _META_MARK and len(value) == 4:
+    if key == _META_MARK and len(value) == 4 == len(load.mask or value):
         mask = 0xFFFFFFFF if load.mask is None else int.from_bytes(load.mask, sys.byteorder)
         mark = int.from_bytes(value, sys.byteorder)
         rule.matches.append([f" -m mark{off} --mark {mark_and_mask(mark, mask)}"])
@@ -152,7 +156,6 @@ def _address(family: int, load: Load, off: str, option: str, value: bytes, at: P
         raise NotRendered("an address of no bits")
     length = prefix_length(mask)
     behind = f"/{address(mask, family) if length < 0 else length}"
-    family = family
 
     def show(found: bytes) -> str:
         return address(found.ljust(size, b"\0"), family)
@@ -199,6 +202,7 @@ def _transport(rule: Reading) -> dict[str, Pieces]:
 
 
 def read_range(family: int, rule: Reading, data: bytes, attributes: Places) -> None:
+    """A port is in a range."""
     values = {key: attributes[key] for key in attributes if key not in (3, 4)}
     found = numbers(data, values, {1, 2}, "range")
     load = rule.registers.get(found[1])
