@@ -3,9 +3,10 @@
 ``python -m tests.security.flood [--connections N] [--seconds S] [--kind KIND] [--json]``: an agent
 with TLS, tokens and metrics; then for each kind of crowd, a process of its own (`crowd`), N
 connections at once that are kept up for S seconds.  Meanwhile a good client makes calls, every
-other one on a connection of its own, new each time.  Goals: it is answered each time, within a
-second; the agent is the same process at the end, has logged no error, and holds no more descriptors
-and threads than before.  Exit status 1 when one is missed; figures as JSON on the last line.
+other one with a token and on a connection of its own, new each time.  Goals: it is answered each
+time, within a second; the agent is the same process at the end, has logged no error, and holds no
+more descriptors and threads than before.  Exit status 1 when one is missed; figures as JSON on the
+last line.
 """
 
 from __future__ import annotations
@@ -105,10 +106,12 @@ def _one(bed: Bed, kind: str, connections: int, seconds: float, good: str, bad: 
             ends = time.monotonic() + seconds
             while time.monotonic() < ends:
                 for new in (True, False):
+                    # As the CLI does: a new token for each command.
+                    token = bed.token("default/viewer") if new else good
                     began = time.monotonic()
                     if new:
                         with bed.channel() as channel:
-                            problem = _call(AgentStub(channel), good)
+                            problem = _call(AgentStub(channel), token)
                     else:
                         problem = _call(AgentStub(kept), good)
                     took.append(time.monotonic() - began)
