@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -33,7 +34,12 @@ def forget_mounts() -> None:
     for line in reversed(Path("/proc/self/mountinfo").read_text().splitlines()):
         target = line.split()[4]
         if line.split(" - ")[1].startswith("nsfs ") or target.startswith("/run/"):
-            linux.umount(target)
+            try:
+                linux.umount(target)
+            except OSError as error:
+                # Somebody's namespace that ended meanwhile: its unmounting comes here, too.
+                if error.errno != errno.EINVAL:
+                    raise
 
 
 def holder(name: str, cgroup: Cgroup, ready: int, *, forwards: bool) -> NoReturn:
