@@ -8,7 +8,7 @@ from typing import Final, TypeAlias
 
 from gketrace_agent.capture_counts import CAPTURES
 from gketrace_agent.kernel.libpcap import ANY, FilterCompiler
-from gketrace_agent.kernel.packet_ring import Blocks, PacketRing, find_interface
+from gketrace_agent.kernel.packet_ring import Blocks, PacketRing, find_interface, interface_names
 from gketrace_agent.observe.snapshot import Namespace
 from gketrace_proto import codec
 from gketrace_proto.v1alpha1 import capture_pb2 as pb
@@ -145,6 +145,7 @@ def open_tap(
             filter=text,
             excluded=[pb.CaptureExclusion(filter=what, reason=why) for what, why in place.excluded],
             hardware_timestamps=hardware_timestamps,
+            interfaces={} if interface.ifindex else interface_names(),
         ),
     )
 

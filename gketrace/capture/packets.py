@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum, IntFlag
 
@@ -81,6 +82,8 @@ class Tap:
     """Of the agent's taps, or the file's interfaces."""
     description: str = field(default="", compare=False)
     """The user's or plan's words, e.g. ``hop 2: cbr0``; if_description in files."""
+    interfaces: Mapping[int, str] = field(default_factory=dict, compare=False)
+    """Of ``any``: names by index, as they were when it was opened."""
 
     @property
     def pod(self) -> str:

@@ -475,6 +475,8 @@ def test_a_namespace_that_vanishes(
             subprocess.run(["ip", "netns", "delete", pod.name], check=True)
 
         done = run(fleet, request(tap("lo", target=target)), vanish)
+        wait_until(lambda: CAPTURES.read().open == 0)
+        assert CAPTURES.read().ring_bytes == 0
     assert done.end.reason == "namespace-gone"
     assert done.end.text.startswith("nothing uses the namespace of pod default/web any more")
     assert done.tap.netns.inode == inode
@@ -526,4 +528,5 @@ def test_cooked_packets_name_their_interfaces(fleet: Fleet, wire: Wire) -> None:
     }
     assert done.tap.link_type == LinkType.LINUX_SLL2
     assert {names[packet.ifindex] for packet in done.packets} == {"v0"}
+    assert done.tap.interfaces == names
     assert replace(done.tap, index=1) != done.tap

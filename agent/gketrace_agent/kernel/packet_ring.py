@@ -31,7 +31,7 @@ from gketrace.errors import (
 )
 from gketrace_agent.kernel.libpcap import ANY, Program
 
-__all__ = ["BLOCK_SIZE", "Blocks", "Interface", "PacketRing", "find_interface"]
+__all__ = ["BLOCK_SIZE", "Blocks", "Interface", "PacketRing", "find_interface", "interface_names"]
 
 BLOCK_SIZE: Final = 256 << 10
 """Bytes; the largest packet of a ring, 64 KiB that GRO has merged, has to fit in."""
@@ -107,6 +107,11 @@ def find_interface(name: str) -> Interface:
         loopback=bool(flags & _IFF_LOOPBACK),
         up=bool(flags & _IFF_UP),
     )
+
+
+def interface_names() -> dict[int, str]:
+    """Of the calling thread's network namespace, by index."""
+    return dict(socket.if_nameindex())
 
 
 def _request(name: str) -> bytes:

@@ -82,11 +82,9 @@ class Lines:
     """Address → pod or Service, shown unless numeric."""
     place: bool = True
     """False: no node, interface and direction; as tcpdump on one interface."""
-    interfaces: Mapping[int, str] = field(default_factory=dict)
-    """ifindex → name, for taps that are ``any``."""
     _texts: Texts = field(init=False)
     _widths: list[int] = field(init=False, default_factory=lambda: [0, 0])
-    _places: dict[Tap, tuple[str, str]] = field(init=False, default_factory=dict)
+    _places: dict[tuple[Tap, int], tuple[str, str]] = field(init=False, default_factory=dict)
     _first: int | None = field(init=False, default=None)
     _last: int | None = field(init=False, default=None)
 
@@ -105,14 +103,16 @@ class Lines:
     def reserve(self, *taps: Tap) -> None:
         """Makes the columns wide enough beforehand."""
         for tap in taps:
-            self._place(tap)
+            for index in tap.interfaces or (0,):
+                self._place(tap, index)
 
     def text(self, packet: CapturedPacket, packet_layers: Dissection | None = None) -> str:
         """One packet: one line, or more when its bytes are wanted.  No newline at the end."""
         found = packet_layers or dissect(packet.tap.link_type, packet.data, packet.original_length)
         parts = [self._time(packet.time_ns)]
         if self.place:
-            node, where = self._place(packet.tap)
+            index = found.link.ifindex if isinstance(found.link, Cooked) else 0
+            node, where = self._place(packet.tap, index)
             direction = _direction(packet, found)
             parts.append(f"{node:<{self._widths[0]}} {where:<{self._widths[1]}} {direction:<3}")
         shown = self._packet(packet, found)
@@ -120,12 +120,14 @@ class Lines:
         line = " ".join(part for part in parts if part)
         return line + self._bytes(packet, found)
 
-    def _place(self, tap: Tap) -> tuple[str, str]:
-        known = self._places.get(tap)
+    def _place(self, tap: Tap, index: int) -> tuple[str, str]:
+        """Of ``any`` it is the interface that the packet passed, `index`, where it has a name."""
+        known = self._places.get((tap, index))
         if known is None:
             pod = tap.pod.rpartition("/")[2]
-            where = f"{pod}:{tap.interface}" if pod else tap.interface
-            known = self._places[tap] = (self.short(tap.node), where)
+            interface = tap.interfaces.get(index, tap.interface)
+            where = f"{pod}:{interface}" if pod else interface
+            known = self._places[tap, index] = (self.short(tap.node), where)
             self._widths = [max(w, len(t)) for w, t in zip(self._widths, known, strict=True)]
         return known
 

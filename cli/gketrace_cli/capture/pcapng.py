@@ -299,6 +299,7 @@ def _interface(tap: Tap) -> bytes:
         "ifindex": tap.ifindex,
         "mtu": tap.mtu,
         "description": tap.description,
+        **({"interfaces": dict(tap.interfaces)} if tap.interfaces else {}),
     }
     words = [f"{tap.netns} on node {tap.node}" if tap.node else str(tap.netns), tap.description]
     options = [

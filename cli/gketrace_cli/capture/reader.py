@@ -224,6 +224,7 @@ class CaptureReader:
             filter=text,
             index=len(self._interfaces),
             description=str(told.get("description", description)),
+            interfaces=_names(told.get("interfaces")),
         )
         self._interfaces.append(_Interface(tap, ticks, offset))
 
@@ -299,3 +300,10 @@ class CaptureReader:
 
 def _text(value: bytes) -> str:
     return value.decode(errors="replace")
+
+
+def _names(told: Any) -> dict[int, str]:
+    """Interfaces by index, as `PcapngWriter` tells them."""
+    if not isinstance(told, dict):
+        return {}
+    return {int(index): str(name) for index, name in told.items() if index.isdecimal()}

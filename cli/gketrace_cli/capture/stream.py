@@ -331,6 +331,7 @@ class CaptureStream:
                 excluded=tuple((part.filter, part.reason) for part in one.excluded),
                 index=index,
                 description=words[index] if index < len(words) else "",
+                interfaces=dict(one.interfaces),
             )
             for index, one in enumerate(started.taps)
         )

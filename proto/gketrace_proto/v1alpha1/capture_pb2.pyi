@@ -272,6 +272,26 @@ Global___CaptureStarted: _TypeAlias = CaptureStarted  # noqa: Y015
 class CaptureTapStarted(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class InterfacesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     INTERFACE_FIELD_NUMBER: _builtins.int
     IFINDEX_FIELD_NUMBER: _builtins.int
     LINK_TYPE_FIELD_NUMBER: _builtins.int
@@ -284,6 +304,7 @@ class CaptureTapStarted(_message.Message):
     FILTER_FIELD_NUMBER: _builtins.int
     EXCLUDED_FIELD_NUMBER: _builtins.int
     HARDWARE_TIMESTAMPS_FIELD_NUMBER: _builtins.int
+    INTERFACES_FIELD_NUMBER: _builtins.int
     interface: _builtins.str
     ifindex: _builtins.int
     """0: any."""
@@ -305,6 +326,10 @@ class CaptureTapStarted(_message.Message):
     def excluded(self) -> _containers.RepeatedCompositeFieldContainer[Global___CaptureExclusion]:
         """Parts of `filter` that the agent added, each with its reason."""
 
+    @_builtins.property
+    def interfaces(self) -> _containers.ScalarMap[_builtins.int, _builtins.str]:
+        """Of any: what the namespace's interfaces were called when the tap was opened, by ifindex."""
+
     def __init__(
         self,
         *,
@@ -320,10 +345,11 @@ class CaptureTapStarted(_message.Message):
         filter: _builtins.str = ...,
         excluded: _abc.Iterable[Global___CaptureExclusion] | None = ...,
         hardware_timestamps: _builtins.bool = ...,
+        interfaces: _abc.Mapping[_builtins.int, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["netns", b"netns"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["excluded", b"excluded", "filter", b"filter", "hardware", b"hardware", "hardware_timestamps", b"hardware_timestamps", "ifindex", b"ifindex", "instructions", b"instructions", "interface", b"interface", "link_type", b"link_type", "mtu", b"mtu", "netns", b"netns", "ring_bytes", b"ring_bytes", "snap_length", b"snap_length"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["excluded", b"excluded", "filter", b"filter", "hardware", b"hardware", "hardware_timestamps", b"hardware_timestamps", "ifindex", b"ifindex", "instructions", b"instructions", "interface", b"interface", "interfaces", b"interfaces", "link_type", b"link_type", "mtu", b"mtu", "netns", b"netns", "ring_bytes", b"ring_bytes", "snap_length", b"snap_length"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

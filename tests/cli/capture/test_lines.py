@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 from collections.abc import Callable
+from contextlib import closing
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -13,7 +14,12 @@ import pytest
 
 from gketrace.capture.packets import CapturedPacket, Direction, LinkType, Tap
 from gketrace.trace import NetnsKind, NetnsRef
+from gketrace_cli.capture.batch import batch_from_packets
+from gketrace_cli.capture.files import FileSink
 from gketrace_cli.capture.lines import Lines, LineStyle, TimeStyle
+from gketrace_cli.capture.merge import Chunk
+from gketrace_cli.capture.reader import CaptureReader
+from gketrace_cli.capture.running import Outcome
 from tests.core.capture import frames
 
 A, B = "10.0.0.1", "10.0.0.2"
@@ -227,6 +233,41 @@ def test_node_interface_and_pod_are_named() -> None:
         "2jdh web-0:eth0 Out IP 10.0.0.2.80(web-0) > 10.0.0.1.40000: Flags [S.], seq 5000, "
         "ack 1001, win 64240, options [mss 1460,sackOK,TS val 1 ecr 0,nop,wscale 7], length 0",
     ]
+
+
+def test_any_names_the_interface_that_a_packet_passed(tmp_path: Path) -> None:
+    """Live, and read back; one that came later has no name."""
+    tap = Tap(
+        node="n1",
+        netns=NetnsRef(node="n1"),
+        interface="any",
+        link_type=LinkType.LINUX_SLL2,
+        interfaces={2: "eth0", 7: "cbr0"},
+    )
+    ip = next(frame for frame in _connection() if frame[12:14] == b"\x08\0")[14:]
+    heads = [struct.pack(">HHIHBB8x", 0x0800, 0, index, 1, 0, 6) for index in (7, 2, 9)]
+    made = [
+        CapturedPacket(
+            tap=tap,
+            time_ns=number,
+            data=head + ip,
+            original_length=len(head + ip),
+            direction=Direction.IN,
+        )
+        for number, head in enumerate(heads)
+    ]
+    sink = FileSink(str(tmp_path / "any.pcapng"))
+    sink.write(Chunk(batches=(batch_from_packets(tap, made),)))
+    sink.finish(Outcome())
+    with closing(CaptureReader(str(tmp_path / "any.pcapng"))) as reader:
+        again = list(reader)
+    for found in (made, again):
+        lines = Lines(LineStyle(numeric=True, time=TimeStyle.NONE))
+        assert [lines.text(one).split(" IP ")[0] for one in found] == [
+            "n1 cbr0 In ",
+            "n1 eth0 In ",
+            "n1 any  In ",
+        ]
 
 
 def test_sequence_numbers_are_relative_at_each_tap() -> None:
