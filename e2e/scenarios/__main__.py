@@ -60,7 +60,7 @@ def main() -> int:
             for one, two in pairs(mine, count, options.seed) if len(mine) > 2 else []:
                 pair = run_pair(lab, one, two)
                 paired.append(pair)
-                state = "both" if pair.good else f"NOT both: {' '.join(pair.found)}"
+                state = "both" if pair.good else f"NOT both: {' '.join(pair.found)} {pair.why}"
                 say(f"pair {' + '.join(pair.codes)}: {state}")
     strange = [] if options.no_baseline or options.only else _baselines(say)
     say("\n" + matrix(outcomes))
@@ -85,7 +85,7 @@ def main() -> int:
             if not one.good
         ],
         "pairs_failed": [
-            {"codes": list(pair.codes), "found": list(pair.found)}
+            {"codes": list(pair.codes), "found": list(pair.found), "why": pair.why}
             for pair in paired
             if not pair.good
         ],

@@ -133,6 +133,8 @@ class PairOutcome:
 
     codes: tuple[str, str]
     found: tuple[str, ...]
+    why: str = ""
+    """What went wrong in staging or looking."""
 
     @property
     def good(self) -> bool:
@@ -140,6 +142,15 @@ class PairOutcome:
 
 
 def run_pair(lab: Lab, first: Scenario, second: Scenario) -> PairOutcome:
+    """What goes wrong is part of the outcome, as it is with one."""
+    try:
+        return _run_pair(lab, first, second)
+    except (LabError, GketraceError, OSError) as error:
+        why = f"{type(error).__name__}: {error}"
+        return PairOutcome(codes=(first.code, second.code), found=(), why=why)
+
+
+def _run_pair(lab: Lab, first: Scenario, second: Scenario) -> PairOutcome:
     known = read_baseline(lab.topology, lab.era, lab.backend)
     with staged(lab) as stage:
         first.fault(stage)
