@@ -17,6 +17,7 @@ from gketrace.simulate.matches.header import protocol_number_of
 from gketrace.simulate.matches.icmp import ICMP6_TYPES, ICMP_TYPES
 from gketrace.simulate.state import NO, YES, Answer, Environment, PacketState, Ternary, unknown
 from gketrace.snapshot import IpSet, IpSetEntry, Unavailable
+from gketrace.trace import Hook
 
 __all__ = ["DIMENSIONS", "element_of", "in_set"]
 
@@ -156,6 +157,9 @@ def _part(ipset: IpSet, kind: str, source: bool, state: PacketState) -> _Part | 
         return _port_part(kind, source, packet)
     if kind == "iface":
         name = state.in_iface if source else state.out_iface
+        if source and state.bridged and state.hook is Hook.POSTROUTING:
+            # br_nf_post_routing() names no input interface; ip_output() does.
+            name = ""
         return _Part(kind, source, text=name) if name else None
     if kind == "mark":
         mask = int(ipset.header.get("markmask", "0xffffffff"), 0)
