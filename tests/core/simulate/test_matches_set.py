@@ -180,3 +180,15 @@ def test_what_the_set_target_did_to_a_set_that_is_not_modelled_is_unknown() -> N
     add = parse_rule("-A X -j SET --add-set S src").target
     assert add is not None
     assert ask(ipset, "src", sets=add.apply(state, env).state.sets) is U
+
+
+@pytest.mark.parametrize(("bridged", "expected"), [(False, Y), (True, N)])
+def test_a_bridged_packet_has_no_input_interface_behind_forward(
+    bridged: bool, expected: Ternary
+) -> None:
+    state = PacketState(
+        packet=TCP, hook=Hook.POSTROUTING, ct=None, in_iface="eth0", bridged=bridged
+    )
+    match = parse_rule("-A POSTROUTING -m set --match-set S src,src").matches[0]
+    sets = {"S": make("hash:net,iface", "10.0.0.0/8,eth0")}
+    assert match.evaluate(state, FixedEnvironment(sets=sets)).kind is expected
