@@ -50,8 +50,8 @@ _FILES: Final = 4096
 _DOORMEN: Final = 8
 """Threads more than calls: they refuse what is too much, and check who calls."""
 _QUEUE: Final = 512
-"""Calls that wait for one of them.  gRPC itself refuses what is more, whoever calls: a crowd that is
-nobody's would else keep a good client out."""
+"""Calls that wait for one of them.  gRPC itself refuses what is more, whoever calls: a crowd that
+is nobody's would else keep a good client out."""
 _TCP_OPTIONS: Final = (
     # A connection that does not finish its handshake, or says nothing, is not kept for long.
     ("grpc.server_handshake_timeout_ms", 10_000),

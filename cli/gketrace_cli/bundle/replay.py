@@ -174,7 +174,9 @@ class _SavedFleet(Fleet):
                 answers[key] = error
         return answers
 
-    def stream(self, calls: Mapping[K, tuple[str, str, Message]]) -> Iterator[tuple[K, Any]]:
+    def stream(
+        self, calls: Mapping[K, tuple[str, str, Message]], *, silence: float | None = None
+    ) -> Iterator[tuple[K, Any]]:
         for method in {method for _, method, _ in calls.values()}:
             _method(method)
         for key, (node, method, request) in calls.items():
