@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from collections.abc import Iterator
@@ -70,6 +71,10 @@ class AgentService(agent_pb2_grpc.AgentServicer):
         """
         import gketrace_agent.conntracks
         import gketrace_agent.walks  # noqa: F401 - imported to be there
+
+        # What is there now stays.  To look through it for garbage takes longer than a walk.
+        gc.collect()
+        gc.freeze()
 
     def __init__(self, config: Config) -> None:
         self._config = config
