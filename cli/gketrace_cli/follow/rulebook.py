@@ -30,12 +30,15 @@ if TYPE_CHECKING:
 
 __all__ = ["Odds", "RuleBook", "Way"]
 
-_AT_MOST: Final = 256
-"""Ways that are walked; later ones take a way of the same door and node."""
+_AT_MOST: Final = 32
+"""Ways that are walked; later senders take a way of the same door and node.  A walk costs a node
+tens of milliseconds, and clients outside are many."""
 _AGE: Final = 30.0
 """Seconds that an answer holds."""
 _TOGETHER: Final = 32
 """Walks that are asked for at the same time."""
+_DEATHS: Final = 256
+"""Walks of packets that failed, at most."""
 _DEATHS_AGE: Final = 10.0
 _AGAIN: Final = 5.0
 """Seconds after which an agent that did not answer is asked again."""
@@ -169,7 +172,7 @@ class RuleBook:
             known = self._deaths.get(key)
             if known is not None and known[0] >= after and now - known[0] < _DEATHS_AGE:
                 return known[1]
-            if known is None and len(self._deaths) >= _AT_MOST:
+            if known is None and len(self._deaths) >= _DEATHS:
                 return ""
             self._deaths[key] = now, None
         self._asked.put((key, self._question(first, entry, existing=True), True))
