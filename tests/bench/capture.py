@@ -217,13 +217,19 @@ def measure(options: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 
 def _figures(runs: int, mine: Any, theirs: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     best = {"gketrace": 0.0, "tcpdump": 0.0}
+    drops: set[str] = set()
     table: list[dict[str, Any]] = []
     for rate in RATES:
         line: dict[str, Any] = {"asked": rate}
         for name, capture in (("tcpdump", theirs), ("gketrace", mine)):
             made: Run = capture(MATCHING, rate * SHORT, rate)
-            line[name] = {"rate": round(made.rate), "dropped": made.dropped}
-            if not made.dropped:
+            dropped = [made.dropped]
+            if made.dropped:  # once may be the machine: the majority of three decides
+                dropped += [capture(MATCHING, rate * SHORT, rate).dropped for _ in range(2)]
+            line[name] = {"rate": round(made.rate), "dropped": dropped}
+            if sum(map(bool, dropped)) * 2 > len(dropped):
+                drops.add(name)
+            if name not in drops:
                 best[name] = max(best[name], made.rate)
         table.append(line)
         if made.rate < 0.8 * rate:
