@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import threading
 from dataclasses import replace
 from ipaddress import ip_address
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -17,7 +20,7 @@ from gketrace_cli.agents import Fleet
 from gketrace_cli.follow.intake import Intake
 from gketrace_cli.follow.options import Followed, FollowOutput, plain_output
 from gketrace_cli.follow.output import Sampler
-from gketrace_cli.follow.rulebook import Way
+from gketrace_cli.follow.rulebook import RuleBook, Way
 from gketrace_cli.follow.scope import changes, pod_scope
 from gketrace_cli.follow.streams import Arrived, Streams
 from gketrace_cli.follow.tally import Gap, Tally, percentiles
@@ -29,6 +32,7 @@ from gketrace_cli.render.follow_documents import connection_document
 from gketrace_cli.render.follow_summary import verdict
 from gketrace_cli.render.layout import Page
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
+from tests.agent.observe.bed import wait_until
 from tests.core.test_follow import A, B, Script, node_port, owner, play
 
 
@@ -80,6 +84,35 @@ def test_a_terminal_gets_a_sample_and_the_count_of_the_rest() -> None:
     now[0] = 1.1
     sampler.tick()
     assert "485 more in 1.1 s are counted, not shown" in written[-1]
+
+
+def test_many_senders_do_not_make_many_walks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also not when what was walked is old: it is walked again, for any of them."""
+    now = 100.0
+    walked: list[int] = []
+
+    def walk(book: RuleBook, batch: list[Any]) -> None:
+        with book._lock:
+            for key, question, _ in batch:
+                book._ways[key] = now, Way(paths=(), door=question.address)
+        walked.append(len(batch))
+
+    monkeypatch.setattr(RuleBook, "_walk", walk)
+    book = RuleBook(cast(Any, SimpleNamespace(nodes=())), lambda _: None)
+    with monkeypatch.context() as patch:
+        patch.setattr("gketrace_cli.follow.rulebook.time.monotonic", lambda: now)
+        for minute in range(3):
+            now = 100.0 + 60 * minute
+            for sender in range(60):
+                script = Script()
+                client = f"203.0.{113 + minute}.{1 + sender}"
+                script.connect(5.0, node_port(client, 40000, A, B))
+                (one,) = [one for one in play(script, until=8.0) if one.phase.name == "CLOSED"]
+                book.way(one.connection)
+    book.close()
+    wait_until(lambda: not any(t.name == "rulebook" for t in threading.enumerate()))
+    # Those of the first minute, and the shared one once in each of the others.
+    assert sum(walked) == 32 + 2
 
 
 def test_the_summary_counts_and_judges() -> None:

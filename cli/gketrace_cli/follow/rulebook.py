@@ -147,7 +147,9 @@ class RuleBook:
         with self._lock:
             known = self._ways.get(key)
             if known is None and len(self._ways) >= _AT_MOST and similar in self._similar:
-                known = self._ways.get(self._similar[similar])
+                # From here on it is that one's: read again for whoever asks when it is old.
+                key = self._similar[similar]
+                known = self._ways.get(key)
             known_way = known[1] if known is not None else None
             failed = known_way is not None and known_way.again
             usable = known_way if last or not failed else None
