@@ -32,6 +32,7 @@ class Generations:
         """Puts an entry to its connection, or to `fresh`; also those that it showed to be the same
         one, and that are no more."""
         around = self._around(one)
+        self._give_way(one, around)
         found = [flow for flow in around if self._fits(flow, one)]
         flow = self._choose(found, one, at) if found else fresh
         self._add(flow, one)
@@ -89,6 +90,25 @@ class Generations:
         first, second = sorted((one, other), key=_age)
         over = first.over_at
         return over is None or second.earliest <= over + self._skew
+
+    def _give_way(self, one: Seen, around: Iterable[Flow]) -> None:
+        """Moves an entry that was put to the connection that this one began with, for want of
+        knowing its own beginning, to the one that used the tuple before."""
+        for flow in around:
+            old = flow.rival(one)
+            if old is None or old.began is not None or len(flow.seen) < 2:
+                continue
+            if not self._together(flow, one):
+                continue
+            before = [
+                other
+                for other in around
+                if other.earliest < flow.earliest and other.rival(old) is None
+            ]
+            if before:
+                flow.seen.remove(old)
+                self._unindex(flow, _keys([old]) - _keys(flow.seen))
+                self._add(max(before, key=_age), old)
 
     def _adopt(self, flow: Flow, one: Seen, around: Iterable[Flow]) -> None:
         """Takes entries over that came before this one and were put to the connection that used the

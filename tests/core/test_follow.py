@@ -7,7 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from itertools import permutations, product
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gketrace.connections import Place
@@ -201,7 +201,8 @@ def stalled(place: Place, at: float) -> tuple[float, float]:
     """A reader that now and then stands still for two seconds: when it reads what happened at `at`,
     and until when it has read all before that."""
     into = (at + 2.0 * (A, B, C).index(place)) % 7
-    return (at - into + 2.0, at - into) if into < 2.0 else (at, at - 0.02)
+    begin = float(round(at - into))  # whole seconds, whatever floating point makes of it
+    return (begin + 2.0, begin) if into < 2.0 else (at, at - 0.02)
 
 
 def _table(
@@ -255,8 +256,7 @@ def random_script(rng: random.Random, count: int, gap: float = 1.0, *, own: bool
     return script
 
 
-# Always the same scripts: seed 3046 is one, of a thousand or so, in which an entry gets lost.
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 1 << 32))
 def test_each_connection_is_one_record(seed: int) -> None:
     rng = random.Random(seed)
@@ -274,9 +274,8 @@ def test_each_connection_is_one_record(seed: int) -> None:
     assert sorted(map(str, halves)) == sorted(map(str, script.truth))
 
 
-# Always the same scripts: of some 900 random ones one has a port used again in the very moment of
-# the loss, where an entry may be put to the wrong connection (docs/follow.md).
-@settings(max_examples=25, deadline=None, derandomize=True)
+@example(seed=2296515)  # a tuple is used again in the very moment of the loss
+@settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 1 << 32))
 def test_what_is_lost_makes_no_second_record(seed: int) -> None:
     rng = random.Random(seed)
