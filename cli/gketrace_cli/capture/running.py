@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from gketrace.capture.packets import Tap
 from gketrace.errors import ExitCode, GketraceError
@@ -25,8 +21,9 @@ from gketrace_cli.capture.stream import (
     TapsEnded,
     TapStatistics,
 )
+from gketrace_cli.interrupts import interruptible
 
-__all__ = ["Outcome", "Sink", "TapOutcome", "interruptible", "keep_memory", "run_capture", "tell"]
+__all__ = ["Outcome", "Sink", "TapOutcome", "keep_memory", "run_capture", "tell"]
 
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
@@ -168,27 +165,6 @@ def _note(event: Event, outcome: Outcome, sinks: tuple[Sink, ...]) -> None:
         tell(f"not captured: {event.error}")
     else:
         assert isinstance(event, Batch)
-
-
-@contextmanager
-def interruptible(stop: Callable[[], None]) -> Iterator[None]:
-    """Calls `stop` at the first SIGINT or SIGTERM; a second SIGINT raises KeyboardInterrupt."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before: dict[signal.Signals, Any] = {}
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        stop()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    for one in (signal.SIGINT, signal.SIGTERM):
-        before[one] = signal.signal(one, on_signal)
-    try:
-        yield
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
 
 
 def keep_memory() -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from queue import Empty, SimpleQueue
-from types import FrameType
 from typing import TYPE_CHECKING, Final
 
 from gketrace.errors import ExitCode, GketraceError
@@ -26,6 +24,7 @@ from gketrace_cli.follow.show import Show
 from gketrace_cli.follow.streams import Streams
 from gketrace_cli.follow.tally import Tally
 from gketrace_cli.follow.world import World, read_world
+from gketrace_cli.interrupts import interruptible
 from gketrace_cli.names import short_names
 from gketrace_cli.session import Session, background
 
@@ -95,32 +94,24 @@ class _Follow:
     # the loop
 
     def run(self) -> ExitCode:
-        before = [(s, signal.signal(s, self._interrupt)) for s in (signal.SIGINT, signal.SIGTERM)]
         try:
-            self._hello()
-            if self._request.packets:
-                self._packets = PacketWatch(self._session.fleet, self._say_later)
-                self._records.packets = self._packets
-                self._capture(plan_packets(self._session, self._world.scope))
-            self._streams.follow(self._all_targets(self._world), self._world.scope.filters)
-            background(self._watch, "objects")
-            self._loop()
-            return self._finish()
+            with interruptible(self._stop.set, self._hurry.set):
+                self._hello()
+                if self._request.packets:
+                    self._packets = PacketWatch(self._session.fleet, self._say_later)
+                    self._records.packets = self._packets
+                    self._capture(plan_packets(self._session, self._world.scope))
+                self._streams.follow(self._all_targets(self._world), self._world.scope.filters)
+                background(self._watch, "objects")
+                self._loop()
+                return self._finish()
         finally:
-            for number, handler in before:
-                signal.signal(number, handler)
             if self._packets is not None:
                 self._packets.close()
             self._streams.close()
             self._rulebook.close()
             for session in self._sessions:
                 session.close()
-
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
-        if self._hurry.is_set():
-            raise KeyboardInterrupt
-        (self._hurry if self._stop.is_set() else self._stop).set()
 
     def _loop(self) -> None:
         end = None if self._request.duration is None else self._began + self._request.duration
