@@ -19,8 +19,8 @@ from typing import Any
 from e2e.netlab import Lab, Result
 from gketrace.packet import protocol_number
 from gketrace_cli.asking import Asker
-from gketrace_cli.commands.pod import find_pod
 from gketrace_cli.commands.service import find_service
+from gketrace_cli.find_pod import find_pod
 from gketrace_cli.frontdoors import Door, Question, Selection, questions
 from gketrace_cli.names import find_node
 from gketrace_cli.options import Options

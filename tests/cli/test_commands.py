@@ -141,10 +141,17 @@ def test_a_trace_in_json(ask: Ask) -> None:
     assert path["return"]["outcome"] == "transmitted"
 
 
+@pytest.mark.parametrize("words", [["pod", "hello-server"], ["-A", "pod", "hello-server"]])
+def test_a_pod_by_its_workload_is_the_same_pod(ask: Ask, words: list[str]) -> None:
+    assert ask(*words) == ask("pod", "hello-server-579859fb5b-szrwh")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["pod", "hello"], 'pod "hello" not found in namespace "default"; did you mean hello-s'),
+        (["pod", "web"], '"web" has 3 pods in namespace "default"; name one: web-0, web-1, web-2'),
+        (["-A", "pod", "web"], '"web" has 3 pods in namespace "default"; name one: web-0, web-1'),
         (["pod", "web-0", "-n", "nope"], 'namespace "nope" not found; '),
         (["pod", "svc/web-0"], "'svc/web-0' is not a pod"),
         (["service", "hello"], 'service "hello" not found in namespace "default"; did you mean'),

@@ -71,8 +71,8 @@ def plan_service(
 
     Without `sources`, clients are open: filters ask for the Service's side alone.
     """
-    from gketrace_cli.commands.pod import find_pod
     from gketrace_cli.commands.service import find_service, parse_service_name
+    from gketrace_cli.find_pod import find_pod
     from gketrace_cli.frontdoors import Selection, questions
     from gketrace_cli.names import find_node
     from gketrace_cli.senders import resolve_sender
@@ -99,8 +99,8 @@ def plan_service(
 
 def plan_trace(session: Session, source: str, destination: str, node: str = "") -> Planning:
     """One packet from anywhere to anywhere, and its answer."""
-    from gketrace_cli.commands.pod import find_pod
     from gketrace_cli.commands.trace import question_of
+    from gketrace_cli.find_pod import find_pod
     from gketrace_cli.names import find_node, parse_named
     from gketrace_cli.senders import sender_of
     from gketrace_cli.session import background

@@ -69,7 +69,7 @@ def plain_taps(
     direction: pb.CaptureDirection.ValueType,
 ) -> tuple[PlainTap, ...]:
     """For pods and nodes.  Raises `NotFoundError`, `UsageError`, `UnavailableError`."""
-    from gketrace_cli.commands.conntrack import find_pod_named
+    from gketrace_cli.find_pod import find_pod_named
 
     found: dict[tuple[str, str, str], PlainTap] = {}
     for target in targets:

@@ -74,8 +74,8 @@ def bundle(
 
 def _pods_of(session: Session, what: str) -> frozenset[str]:
     """The pods that the answer meets: the one named; or a Service's endpoints."""
-    from gketrace_cli.commands.pod import find_pod
     from gketrace_cli.commands.service import find_service, parse_service_name
+    from gketrace_cli.find_pod import find_pod
     from gketrace_cli.names import parse_pod_name
 
     if what.startswith(("pod/", "pods/", "po/")):

@@ -39,8 +39,9 @@ def connections(
 
     For example:  gketrace connections --service hello-server
     """
-    from gketrace_cli.commands.conntrack import find_places, find_pod_named, find_service_named
+    from gketrace_cli.commands.conntrack import find_places, find_service_named
     from gketrace_cli.connection_reading import read_connections
+    from gketrace_cli.find_pod import find_pod_named
     from gketrace_cli.names import short_names
     from gketrace_cli.render.connections import connections_document, draw_connections
     from gketrace_cli.render.documents import dump

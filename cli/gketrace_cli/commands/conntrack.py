@@ -15,7 +15,7 @@ from gketrace.errors import NotFoundError, UsageError
 from gketrace_cli.options import Options
 
 if TYPE_CHECKING:
-    from gketrace.objects import Endpoint, Pod, Service
+    from gketrace.objects import Endpoint, Service
     from gketrace.trace import Missing
     from gketrace_cli.conntrack_reading import Place
     from gketrace_cli.session import Session
@@ -26,7 +26,6 @@ __all__ = [
     "ConntrackOutput",
     "conntrack",
     "find_places",
-    "find_pod_named",
     "find_service_named",
 ]
 
@@ -347,6 +346,7 @@ def find_places(
     Raises: `NotFoundError`, `UsageError`; `UnavailableError` when no agent answers.
     """
     from gketrace_cli.conntrack_reading import Place
+    from gketrace_cli.find_pod import find_pod_named
     from gketrace_cli.names import find_node
 
     nodes = session.nodes
@@ -376,22 +376,6 @@ def find_places(
     return there, gaps
 
 
-def find_pod_named(session: Session, text: str) -> Pod:
-    """A pod by NAME, pod/NAME or NAMESPACE/NAME; with ``-A`` in any namespace."""
-    from gketrace_cli.commands.pod import find_pod
-    from gketrace_cli.names import parse_pod_name
-
-    namespace, name = parse_pod_name(text, session.namespace)
-    if session.options.all_namespaces and "/" not in text.removeprefix("pod/"):
-        found = [one for one in session.cluster.pods() if one.name == name]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            spaces = ", ".join(one.namespace for one in found)
-            raise UsageError(f'pod "{name}" is in several namespaces', hint=f"-n one of {spaces}")
-    return find_pod(session, namespace, name)
-
-
 def _filters(
     session: Session,
     places: list[Place],
@@ -401,6 +385,7 @@ def _filters(
 ) -> dict[Place, tuple[pb.ConntrackFilter, ...]]:
     """For each table, the alternatives that its agent is sent."""
     from gketrace_cli.conntrack_filter import both, door_filters, endpoint_filters, pod_filters
+    from gketrace_cli.find_pod import find_pod_named
 
     base: tuple[pb.ConntrackFilter, ...] = (typed,)
     if pod:

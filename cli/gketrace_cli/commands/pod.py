@@ -9,7 +9,6 @@ import typer
 from gketrace.errors import (
     GketraceError,
     GoneError,
-    NotFoundError,
     UnavailableError,
     UsageError,
 )
@@ -21,12 +20,17 @@ if TYPE_CHECKING:
     from gketrace_cli.podreport import PodReport
     from gketrace_cli.session import Session
 
-__all__ = ["find_pod", "pod"]
+__all__ = ["pod"]
 
 
 def pod(
     options: Options,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="NAME, pod/NAME or NAMESPACE/NAME.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="NAME, pod/NAME or NAMESPACE/NAME; or the name of its workload."
+        ),
+    ],
     follow: following.FollowOption = False,
     sources: Annotated[
         list[str] | None,
@@ -66,17 +70,12 @@ def pod(
     if sources:
         raise UsageError("--from goes with --follow only")
     options = following.plain_output(options, typed)
-    from gketrace_cli.names import parse_pod_name
+    from gketrace_cli.find_pod import find_pod_named
     from gketrace_cli.session import Session
 
     with Session(options) as session:
-        namespace, wanted = parse_pod_name(name, session.namespace)
-        session.progress.say(f"reading pod {namespace}/{wanted}")
-        if options.all_namespaces and "/" not in name.removeprefix("pod/"):
-            found = _find_everywhere(session, wanted)
-        else:
-            found = find_pod(session, namespace, wanted)
-        report = _report(session, found)
+        session.progress.say(f"reading pod {name}")
+        report = _report(session, find_pod_named(session, name))
         session.progress.clear()
     from gketrace_cli.checking.single import pod_findings
     from gketrace_cli.render.documents import dump
@@ -97,39 +96,6 @@ def pod(
         draw_findings(page, findings, heading="Findings")
         write(page.text())
     raise typer.Exit(int(verdict.code))
-
-
-def find_pod(session: Session, namespace: str, name: str) -> Pod:
-    """Raises: `NotFoundError` with the names that come close; `GketraceError`."""
-    from gketrace_cli.names import close_names
-
-    try:
-        return session.cluster.pod(namespace, name)
-    except NotFoundError as error:
-        absent = session.check_namespace(namespace)
-        if absent is not None:
-            raise absent from error
-        try:
-            listed = [p.name for p in session.cluster.pods(namespace)]
-        except GketraceError:  # the hint is a courtesy; the answer is that there is no such pod
-            raise error from None
-        raise NotFoundError(
-            f'pod "{name}" not found in namespace "{namespace}"', hint=close_names(name, listed)
-        ) from error
-
-
-def _find_everywhere(session: Session, name: str) -> Pod:
-    from gketrace_cli.names import close_names
-
-    listed = session.cluster.pods()
-    found = [p for p in listed if p.name == name]
-    if not found:
-        hint = close_names(name, [p.name for p in listed])
-        raise NotFoundError(f'pod "{name}" not found in any namespace', hint=hint)
-    if len(found) > 1:
-        spaces = ", ".join(p.namespace for p in found)
-        raise UsageError(f'pod "{name}" is in several namespaces', hint=f"-n one of {spaces}")
-    return found[0]
 
 
 def _report(session: Session, pod: Pod) -> PodReport:

@@ -85,7 +85,7 @@ def rules(
 
 def _whose_rules(session: Session, name: str) -> tuple[str, Pod | None]:
     """Raises: `NotFoundError`, `UsageError`, `GketraceError`."""
-    from gketrace_cli.commands.pod import find_pod
+    from gketrace_cli.find_pod import find_pod
     from gketrace_cli.names import find_node, parse_pod_name
 
     kind, slash, rest = name.partition("/")
@@ -192,7 +192,7 @@ def _walk(
     """The walk, what was walked, and what was assumed."""
     from gketrace.packet import PORT_PROTOCOLS, Packet, Protocol
     from gketrace.trace import Walk
-    from gketrace_cli.commands.pod import find_pod
+    from gketrace_cli.find_pod import find_pod
     from gketrace_cli.frontdoors import Sender
     from gketrace_cli.podref import pod_ref
     from gketrace_cli.senders import resolve_sender

@@ -101,7 +101,7 @@ def service(
         following.follow_service(options, typed, name)
     options = following.plain_output(options, typed)
     from gketrace_cli.asking import Asker, assumed_port
-    from gketrace_cli.commands.pod import find_pod
+    from gketrace_cli.find_pod import find_pod
     from gketrace_cli.frontdoors import Door, Selection, questions
     from gketrace_cli.liveness import live_document, read_live
     from gketrace_cli.names import find_node, short_names

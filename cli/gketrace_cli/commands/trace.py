@@ -48,7 +48,7 @@ def trace(
     """
     from gketrace_cli.asking import Asker, assumed_port
     from gketrace_cli.checking.single import trace_findings
-    from gketrace_cli.commands.pod import find_pod
+    from gketrace_cli.find_pod import find_pod
     from gketrace_cli.names import find_node, parse_named, short_names
     from gketrace_cli.senders import sender_of
     from gketrace_cli.session import Session, background
@@ -161,7 +161,7 @@ def _pick(addresses: list[IPAddress], sender: Sender, what: str) -> IPAddress:
 
 def _to_pod(session: Session, sender: Sender, to: Named) -> Question:
     from gketrace.packet import protocol_number
-    from gketrace_cli.commands.pod import find_pod
+    from gketrace_cli.find_pod import find_pod
     from gketrace_cli.frontdoors import Door, Question
 
     pod = find_pod(session, to.namespace or session.namespace, to.name)

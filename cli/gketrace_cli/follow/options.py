@@ -152,7 +152,7 @@ def follow_pod(options: Options, typed: Followed, name: str) -> NoReturn:
     """Raises: `typer.Exit`, `GketraceError`."""
 
     def reader(session: Session) -> Callable[[Session, Scope | None], Scope]:
-        from gketrace_cli.commands.pod import find_pod
+        from gketrace_cli.find_pod import find_pod
         from gketrace_cli.follow.scope import pod_scope
         from gketrace_cli.names import parse_pod_name
 
@@ -222,7 +222,7 @@ def _follow(
 def _named(session: Session, text: str) -> Named:
     """An address or network, a pod's addresses, or a node's and its pods'.  Raises `UsageError`,
     `NotFoundError`."""
-    from gketrace_cli.commands.pod import find_pod
+    from gketrace_cli.find_pod import find_pod
     from gketrace_cli.follow.view import Named
     from gketrace_cli.names import Kind, find_node, parse_named
 
