@@ -6,7 +6,9 @@ import random
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from functools import cache
 from ipaddress import IPv4Address, ip_address, ip_network
+from typing import TypeAlias
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,22 +25,23 @@ from gketrace.conntrack_records import Record, record_of
 from gketrace.packet import IPAddress, Protocol, Tuple5
 
 SHAPES = "nodeport nodeport local clusterip clusterip hairpin direct out ping".split()
+"""Of the connections that are made; the common ones twice."""
+Seen: TypeAlias = ConntrackEntry | Record
+address = cache(ip_address)
 REPLIED = CtStatus.SEEN_REPLY | CtStatus.ASSURED | CtStatus.CONFIRMED
 
 
 def tuple5(src: str, sport: int, dst: str, dport: int, protocol: int = 6) -> Tuple5:
     if protocol == Protocol.ICMP:
         return Tuple5(
-            src=ip_address(src),
-            dst=ip_address(dst),
+            src=address(src),
+            dst=address(dst),
             protocol=1,
             sport=sport,
             icmp_type=8,
             icmp_code=0,
         )
-    return Tuple5(
-        src=ip_address(src), dst=ip_address(dst), protocol=protocol, sport=sport, dport=dport
-    )
+    return Tuple5(src=address(src), dst=address(dst), protocol=protocol, sport=sport, dport=dport)
 
 
 def entry(taken: Tuple5, let_out: Tuple5 | None = None, **more: object) -> ConntrackEntry:
@@ -53,9 +56,12 @@ class Cluster:
 
     nodes: int
     rng: random.Random
-    tables: dict[Place, list[ConntrackEntry]] = field(default_factory=lambda: defaultdict(list))
-    truth: dict[tuple[Place, Tuple5, Tuple5], int] = field(default_factory=dict)
     chains: list[list[tuple[Place, ConntrackEntry]]] = field(default_factory=list)
+    """Each connection's entries, in the order in which its packets pass."""
+    kept: list[list[Seen | None]] = field(default_factory=list)
+    """Beside them, what the join is given of them; None: the entry was lost."""
+    truth: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """By the identity of what the join is given: its chain, and where it stands in it."""
     contested: set[int] = field(default_factory=set)
     port: int = 0
 
@@ -100,19 +106,7 @@ class Cluster:
         protocol = rng.choice((6, 6, 6, 17))
         server = self.pod_ip(b, pod)
         inside = [self.pod(b, pod)] if rng.random() < 0.3 else []
-        shape = rng.choice(
-            (
-                "nodeport",
-                "nodeport",
-                "local",
-                "clusterip",
-                "clusterip",
-                "hairpin",
-                "direct",
-                "out",
-                "ping",
-            )
-        )
+        shape = rng.choice(SHAPES)
         client, port = self.client()
         mine = self.pod_ip(a, rng.randrange(40, 80))
         vip = f"10.43.0.{rng.randrange(1, 200)}"
@@ -183,58 +177,58 @@ class Cluster:
 
     def finish(self, lost: float, as_records: bool) -> list[PlaceEntries]:
         """The tables, some entries lost on the way, in no order."""
-        self.kept: list[list[bool]] = []
+        tables: dict[Place, list[Seen]] = defaultdict(list)
+        tuples: set[tuple[Place, Tuple5, Tuple5]] = set()
         for number, chain in enumerate(self.chains):
-            kept = [self.rng.random() >= lost for _ in chain]
+            kept: list[Seen | None] = []
+            for index, (place, one) in enumerate(chain):
+                if self.rng.random() < lost:
+                    kept.append(None)
+                    continue
+                key = (place, one.orig, one.reply)
+                assert key not in tuples, "the generator made a tuple twice"
+                tuples.add(key)
+                seen = (record_of(one) if as_records else None) or one
+                kept.append(seen)
+                tables[place].append(seen)
+                self.truth[id(seen)] = (number, index)
             self.kept.append(kept)
-            for (place, one), keep in zip(chain, kept, strict=True):
-                if keep:
-                    self.tables[place].append(one)
-                    key = (place, one.orig, one.reply)
-                    assert key not in self.truth, "the generator made a tuple twice"
-                    self.truth[key] = number
         made: list[PlaceEntries] = []
-        for place, found in self.tables.items():
+        for place, found in tables.items():
             self.rng.shuffle(found)
-            seen: list[ConntrackEntry | Record] = [
-                (record_of(one) if as_records else None) or one for one in found
-            ]
-            made.append(PlaceEntries(place=place, entries=seen, complete=not lost))
+            made.append(PlaceEntries(place=place, entries=found, complete=not lost))
         self.rng.shuffle(made)
         return made
 
     def check(self, joined: list[Connection]) -> None:
         """Every true pair that the remaining entries prove, no false one, each entry once."""
-        together: dict[tuple[Place, Tuple5, Tuple5], int] = {}
+        together: dict[int, int] = {}
         for number, connection in enumerate(joined):
-            members = [(h.place, h.entry.orig, h.entry.reply) for h in connection.halves]
-            origins = {self.truth[member] for member in members}
+            for half in connection.halves:
+                chain, index = self.truth[id(half.seen)]
+                assert half.place == self.chains[chain][index][0]
+                assert id(half.seen) not in together, "an entry in two connections"
+                together[id(half.seen)] = number
+            origins = {self.truth[id(half.seen)][0] for half in connection.halves}
             if len(origins) > 1:
                 # The rival was lost, and nothing but the state tells that these are two.
                 assert origins <= self.contested, f"a false pair: {connection}"
-                assert not all(map(all, self.kept))
+                assert any(seen is None for kept in self.kept for seen in kept)
                 assert Doubt.STATE in connection.doubts
-                together.update(dict.fromkeys(members, number))
-                continue
-            for member in members:
-                assert member not in together, "an entry in two connections"
-                together[member] = number
-            (origin,) = origins
-            order = [(place, one.orig, one.reply) for place, one in self.chains[origin]]
-            places = [order.index(member) for member in members]
-            if origin not in self.contested:
+            elif not origins & self.contested:
+                places = [self.truth[id(half.seen)][1] for half in connection.halves]
                 assert places == sorted(places), f"out of order: {connection}"
         assert together.keys() == self.truth.keys(), "an entry is missing"
         for number, chain in enumerate(self.chains):
             if number in self.contested:
                 continue
             group: int | None = None
-            for (place, one), keep in zip(chain, self.kept[number], strict=True):
-                if not keep:
+            for (_, one), seen in zip(chain, self.kept[number], strict=True):
+                if seen is None:
                     if one.orig != one.reply.inverted():
                         group = None  # the only proof that both sides are one is lost
                     continue
-                found = together[place, one.orig, one.reply]
+                found = together[id(seen)]
                 assert group is None or group == found, f"a true pair was not found: {chain}"
                 group = found
 
