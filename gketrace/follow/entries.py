@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final
+from typing import Final, TypeAlias
 
 from gketrace.connections import Place, TupleKey
 from gketrace.conntrack import CtStatus
 from gketrace.conntrack_records import HAS_COUNTERS, HAS_STARTED, HAS_TIMEOUT, STATE_NAMES, Record
 
-__all__ = ["POLLED", "EventKind", "Seen", "Sight", "states_of", "with_counters"]
+__all__ = ["POLLED", "EntryKey", "EventKind", "Seen", "Sight", "states_of", "with_counters"]
 
+EntryKey: TypeAlias = tuple[Place, TupleKey, int]
+"""Place, original tuple, zone: what is unique at one time."""
 POLLED: Final = 128
 """Added to an `EventKind`: found by comparing two readings."""
 
@@ -79,7 +81,7 @@ class Seen:
     def __init__(
         self,
         place: Place,
-        key: tuple[Place, TupleKey, int],
+        key: EntryKey,
         let_out: TupleKey,
         record: Record,
         at: float,

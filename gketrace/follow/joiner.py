@@ -9,49 +9,21 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from itertools import count
 from typing import Final
 
-from gketrace.connections import (
-    Half,
-    Place,
-    PlaceEntries,
-    TupleKey,
-    join_connections,
-    record_keys,
-)
-from gketrace.conntrack_records import HAS_COUNTERS, STATE_NAMES, Record
-from gketrace.follow.entries import POLLED, EventKind, Seen
+from gketrace.connections import Place, TupleKey, record_keys
+from gketrace.conntrack_records import HAS_COUNTERS, Record
+from gketrace.follow.entries import POLLED, EntryKey, EventKind, Seen
 from gketrace.follow.flow import Flow
 from gketrace.follow.generations import Generations
 from gketrace.follow.model import Followed, Limits, Phase, Step
-from gketrace.follow.outcome import judge
+from gketrace.follow.places import Here
+from gketrace.follow.recording import records_of, step_of
+from gketrace.follow.remembered import Remembered
 from gketrace.packet import IPAddress
 
 __all__ = ["Followed", "Joiner", "Limits", "Phase", "Step"]
-
-
-class _Here:
-    """One place."""
-
-    __slots__ = ("after", "complete", "counts", "heard", "live", "met", "recovering")
-
-    def __init__(self) -> None:
-        self.after = 0.0
-        """What is fed now happened after that."""
-        self.counts = False
-        """Its kernel counts packets and bytes."""
-        self.recovering = False
-        """Events were lost, and the table has not been read since."""
-        self.heard = 0.0
-        """By its clock: everything before has come."""
-        self.complete = False
-        """All that is there is known."""
-        self.live: dict[tuple[Place, TupleKey, int], Seen] = {}
-        """Entries that were not destroyed, by their original tuple and zone."""
-        self.met: set[tuple[Place, TupleKey, int]] = set()
-        """Those of a reading of the whole table that is under way, or that came since."""
 
 
 class Joiner:
@@ -67,12 +39,10 @@ class Joiner:
         """`owner` as for `join_connections`.  `steps`: keep each event for `steps`."""
         self._owner = owner
         self._limits: Final = limits or Limits()
-        self._places: dict[Place, _Here] = {}
+        self._places: dict[Place, Here] = {}
         self._flows: dict[int, Flow] = {}
         self._generations = Generations(self._limits.skew)
-        self._over: dict[int, float] = {}
-        """Entries that were told, by a hash of them: until when they are remembered."""
-        self._over_order: list[tuple[float, int]] = []
+        self._over = Remembered(self._limits.remembered)
         self._due: list[tuple[float, int, Flow]] = []
         self._next = 1
         self._ties = count()
@@ -162,7 +132,7 @@ class Joiner:
 
     def told(self, now: float) -> list[Followed]:
         """What is news by `now`."""
-        self._forget(now)
+        self._over.forget(now)
         while self._due and self._due[0][0] <= now:
             when, _, flow = heapq.heappop(self._due)
             if flow.merged is not None or flow.due != when:
@@ -239,8 +209,8 @@ class Joiner:
 
     def _event(
         self,
-        here: _Here,
-        key: tuple[Place, TupleKey, int],
+        here: Here,
+        key: EntryKey,
         let_out: TupleKey,
         kind: int,
         record: Record,
@@ -260,10 +230,9 @@ class Joiner:
             raise ValueError(f"{kind} is no kind of event")
         here.met.add(key)
         if known is None:
-            token = _token(key, record)
             if kind == EventKind.NEW:
-                self._over.pop(token, None)
-            elif token in self._over:
+                self._over.remove(key, record)
+            elif self._over.has(key, record):
                 return None
             began = at if kind == EventKind.NEW else None
             known = Seen(key[0], key, let_out, record, at, began, here.after)
@@ -283,17 +252,16 @@ class Joiner:
 
     def _ended(
         self,
-        here: _Here,
+        here: Here,
         known: Seen | None,
-        key: tuple[Place, TupleKey, int],
+        key: EntryKey,
         let_out: TupleKey,
         record: Record,
         at: float,
     ) -> Seen | None:
         here.met.discard(key)
-        token = _token(key, record)
-        told = token in self._over
-        self._remember(token, at + self._limits.late)  # it may come twice
+        told = self._over.has(key, record)
+        self._over.add(key, record, at + self._limits.late)  # it may come twice
         if known is not None:
             del here.live[key]
             known.end(record, at)
@@ -386,81 +354,19 @@ class Joiner:
             here = self._places.get(one.place)
             if one.ended is None and here is not None and here.live.get(one.key) is one:
                 del here.live[one.key]
-                self._remember(_token(one.key, one.record), until)
-
-    def _remember(self, token: int, until: float) -> None:
-        self._over[token] = until
-        heapq.heappush(self._over_order, (until, token))
-
-    def _forget(self, now: float) -> None:
-        order = self._over_order
-        while order and (order[0][0] <= now or len(self._over) > self._limits.remembered):
-            until, token = heapq.heappop(order)
-            if self._over.get(token) == until:
-                del self._over[token]
+                self._over.add(one.key, one.record, until)
 
     def _records(self, flow: Flow, phase: Phase, now: float) -> list[Followed]:
-        """Usually one; several where the entries do not say what belongs together."""
-        by_place: dict[Place, list[Record]] = {place: [] for place in self._places}
-        by_record: dict[int, Seen] = {}
-        for one in flow.seen:
-            by_place.setdefault(one.place, []).append(one.record)
-            by_record[id(one.record)] = one
-        tables = [
-            PlaceEntries(
-                place=place,
-                entries=records,
-                complete=(here := self._places.get(place)) is not None
-                and here.complete
-                and here.heard >= flow.first_heard,  # else its event may be on the way
-            )
-            for place, records in by_place.items()
-        ]
-        found = []
-        for connection in join_connections(tables, self._owner):
-            seen = [by_record[id(half.seen)] for half in connection.halves]
-            # Decoded once: what a half has is asked for again and again.
-            halves = tuple(Half(one.place, one.entry, one.reversed) for one in connection.halves)
-            connection = replace(connection, halves=halves)
-            sights = tuple(one.sight() for one in seen)
-            begun = [one.began for one in seen if one.began is not None]
-            over = [one.over_at for one in seen if one.over_at is not None]
-            found.append(
-                Followed(
-                    number=flow.number,
-                    phase=phase,
-                    connection=connection,
-                    sights=sights,
-                    judgement=judge(connection, sights, now=now, protocol=seen[0].record.protocol),
-                    began=min(begun, default=None),
-                    ended=max(over, default=None) if phase is Phase.CLOSED else None,
-                )
-            )
-        return found
+        return records_of(flow, phase, now, self._places, self._owner)
 
     def _keep_step(self, one: Seen, kind: int, at: float) -> None:
         assert self._steps is not None
         flow = self._generations.flow(one)
-        if flow is None or flow.done:
-            return
-        state = one.record.state
-        self._steps.append(
-            Step(
-                number=flow.number,
-                at=at,
-                place=one.place,
-                kind=EventKind(kind & ~POLLED),
-                polled=bool(kind & POLLED),
-                state=STATE_NAMES[state] if state < len(STATE_NAMES) else "",
-            )
-        )
+        if flow is not None and not flow.done:
+            self._steps.append(step_of(flow, one, kind, at))
 
-    def _here(self, place: Place) -> _Here:
+    def _here(self, place: Place) -> Here:
         here = self._places.get(place)
         if here is None:
-            here = self._places[place] = _Here()
+            here = self._places[place] = Here()
         return here
-
-
-def _token(key: tuple[Place, TupleKey, int], record: Record) -> int:
-    return hash((key, record.id))
