@@ -183,7 +183,7 @@ class _Entered:
     def __enter__(self) -> Any:
         audit, guard = self._audit, self._guard
         metadata = self._context.invocation_metadata()
-        caller = audit.caller = LOCAL if self._local else guard.caller(metadata)
+        caller = audit.caller = LOCAL if self._local else guard.caller(metadata, audit.peer)
         slot = guard.admit(caller, audit.call)
         slot.__enter__()
         self._slot = slot

@@ -15,10 +15,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from e2e.kubeapi.harness import until
 from gketrace.access import AGENT_NAMESPACE, CallClass, server_name
 from gketrace.errors import ExhaustedError, UnavailableError
 from gketrace_agent.access.bounds import Bounds
-from gketrace_agent.access.cache import Cache
+from gketrace_agent.access.cache import FOLLOWERS, Cache
 from gketrace_agent.config import Limits
 from gketrace_agent.kernel.memory import used_memory
 from gketrace_agent.tls import Certificate
@@ -264,11 +265,74 @@ class TestCache:
         threads = [threading.Thread(target=cache.get, args=("a", ask)) for _ in range(8)]
         for thread in threads:
             thread.start()
-        while not asked:
-            time.sleep(0.01)
-        with pytest.raises(ExhaustedError, match="too many callers wait"):
-            cache.get("b", ask)
+        until(lambda: asked, seconds=10)
         go.set()
         for thread in threads:
             thread.join()
         assert len(asked) == 1
+
+    def test_so_many_wait_for_one_answer(self) -> None:
+        cache: Cache[str, int] = Cache(2)
+        go = threading.Event()
+        refused: list[str] = []
+
+        def get() -> None:
+            try:
+                cache.get("a", lambda: (int(go.wait(10)), 10.0))
+            except ExhaustedError as error:
+                refused.append(error.message)
+
+        threads = [threading.Thread(target=get) for _ in range(FOLLOWERS + 3)]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(refused) == 2, seconds=10)
+        go.set()
+        for thread in threads:
+            thread.join()
+        assert refused == ["too many callers wait for the API server's word on them"] * 2
+
+    def test_bad_answers_push_out_no_good_ones(self) -> None:
+        cache: Cache[str, int] = Cache(2, good=lambda value: value > 0)
+        assert cache.get("a", lambda: (1, 10.0)) == 1
+        for n in range(5):
+            assert cache.get(f"forged {n}", lambda: (0, 10.0)) == 0
+        assert len(cache) == 3
+        assert cache.get("a", lambda: (2, 10.0)) == 1
+
+    def test_who_is_refused_now_is_known_no_longer(self) -> None:
+        now = [0.0]
+        cache: Cache[str, int] = Cache(2, good=lambda value: value > 0, clock=lambda: now[0])
+        assert cache.get("a", lambda: (1, 10.0)) == 1
+        now[0] = 10.0
+        assert cache.get("a", lambda: (0, 5.0)) == 0
+        assert cache.get("a", lambda: (1, 10.0)) == 0
+        now[0] = 15.0
+        assert cache.get("a", lambda: (1, 10.0)) == 1
+
+    def test_a_known_key_is_asked_before_a_crowd(self) -> None:
+        """Its answer's time is over, and as many as may wait for others' seats."""
+        now = [0.0]
+        cache: Cache[str, int] = Cache(8, asking=4, clock=lambda: now[0])
+        assert cache.get("known", lambda: (1, 10.0)) == 1
+        now[0] = 10.0
+        go = threading.Event()
+        asked: list[str] = []
+
+        def forged(key: str) -> None:
+            def ask() -> tuple[int, float]:
+                asked.append(key)
+                go.wait(10)
+                return 0, 0.0
+
+            cache.get(key, ask, key)
+
+        threads = [threading.Thread(target=forged, args=(f"{n}",)) for n in range(12)]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(asked) == 3, seconds=10)
+        assert cache.get("known", lambda: (2, 10.0)) == 2
+        assert len(asked) == 3
+        go.set()
+        for thread in threads:
+            thread.join()
+        assert len(asked) == 12

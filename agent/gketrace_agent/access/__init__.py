@@ -2,6 +2,7 @@
 
 * ``apiserver``   the Kubernetes API as the agent's own ServiceAccount.
 * ``cache``       answers for a while, at most so many, one question at a time for each key.
+* ``seats``       who asks now: the known before others, others in turn.
 * ``identity``    bearer token → `Caller`, by TokenReview.
 * ``permission``  `Caller`, call and target → allowed or not, by SubjectAccessReview.
 * ``scope``       what of a reply a caller may see who has permission for some namespaces only.

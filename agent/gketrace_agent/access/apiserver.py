@@ -24,8 +24,8 @@ _SECONDS: Final = 5.0
 _REPLY_BYTES: Final = 64 << 20
 _TOKEN_SECONDS: Final = 60.0
 """The kubelet renews the token's file long before it expires."""
-_IDLE: Final = 4
-"""Connections kept."""
+_IDLE: Final = 8
+"""Connections kept: as many as ask at once in a crowd, as a new one costs a handshake."""
 
 
 class KubeApi:

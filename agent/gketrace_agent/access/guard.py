@@ -97,7 +97,7 @@ class Guard:
         """Whether callers are asked who they are."""
         return self._identities is not None
 
-    def caller(self, metadata: Iterable[tuple[str, Any]]) -> Caller:
+    def caller(self, metadata: Iterable[tuple[str, Any]], peer: str = "") -> Caller:
         """Raises `UnauthenticatedError`, `UnavailableError`."""
         if self._identities is None:
             return LOCAL
@@ -106,7 +106,7 @@ class Guard:
             if key == "authorization" and isinstance(value, str):
                 scheme, _, rest = value.partition(" ")
                 token = rest.strip() if scheme.lower() == "bearer" else ""
-        return self._identities.caller(token)
+        return self._identities.caller(token, peer)
 
     def admit(self, caller: Caller, method: str) -> AbstractContextManager[None]:
         need = METHODS.get(method)

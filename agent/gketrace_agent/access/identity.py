@@ -26,6 +26,7 @@ _REFUSED_SECONDS: Final = 30.0
 _CACHED: Final = 1024
 _TOKEN_BYTES: Final = 8192
 _SERVICE_ACCOUNT: Final = "system:serviceaccount:"
+_LOOPBACK: Final = ("ipv4:127.0.0.1", "ipv6:[::1]", "ipv6:%5B::1%5D")
 _CREDENTIAL: Final = "authentication.kubernetes.io/credential-id"
 
 
@@ -60,16 +61,21 @@ class Identities:
     ) -> None:
         self._api = api
         self._audience = access.audience(node)
-        self._cache: Cache[bytes, Caller | str] = Cache(_CACHED, clock=clock)
+        self._cache: Cache[bytes, Caller | str] = Cache(
+            _CACHED, good=lambda found: isinstance(found, Caller), clock=clock
+        )
 
-    def caller(self, token: str) -> Caller:
-        """Raises `UnauthenticatedError`; `UnavailableError` when nobody can tell."""
+    def caller(self, token: str, peer: str = "") -> Caller:
+        """`peer`: as gRPC names it; who wait for their token's review have their turns by it.
+
+        Raises `UnauthenticatedError`; `UnavailableError` when nobody can tell.
+        """
         why = self._obviously_wrong(token)
         if why:
             raise UnauthenticatedError(why)
         key = hashlib.sha256(token.encode()).digest()
         try:
-            found = self._cache.get(key, lambda: self._review(token))
+            found = self._cache.get(key, lambda: self._review(token), _origin(peer))
         except GketraceError as error:
             raise UnavailableError(
                 f"{access.DENIED}the caller's token could not be reviewed: {error.message}",
@@ -137,6 +143,13 @@ class Identities:
         claims = _claims(token) or {}
         left = float(claims.get("exp", 0)) - time.time()
         return caller, min(_VALID_SECONDS, left)
+
+
+def _origin(peer: str) -> str:
+    """Whose turn it is: a host's, however many connections it makes.  All port-forwards come from
+    the node itself: there it is the connection's."""
+    host = peer.rpartition(":")[0]
+    return peer if host in _LOOPBACK else host
 
 
 def _claims(token: str) -> dict[str, Any] | None:

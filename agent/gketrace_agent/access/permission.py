@@ -50,7 +50,7 @@ class Permissions:
     def __init__(self, api: KubeApi, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._api = api
         self._cache: Cache[tuple[str, str, tuple[str, ...], Action], bool] = Cache(
-            _CACHED, asking=16, clock=clock
+            _CACHED, asking=16, good=bool, clock=clock
         )
 
     def may(self, caller: Caller, action: Action) -> bool:
@@ -59,7 +59,7 @@ class Permissions:
             return True
         key = (caller.user, caller.uid, caller.groups, action)
         try:
-            return self._cache.get(key, lambda: self._review(caller, action))
+            return self._cache.get(key, lambda: self._review(caller, action), caller.user)
         except GketraceError as error:
             raise UnavailableError(
                 f"{access.DENIED}whether {caller.user} may {action} could not be asked: "
