@@ -12,7 +12,7 @@ from gketrace.connections import Place as JoinPlace
 from gketrace.conntrack import ConntrackEntry
 from gketrace.conntrack_records import Record, records_from_bytes
 from gketrace.errors import GketraceError
-from gketrace.packet import Protocol
+from gketrace.packet import IPAddress, Protocol
 from gketrace.trace import Missing
 from gketrace_cli.addressbook import AddressBook
 from gketrace_cli.agreement import Agreement, Comparison, compare_entries
@@ -53,6 +53,8 @@ class Joined:
     """Whose address it begins at; empty: nobody's in the cluster."""
     door: str
     end: str
+    strangers: tuple[str, str, str]
+    """What those of the three are that are nobody's (`AddressBook.stranger`)."""
     standing: Standing | None
     """Beside its Service's EndpointSlices; None: no Service was asked for."""
     remarks: tuple[str, ...]
@@ -296,14 +298,30 @@ def _joined(
             now = f"; the address is {owner}'s now" if owner else ""
             remarks.insert(0, f"{standing.value}: {why}{now}")
     first, last = one.first, one.last
+    ends = one.halves[0].place, one.halves[-1].place
+    client = _itself(first.src, ends[0]) or book.host(first.src)
+    door = _itself(first.dst, ends[0]) or book.door(first.dst, first.dport, first.protocol)
+    end = _itself(last.dst, ends[1]) or book.host(last.dst)
     return Joined(
         connection=one,
-        client=book.host(first.src),
-        door=book.door(first.dst, first.dport, first.protocol),
-        end=book.host(last.dst),
+        client=client,
+        door=door,
+        end=end,
+        strangers=(
+            "" if client else book.stranger(first.src),
+            "" if door else book.stranger(first.dst),
+            "" if end else book.stranger(last.dst),
+        ),
         standing=standing,
         remarks=tuple(remarks),
     )
+
+
+def _itself(address: IPAddress, place: JoinPlace) -> str:
+    """Whose loopback address it is that an entry of `place` has; empty: it is none."""
+    if not address.is_loopback:
+        return ""
+    return f"pod/{place.pod}" if place.pod else f"node/{place.node}"
 
 
 def _key(connection: Connection) -> tuple[int, int, int, int, int]:

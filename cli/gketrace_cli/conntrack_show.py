@@ -298,13 +298,18 @@ def show_statistics(
 
 def read_book(session: Session) -> tuple[AddressBook, tuple[Missing, ...]]:
     """Names for addresses, as far as the API tells them."""
+    nodes = session.nodes
+    seen = {
+        node.name: [one.address for one in session.fleet.addresses(node.name)] for node in nodes
+    }
     try:
         read = session.read({"pods": session.cluster.pods, "services": session.cluster.services})
     except GketraceError as error:
         why = f"addresses have no names: {error.message}"
-        book = AddressBook(nodes=session.nodes, pods=(), services=())
+        book = AddressBook(nodes=nodes, pods=(), services=(), seen=seen)
         return book, (Missing(what="names", why=why),)
-    return AddressBook(nodes=session.nodes, pods=read["pods"], services=read["services"]), ()
+    pods, services = read["pods"], read["services"]
+    return AddressBook(nodes=nodes, pods=pods, services=services, seen=seen), ()
 
 
 def _title(place: Place) -> str:

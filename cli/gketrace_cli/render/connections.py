@@ -116,9 +116,8 @@ def _draw_connection(page: Page, one: Joined) -> None:
     if (last.dst, last.dport) != (first.dst, first.dport):
         way.append(_end(last))
     page.line(f"{protocol_name(first.protocol)}  {' -> '.join(way)}", "bold", hang=5)
-    names = [one.client or "outside", one.door or "outside"]
-    if len(way) > 2:
-        names.append(one.end or "outside")
+    owners = zip((one.client, one.door, one.end), one.strangers, strict=True)
+    names = [owner or stranger for owner, stranger in owners][: len(way)]
     if one.age is not None:
         names[-1] += f", for {duration_text(one.age)}"
     page.line(page.short(" -> ".join(names)), "dim", indent=5, hang=2)
