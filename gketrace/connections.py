@@ -369,6 +369,8 @@ def _unseen(
     whole: frozenset[str],
 ) -> list[Unseen]:
     """Which end's node was read whole and has nothing of these packets."""
+    if _may_stay_inside(entries, key, node_of):
+        return []
     nodes = {entries.halves[number][0].node for number in around if not _pod(entries, number)}
     wanted = dict.fromkeys((node_of(key[0]), node_of(key[1])))
     return [
@@ -376,6 +378,30 @@ def _unseen(
         for node in wanted
         if node and node in whole and node not in nodes
     ]
+
+
+def _may_stay_inside(entries: _Entries, key: TupleKey, node_of: Callable[[bytes], str]) -> bool:
+    """Whether these packets may never have left one network namespace, so that the node's own has
+    no entry of them: over loopback, or between a program in a pod and a translation of that pod's
+    own, as the REDIRECT to a service mesh's proxy is."""
+    source, destination = key[0], key[1]
+    if source == destination or _loopback(source) or _loopback(destination):
+        return True
+    before, behind = entries.out_of.get(key, ()), entries.into.get(key, ())
+    if before and behind:
+        return False
+
+    def inside(number: int, end: bytes) -> bool:
+        place = entries.halves[number][0]
+        return bool(place.pod) and node_of(end) == place.node
+
+    return any(inside(number, destination) for number in before) or any(
+        inside(number, source) for number in behind
+    )
+
+
+def _loopback(raw: bytes) -> bool:
+    return raw[0] == 127 if len(raw) == 4 else _address(raw).is_loopback
 
 
 def _pod(entries: _Entries, number: int) -> bool:

@@ -24,7 +24,7 @@ from gketrace.conntrack import ConntrackEntry, CtStatus
 from gketrace.conntrack_records import Record, record_of
 from gketrace.packet import IPAddress, Protocol, Tuple5
 
-SHAPES = "nodeport nodeport local clusterip clusterip hairpin direct out ping".split()
+SHAPES = "nodeport nodeport local clusterip clusterip hairpin direct out ping mesh".split()
 """Of the connections that are made; the common ones twice."""
 Seen: TypeAlias = ConntrackEntry | Record
 address = cache(ip_address)
@@ -156,6 +156,23 @@ class Cluster:
                     entry(first, replace(first, src=ip_address(self.node_ip(a)))),
                 )
             )
+        elif shape == "mesh":
+            # Both pods' proxies: each app's connection is redirected to the proxy inside the pod
+            # (REDIRECT; 127.0.0.1 in OUTPUT), and the proxy's own goes on from there.
+            sport = self.snat_port()
+            mine = str(IPv4Address(0x0A280000 + a * 256 + 180 + self.port // 60000))
+            first = tuple5(mine, sport, vip, 80)
+            self.add(
+                (self.pod(a, 1001), entry(first, tuple5(mine, sport, "127.0.0.1", 15001))),
+            )
+            taken = tuple5(client, port, self.node_ip(a), 30083)
+            wire = tuple5(self.node_ip(a), sport, server, 8080)
+            self.add(
+                (self.host(a), entry(taken, wire)),
+                *((self.host(n), entry(wire)) for n in (b,) if b != a),
+                (self.pod(b, pod), entry(wire, replace(wire, dport=15006))),
+            )
+            self.add((self.pod(b, pod), entry(tuple5("127.0.0.6", sport, server, 8080))))
         else:
             wire = tuple5(client, port, server, 0, Protocol.ICMP)
             self.add((self.host(b), entry(wire)), *((p, entry(wire)) for p in inside))
