@@ -17,11 +17,13 @@ from gketrace.errors import UsageError
 from gketrace.quick import quick
 
 __all__ = [
+    "PORT_PROTOCOLS",
     "IPAddress",
     "Packet",
     "Protocol",
     "TcpFlags",
     "Tuple5",
+    "parse_address",
     "protocol_name",
     "protocol_number",
 ]
@@ -257,6 +259,3 @@ def parse_address(text: str) -> IPAddress:
         return ip_address(text.strip().removeprefix("[").removesuffix("]"))
     except ValueError:
         raise UsageError(f"not an IP address: {text!r}") from None
-
-
-__all__ += ["PORT_PROTOCOLS", "parse_address"]

@@ -13,7 +13,16 @@ from gketrace.packet import IPAddress
 from gketrace.snapshot import IPNetwork
 from gketrace.trace import Citation, Source
 
-__all__ = ["NodeFacts", "Owner", "OwnerKind", "PodFacts", "SeenAddress", "ServiceFacts", "Topology"]
+__all__ = [
+    "NodeFacts",
+    "Owner",
+    "OwnerKind",
+    "PodFacts",
+    "SeenAddress",
+    "ServiceFacts",
+    "Topology",
+    "cite_object",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +204,3 @@ def _seen(topology: Topology) -> Iterable[tuple[IPAddress, Owner]]:
     for address, owners in claims.items():
         if len(owners) == 1:
             yield address, owners[0]
-
-
-__all__ += ["cite_object"]

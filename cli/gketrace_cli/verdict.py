@@ -31,11 +31,12 @@ __all__ = [
     "Verdict",
     "judge_pod",
     "judge_service",
-    "new_connections",
     "judge_trace",
-    "with_live",
+    "new_connections",
+    "outcome_text",
     "path_standing",
     "target_text",
+    "with_live",
 ]
 
 
@@ -176,7 +177,7 @@ def judge_service(name: str, answers: Sequence[Answer], missing: Sequence[Missin
             text = f"Could not see all of {name}: {fine} of {ways} ways lead to {_ends(judged)}"
         if unknown and not _absent(missing):
             question, path = unknown[0]
-            text += f"; {_way(question)} is {_uncertain(question, path)}"
+            text += f"; {_way(question)} is {_uncertain(path)}"
     else:
         fine = by_way[Standing.FINE]
         if not fine:
@@ -263,7 +264,7 @@ def judge_trace(answer: Answer, missing: Sequence[Missing]) -> Verdict:
         if code is ExitCode.OK:
             code = ExitCode.BROKEN
     elif unsure is not None:
-        text = f"{way}: could not tell: {_uncertain(question, unsure)}"
+        text = f"{way}: could not tell: {_uncertain(unsure)}"
     elif not answer.paths:
         text = f"{way}: could not tell"
     else:
@@ -326,7 +327,7 @@ def _unanswered(endpoint: str, reply: Path) -> str:
     return f"delivered to {endpoint}, and the answer {verb} {outcome_text(reply)}"
 
 
-def _uncertain(question: Question, path: Path) -> str:
+def _uncertain(path: Path) -> str:
     if path.missing:
         return f"not seen whole ({path.missing[0]})"
     if path.outcome.disposition in SUCCESS and path.reply is not None:
@@ -353,6 +354,3 @@ def _also_missing(text: str, missing: Sequence[Missing]) -> str:
     if nodes:
         return f"{text}; not everything was seen: no agent answers on {', '.join(nodes)}."
     return f"{text}; not everything was seen: {missing[0]}."
-
-
-__all__ += ["outcome_text"]

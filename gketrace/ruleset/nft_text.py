@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeAlias
 
-__all__ = ["expression_text", "rule_text", "statement_text"]
+__all__ = ["element_text", "expression_text", "rule_text", "statement_text"]
 
 Json: TypeAlias = Any
 
@@ -416,6 +416,3 @@ def _items(body: Json) -> list[Json]:
 
 def _listed(value: Json) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
-
-
-__all__ += ["element_text"]

@@ -13,6 +13,7 @@ __all__ = [
     "flags_text",
     "integer",
     "interval",
+    "interval_text",
     "quote",
     "tokenize",
     "value_mask",
@@ -127,6 +128,3 @@ def value_mask(text: str, default: int = 0xFFFFFFFF, high: int = 0xFFFFFFFF) -> 
 def flags_text(parts: Iterable[tuple[bool, str]]) -> str:
     """The words whose condition holds, with a space before each."""
     return "".join(f" {word}" for condition, word in parts if condition)
-
-
-__all__ += ["interval_text"]

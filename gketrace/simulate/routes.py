@@ -12,7 +12,7 @@ from gketrace.simulate.state import PacketState
 from gketrace.snapshot import PolicyRule
 from gketrace.trace import Citation, Disposition, Hook, Source, Step, StepAction, StepKind
 
-__all__ = ["reroute", "route_input", "routed_input", "send"]
+__all__ = ["decision_steps", "reroute", "route_input", "routed_input", "send"]
 
 _FAILURES: Final = {
     RouteKind.UNREACHABLE: Disposition.UNREACHABLE,
@@ -257,6 +257,3 @@ def _output(cursor: Cursor, *, source: bool, any_source: bool = False) -> tuple[
         uid=cursor.state.uid,
         any_source=any_source,
     )
-
-
-__all__ += ["decision_steps"]

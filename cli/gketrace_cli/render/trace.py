@@ -211,7 +211,7 @@ def _draw_answer(page: Page, number: int, answer: Answer, *, telling: bool = Fal
         last = _draw_steps(page, flat[shared:], hop)
         _draw_end(page, answer, path)
         if path.reply is not None:
-            _draw_back(page, path, path.reply, last + 1)
+            _draw_back(page, path.reply, last + 1)
 
 
 def _flatten(path: Path, start: int = 0) -> list[_Flat]:
@@ -286,7 +286,7 @@ def _draw_end(page: Page, answer: Answer, path: Path) -> None:
         page.entry("new ones", page.short(f"(not of this connection) {ends}"))
 
 
-def _draw_back(page: Page, path: Path, reply: Path, start: int) -> None:
+def _draw_back(page: Page, reply: Path, start: int) -> None:
     """The answer's way; in brief when it comes back as it should."""
     page.line("and back:", "bold", indent=3)
     back = reply.outcome

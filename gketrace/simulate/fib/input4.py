@@ -218,8 +218,7 @@ def _full_check(
         flow.mark = 0
     cited = view.conf_citations(4, "rp_filter", "all", iif) if mode else ()
     answers = [
-        _reverse(tables, packet, flow, device, mode, outcome, cited)
-        for outcome in tables.lookup(flow)
+        _reverse(tables, packet, device, mode, outcome, cited) for outcome in tables.lookup(flow)
     ]
     first = answers[0]
     kinds = {answer.refused.kind if answer.refused else None for answer in answers}
@@ -231,7 +230,6 @@ def _full_check(
 def _reverse(
     tables: Ipv4Tables,
     packet: Packet,
-    flow: Flow,
     device: Link,
     mode: int,
     outcome: RuleOutcome,

@@ -196,7 +196,7 @@ class Ipv4Tables:
             for hop, share in shares(alive)
         ] or [Choice(route, first)]
 
-    def default_choices(self, hit: Hit, flow: Flow) -> list[Choice]:
+    def default_choices(self, hit: Hit) -> list[Choice]:
         """fib_select_default: among equal default routes by the state of their gateways."""
         route, first = hit.route, hit.hop
         if route is None or first is None:

@@ -90,7 +90,7 @@ def _outcome(
     elif len(hit.route.next_hops) > 1:
         choices = tables.choices(hit, flow.src)
     else:
-        choices = tables.default_choices(hit, flow)
+        choices = tables.default_choices(hit)
     decisions: list[RouteDecision] = []
     for choice in tables.with_gateways(choices):
         src = flow.src or _number(tables.prefsrc(choice.route, choice.hop))

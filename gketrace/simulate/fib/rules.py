@@ -16,8 +16,6 @@ from gketrace.trace import Citation, Source
 
 __all__ = ["Flow", "RuleOutcome", "RuleTable", "rule_citation", "render_rule"]
 
-TABLE_UNSPEC = 0
-
 _ACTION_ERROR = {
     PolicyAction.UNREACHABLE: "ENETUNREACH",
     PolicyAction.PROHIBIT: "EACCES",

@@ -43,11 +43,10 @@ class PrefixIndex(Generic[T]):
     Built in one pass: one dictionary for each prefix length that occurs.
     """
 
-    __slots__ = ("_bits", "_levels")
+    __slots__ = ("_levels",)
 
     def __init__(self, bits: int, entries: Iterable[tuple[int, int, T]]) -> None:
         """`entries`: network address as a number, prefix length, value; order is kept."""
-        self._bits = bits
         levels: dict[int, dict[int, list[T]]] = {}
         for network, length, value in entries:
             shift = bits - length

@@ -20,6 +20,7 @@ __all__ = [
     "is_tracked",
     "negation",
     "only_options",
+    "quote",
     "within",
 ]
 
@@ -91,6 +92,3 @@ def negation(negated: bool) -> str:
 def is_tracked(state: PacketState) -> bool:
     """Does the packet have an nf_conn?  Not in raw, not when INVALID or UNTRACKED."""
     return state.ct is not None and state.ct.orig is not None
-
-
-__all__ += ["quote"]

@@ -11,7 +11,7 @@ from gketrace.simulate.nft.sets import Element, Elements, Key
 from gketrace.simulate.nft.values import BREAK, Branch, NotKnown, Value, merged
 from gketrace.simulate.state import SetChange
 
-__all__ = ["Found", "change_name", "element_key", "find_data", "find_element"]
+__all__ = ["Found", "as_key", "change_name", "element_key", "find_data", "find_element", "opened"]
 
 Json: TypeAlias = Any
 Found: TypeAlias = tuple[Element | str, bool]
@@ -129,6 +129,3 @@ def _one(
 
 def _unknown_of(key: Key) -> str:
     return "; ".join(part.reason for part in key if isinstance(part, NotKnown))
-
-
-__all__ += ["as_key", "opened"]

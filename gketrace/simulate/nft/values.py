@@ -21,6 +21,7 @@ __all__ = [
     "combine",
     "merged",
     "not_known",
+    "times",
 ]
 
 
@@ -128,6 +129,3 @@ def merged(branches: Iterable[Branch]) -> tuple[Branch, ...]:
         total = None if both[0] is None or both[1] is None else both[0] + both[1]
         found[branch.value] = Branch(branch.value, total, known.drawn, known.note)
     return tuple(found.values())
-
-
-__all__ += ["times"]
