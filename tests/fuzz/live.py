@@ -42,6 +42,10 @@ __all__ = [
 
 _ID: Final = "ab" * 32
 _UID: Final = "11fe6a9c-6bfb-4f1c-9c2b-2f1c1d4b5a66"
+_ENDING: Final = 4_194_300
+"""A PID."""
+_ASKED: Final = 25
+"""Inputs for which the same client asks."""
 _CRI: Final = (
     "Version",
     "ListPodSandbox",
@@ -92,23 +96,56 @@ class _Runtime(grpc.GenericRpcHandler):
         return grpc.unary_unary_rpc_method_handler(answer)
 
 
+def _make_proc(folder: Path) -> Path:
+    """A /proc with few processes, however many the machine has: the real PID 1, this one, and one
+    of the pod that is about to end: all but its namespaces is there."""
+    folder.mkdir()
+    for name in ("1", str(os.getpid()), "self", "thread-self", "sys"):
+        (folder / name).symlink_to(f"/proc/{name}")
+    ending = folder / str(_ENDING)
+    ending.mkdir()
+    fields = " ".join(["0"] * 18 + ["7"] + ["0"] * 30)
+    (ending / "stat").write_text(f"{_ENDING} (app) S {fields}\n")
+    (ending / "comm").write_text("app\n")
+    (ending / "cmdline").write_bytes(b"/app\0")
+    (ending / "cgroup").write_text(f"0::/kubepods/pod{_UID}/{_ID}\n")
+    return folder
+
+
+class _Runtimes:
+    """The runtime, and who asks it: somebody new now and then, as they remember its version."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="gkfuzz")
+        self._socket = Path(self._folder.name, "cri.sock")
+        self._paths = HostPaths(proc=_make_proc(Path(self._folder.name, "proc")))
+        self.runtime = _Runtime()
+        self._server = grpc.server(ThreadPoolExecutor(8), handlers=(self.runtime,))
+        self._server.add_insecure_port(f"unix:{self._socket}")
+        self._server.start()
+        self._asked = 0
+        self._resolver: Resolver | None = None
+
+    def resolver(self) -> Resolver:
+        if self._asked % _ASKED == 0 or self._resolver is None:
+            if self._resolver is not None:
+                self._resolver.close()
+            self._resolver = Resolver(self._paths, "fuzz", runtime_sockets=(self._socket,))
+        self._asked += 1
+        return self._resolver
+
+    def stop(self) -> None:
+        if self._resolver is not None:
+            self._resolver.close()
+        self._server.stop(0).wait()
+        self._folder.cleanup()
+
+
 @functools.cache
-def _runtime() -> tuple[_Runtime, Resolver]:
-    folder = tempfile.TemporaryDirectory(prefix="gkfuzz")
-    socket = Path(folder.name, "cri.sock")
-    runtime = _Runtime()
-    server = grpc.server(ThreadPoolExecutor(8), handlers=(runtime,))
-    server.add_insecure_port(f"unix:{socket}")
-    server.start()
-    resolver = Resolver(HostPaths(), "fuzz", runtime_sockets=(socket,))
-
-    def stop() -> None:
-        resolver.close()
-        server.stop(0).wait()
-        folder.cleanup()
-
-    atexit.register(stop)
-    return runtime, resolver
+def _runtimes() -> _Runtimes:
+    made = _Runtimes()
+    atexit.register(made.stop)
+    return made
 
 
 def cri_seeds() -> list[bytes]:
@@ -117,8 +154,9 @@ def cri_seeds() -> list[bytes]:
     for info in (
         '{"pid": 1, "netNamespaceClosed": false, "runtimeSpec": {"linux": {"namespaces": '
         '[{"type": "network", "path": "/var/run/netns/x"}]}}, "runtimeHandler": "runc"}',
-        '{"pid": 4194300, "runtimeSpec": {"linux": null}}',
+        f'{{"pid": {_ENDING}, "runtimeSpec": {{"linux": null}}}}',
         "[1]",
+        "[" * 5000,
         "",
     ):
         found.append(
@@ -158,9 +196,9 @@ def cri_seeds() -> list[bytes]:
 
 
 def resolve(data: bytes) -> None:
-    runtime, resolver = _runtime()
-    runtime.answers = dict(zip(_CRI, _unpack(data), strict=False))
-    with resolver.resolve(PodRef(namespace="n", name="p", uid=_UID), timeout=1.0):
+    runtimes = _runtimes()
+    runtimes.runtime.answers = dict(zip(_CRI, _unpack(data), strict=False))
+    with runtimes.resolver().resolve(PodRef(namespace="n", name="p", uid=_UID), timeout=1.0):
         raise AssertionError("a pod that is not there was found")
 
 

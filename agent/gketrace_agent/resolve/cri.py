@@ -218,7 +218,7 @@ def _info(info: Any) -> dict[str, Any]:
     """The JSON under the key ``info``; what is not a JSON object counts as nothing said."""
     try:
         found = json.loads(info.get("info", "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
