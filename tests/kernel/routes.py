@@ -61,40 +61,56 @@ class Result:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the kernel of one random namespace said."""
+
+    label: str
+    snapshot: NetnsSnapshot
+    queries: list[Query]
+    answers: list[Answer]
+
+
 def run(cases: int, seed: int, families: tuple[int, ...] = (4, 6)) -> Result:
     """Runs `cases` queries in as many random namespaces as that takes."""
     result = Result()
-    number = 0
     while result.cases < cases:
-        random = Random(f"{seed}/{number}")
-        wanted = min(PER_WORLD, cases - result.cases)
-        label = f"seed {seed} world {number}"
-        in_new_netns(lambda r=random, n=wanted, t=label: one_world(r, n, families, result, t))
-        number += 1
-    result.worlds = number
+        judge(ask_kernel(seed, result.worlds, families, cases - result.cases), result)
     return result
 
 
-def one_world(
-    random: Random, wanted: int, families: tuple[int, ...], result: Result, label: str
-) -> None:
-    world = World(random)
-    world.build()
-    snapshot = read_snapshot()
-    queries = [query(random, world, snapshot, random.choice(families)) for _ in range(wanted)]
-    kernel = RouteSocket()
-    try:
-        answers = kernel.ask(queries)
-    finally:
-        kernel.close()
+def ask_kernel(seed: int, number: int, families: tuple[int, ...], most: int = PER_WORLD) -> Asked:
+    """Builds the namespace of this number, and asks it `PER_WORLD` queries, or `most`."""
+    random = Random(f"{seed}/{number}")
+    wanted = min(PER_WORLD, most)
+
+    def build_and_ask() -> Asked:
+        world = World(random)
+        world.build()
+        snapshot = read_snapshot()
+        queries = [query(random, world, snapshot, random.choice(families)) for _ in range(wanted)]
+        kernel = RouteSocket()
+        try:
+            answers = kernel.ask(queries)
+        finally:
+            kernel.close()
+        return Asked(f"seed {seed} world {number}", snapshot, queries, answers)
+
+    return in_new_netns(build_and_ask)
+
+
+def judge(asked: Asked, result: Result) -> None:
+    """Compares the look-up's answers over what was read there with the kernel's."""
+    snapshot, queries = asked.snapshot, asked.queries
     fib = Fib(snapshot)
     tables6 = Ipv6Tables(NetView(snapshot))
     names = {link.ifindex: link.name for link in snapshot.links}  # type: ignore[union-attr]
     started = time.perf_counter()
     told = [ask(fib, tables6, q, names) for q in queries]
     result.simulated_seconds += time.perf_counter() - started
+    result.worlds += 1
     plain = tables_shown(snapshot)
-    for q, answer, decisions in zip(queries, answers, told, strict=True):
+    for q, answer, decisions in zip(queries, asked.answers, told, strict=True):
         result.cases += 1
         result.kinds[f"ipv{q.family} {'in' if q.iif else 'out'} {answer.error or answer.type}"] += 1
         unknown = [d for d in decisions if d.kind is RouteKind.UNKNOWN]
@@ -107,9 +123,8 @@ def one_world(
         else:
             result.disagreements += 1
             if len(result.examples) < 20:
-                result.examples.append(
-                    f"{label}\n  {q}\n  kernel {answer}\n  " + "\n  ".join(map(describe, decisions))
-                )
+                lines = "\n  ".join(map(describe, decisions))
+                result.examples.append(f"{asked.label}\n  {q}\n  kernel {answer}\n  {lines}")
 
 
 def tables_shown(snapshot: NetnsSnapshot) -> bool:
