@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import islice
 from typing import Final, cast
 
 from gketrace.conntrack import ConntrackEntry
@@ -94,10 +95,10 @@ def _replies(batch: Batch, form: int) -> Iterator[agent_pb2.ListConntrackReply]:
         records, others = pack_batch(batch)
         yield agent_pb2.ListConntrackReply(records=records, entries=map(codec.encode, others))
         return
-    entries = list(batch.entries())
-    for start in range(0, len(entries), _CHUNK):
-        some = entries[start : start + _CHUNK]
-        yield agent_pb2.ListConntrackReply(entries=map(codec.encode, some))
+    # One at a time: all of a batch, as objects, are 20 MB.
+    entries = map(codec.encode, batch.entries())
+    while some := list(islice(entries, _CHUNK)):
+        yield agent_pb2.ListConntrackReply(entries=some)
 
 
 def asked_kinds(request: agent_pb2.FollowConntrackRequest) -> frozenset[EventKind]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-from gketrace.ruleset.cut import cut_iptables, cut_nftables, nft_items
+from gketrace.ruleset.cut import count_nftables, cut_iptables, cut_nftables
 from gketrace.ruleset.nft_json import with_tests
 from gketrace.snapshot import Maybe, Unavailable
 from gketrace_agent.observe.iptables import IptablesDump, IptablesDumps
@@ -48,8 +48,7 @@ def summaries(
             if isinstance(text, Unavailable):
                 summary.unavailable = text.reason
             else:
-                kinds = [kind for item in nft_items(text) for kind in item]
-                summary.rules, summary.chains = kinds.count("rule"), kinds.count("chain")
+                summary.rules, summary.chains = count_nftables(text)
             yield summary
 
 

@@ -99,7 +99,7 @@ def parse_nft_json(
                 family=family,
                 name=name,
                 chains=found.chains,
-                rules={chain: _runs(spans) for chain, spans in found.rules.items()},
+                rules={chain: tuple(runs) for chain, runs in found.rules.items()},
                 sets=found.sets,
             )
             own = tests if found.tests is None else _tests(text, found.tests, source)
@@ -123,19 +123,23 @@ def _index(text: bytes) -> dict[tuple[str, str], _Table] | None:
     if text[end - 2 : end] != b"]}":
         return None
     tables: dict[tuple[str, str], _Table] = {}
-    found = list(_OBJECT.finditer(text, head.end()))
-    if not found:
+    # One at a time: all of them at once take ten times the text.
+    found = _OBJECT.finditer(text, head.end())
+    match = next(found, None)
+    if match is None:
         return tables if head.end() == end - 2 else None
-    if found[0].start() != head.end():
+    if match.start() != head.end():
         return None
-    starts = [match.start() for match in found]
-    ends = [start - 2 for start in starts[1:]] + [end - 2]
     last: tuple[bytes, bytes] | None = None
     table = _Table()
-    for match, start, stop in zip(found, starts, ends, strict=True):
+    while match is not None:
+        following = next(found, None)
+        start = match.start()
+        stop = (end if following is None else following.start()) - 2
         if text[stop - 1] != 0x7D:
             return None
         kind, family, key1, text1, key2, text2, key3, text3 = match.groups()
+        match = following
         # Of rules and chains of one table there are thousands, next to one another.
         if key1 == b"table" and key2 is not None and key3 is None:
             of, other, value = text1, key2, text2
@@ -149,7 +153,12 @@ def _index(text: bytes) -> dict[tuple[str, str], _Table] | None:
             last = family, of
             table = tables.setdefault((family.decode(), _name(of)), _Table())
         if kind == b"rule":
-            table.rules.setdefault(_name(chain), []).append((start, stop))
+            runs = table.rules.setdefault(_name(chain), [])
+            # Rules that stand next to one another are one stretch.
+            if runs and runs[-1][1] + 2 == start:
+                runs[-1] = (runs[-1][0], stop)
+            else:
+                runs.append((start, stop))
         elif kind == b"chain":
             table.chains[_name(own)] = (start, stop)
         elif kind in (b"set", b"map"):
@@ -194,17 +203,6 @@ def _name(raw: bytes) -> str:
     if b"\\" in raw:
         return str(json.loads(b'"' + raw + b'"'))
     return raw.decode("utf-8", "surrogateescape")
-
-
-def _runs(spans: list[Span]) -> tuple[Span, ...]:
-    """Rules that stand next to one another are one stretch."""
-    runs: list[Span] = []
-    for start, end in spans:
-        if runs and runs[-1][1] + 2 == start:
-            runs[-1] = (runs[-1][0], end)
-        else:
-            runs.append((start, end))
-    return tuple(runs)
 
 
 def _normal(text: bytes, source: str) -> bytes:

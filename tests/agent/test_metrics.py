@@ -165,7 +165,7 @@ def test_names_come_from_kube_proxys_maps_in_nftables_mode() -> None:
     assert names["", 31830, "tcp"] == "default/hello-server"
     assert names["fd00:43::21", 80, "tcp"] == "default/web6:http"
     assert "default/nobody:http" not in names.values(), "a Service without endpoints"
-    with pytest.raises(ParseError, match="not nft's JSON"):
+    with pytest.raises(ParseError, match="nft -j list table: not JSON"):
         nft_service_names(b"nothing")
 
 

@@ -9,14 +9,13 @@ servicePortChainNameBase().
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from ipaddress import ip_address
 from typing import Any, Final
 
-from gketrace.errors import ParseError
 from gketrace.packet import protocol_name, protocol_number
+from gketrace.ruleset.nft_json import parse_nft_json
 
 __all__ = ["Destination", "ServiceNames", "nft_service_names", "service_names"]
 
@@ -64,20 +63,12 @@ def nft_service_names(text: bytes) -> dict[Destination, str]:
 
     Raises `ParseError` for what is no such document.
     """
-    try:
-        listed = json.loads(text)["nftables"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ParseError(
-            f"not nft's JSON: {error}",
-            source="nft -j list table",
-            line=0,
-            text=text[:200].decode(errors="replace"),
-        ) from None
     names: dict[Destination, str] = {}
-    for item in listed:
-        found = item.get("map", {}) if isinstance(item, dict) else {}
-        if found.get("name") in _NFT_MAPS:
-            names.update(_elements(found.get("elem", ())))
+    for table in parse_nft_json(text, source="nft -j list table", taken_at=0.0).rulesets:
+        for name in _NFT_MAPS:
+            found = table.set(name)
+            if found is not None:
+                names.update(_elements(found.elements))
     return names
 
 
