@@ -57,6 +57,8 @@ class Door(str, Enum):
     """A headless Service's endpoints, by their own addresses."""
     ADDRESS = "Address"
     """`gketrace trace`: any address."""
+    HEALTH_CHECK = "HealthCheck"
+    """`gketrace check`: a load balancer's probe, to a node or a pod."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

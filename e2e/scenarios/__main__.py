@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable
 
 from e2e.netlab import Lab
-from e2e.scenarios import connections, path, services, snapshots
+from e2e.scenarios import balancers, connections, path, services, snapshots
 from e2e.scenarios.baseline import beyond, read_baseline
 from e2e.scenarios.differ import Named, comparable, diff_scenario, take
 from e2e.scenarios.model import BOTH, Scenario
@@ -19,6 +19,7 @@ from gketrace.findings.registry import CODES
 
 ALL: tuple[Scenario, ...] = (
     *services.SCENARIOS,
+    *balancers.SCENARIOS,
     *connections.SCENARIOS,
     *path.SCENARIOS,
     *snapshots.SCENARIOS,

@@ -190,19 +190,6 @@ def _health_hangs(stage: Stage) -> bool:
     return done.returncode != 0
 
 
-def _check_port(stage: Stage) -> None:
-    def change(body: dict[str, Any]) -> None:
-        body["spec"]["healthCheckNodePort"] = 32199
-
-    stage.put("/api/v1/namespaces/default/services/web-lb-local", change)
-
-
-def _check_refused(stage: Stage) -> bool:
-    service = stage.lab.api("GET", "/api/v1/namespaces/default/services/web-lb-local")
-    port = service["spec"]["healthCheckNodePort"]
-    return stage.lab.connect("node/2jdh", stage.node_ip("m69d"), port).kind == "refused"
-
-
 def _pinned(stage: Stage) -> None:
     web, gone = stage.pod_ip("web-0"), "10.40.1.99:8080"
     stage.service("sticky", _IP, [(web, 8080, "2jdh", "web-0")], affinity=True)
@@ -341,13 +328,6 @@ SCENARIOS: Final = (
         title="a rule in the other backend of iptables",
         fault=_both_backends,
         proof=("iptables-legacy",),
-    ),
-    Scenario(
-        code="GKT-116",
-        title="nothing listens on healthCheckNodePort",
-        fault=_check_port,
-        proof=("spec.healthCheckNodePort 32199", "no TCP socket listens on port 32199"),
-        symptom=_check_refused,
     ),
     Scenario(
         code="GKT-117",

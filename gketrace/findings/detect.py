@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from gketrace.findings import (
+    balancers,
     flows,
     kinds,
     links,
@@ -36,6 +37,7 @@ DETECTORS: Final[tuple[tuple[tuple[str, ...], Detector], ...]] = (
     (("GKT-113", "GKT-118"), proxy.canaries),
     (("GKT-114", "GKT-116"), proxy.health),
     (("GKT-115",), proxy.backends),
+    (("GKT-116",), balancers.health_checks),
     (("GKT-117",), proxy.affinity),
     (("GKT-201", "GKT-202"), flows.stale),
     (("GKT-203",), flows.older_than_rules),

@@ -7,7 +7,7 @@ are one finding.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from ipaddress import ip_address
 from typing import Final
 
@@ -16,7 +16,7 @@ from gketrace.findings.links import end_of
 from gketrace.findings.making import cited, finding
 from gketrace.findings.model import Evidence, Finding, Severity
 from gketrace.findings.stop import Stop, strayed
-from gketrace.findings.world import World
+from gketrace.findings.world import Way, World
 from gketrace.packet import IPAddress
 from gketrace.snapshot import Link, NetnsSnapshot, Unavailable
 from gketrace.trace import (
@@ -28,7 +28,7 @@ from gketrace.trace import (
     StepKind,
 )
 
-__all__ = ["failing_ways"]
+__all__ = ["failing_ways", "named", "stops"]
 
 _PROXY_REJECTS: Final = re.compile(
     r"has no (?:local )?endpoints|^(?:KUBE-SERVICES|KUBE-EXTERNAL-SERVICES|KUBE-MARK-DROP)$"
@@ -42,7 +42,15 @@ _ROUTE_KINDS: Final = re.compile(r"^(?:\S+ )?(blackhole|unreachable|prohibit)\b|
 
 def failing_ways(world: World) -> Iterator[Finding]:
     """One finding for each way that fails, to be grouped by its cause."""
-    for way in world.ways:
+    for stop in stops(way for way in world.ways if not way.stands_for):
+        found = named(world, stop)
+        if found is not None:
+            yield found
+
+
+def stops(ways: Iterable[Way]) -> Iterator[Stop]:
+    """Where the broken ones of them ended, each once."""
+    for way in ways:
         if way.standing != "broken":
             continue
         path = way.path
@@ -50,13 +58,11 @@ def failing_ways(world: World) -> Iterator[Finding]:
             path = path.reply
         outcome = path.outcome
         if outcome.disposition in FAILURE and outcome.citation is not None:
-            stop = Stop(way=way, path=path, outcome=outcome, citation=outcome.citation)
-            found = _name(world, stop)
-            if found is not None:
-                yield found
+            yield Stop(way=way, path=path, outcome=outcome, citation=outcome.citation)
 
 
-def _name(world: World, stop: Stop) -> Finding | None:
+def named(world: World, stop: Stop) -> Finding | None:
+    """What stopped it; None: it is as configured, or another detector says it."""
     source, kind = stop.citation.source, stop.outcome.disposition
     if source is Source.RULE and kind in (Disposition.DROPPED, Disposition.REJECTED):
         return _by_rule(world, stop)

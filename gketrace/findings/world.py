@@ -104,6 +104,8 @@ class Way:
     """Why the Service's configuration drops it; empty: it does not."""
     asked: bool = False
     """True: just this way was asked for, so that a drop by configuration matters."""
+    stands_for: str = ""
+    """A load balancer's health check: the range that its source stands for; else empty."""
 
 
 @dataclass(frozen=True, kw_only=True)

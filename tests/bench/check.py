@@ -98,7 +98,8 @@ def _objects(services: Any) -> list[dict[str, Any]]:
     for number in range(NODES):
         found.append({
             "apiVersion": "v1", "kind": "Node", "metadata": {"name": f"n{number}"},
-            "spec": {"podCIDR": f"10.40.{number}.0/24", "podCIDRs": [f"10.40.{number}.0/24"]},
+            "spec": {"podCIDR": f"10.40.{number}.0/24", "podCIDRs": [f"10.40.{number}.0/24"],
+                     "providerID": f"gce://bench/us-east1-b/n{number}"},
             "status": {
                 "addresses": [{"type": "InternalIP", "address": f"10.142.0.{number + 10}"}],
                 "conditions": [{"type": "Ready", "status": "True"}],
@@ -120,6 +121,8 @@ def _objects(services: Any) -> list[dict[str, Any]]:
         port: dict[str, Any] = {
             "name": service.port.port, "port": 80, "protocol": "TCP", "targetPort": 8080,
         }  # fmt: skip
+        # Each tenth also has a container-native load balancer, whose health checks are traced.
+        native = {"cloud.google.com/neg": '{"ingress": true}'} if service.node_port else {}
         if service.node_port is not None:
             port["nodePort"] = service.node_port
         ends = []
@@ -133,7 +136,7 @@ def _objects(services: Any) -> list[dict[str, Any]]:
             })  # fmt: skip
         found.append({
             "apiVersion": "v1", "kind": "Service",
-            "metadata": {"name": name, "namespace": space},
+            "metadata": {"name": name, "namespace": space, "annotations": native},
             "spec": {"type": "NodePort" if service.node_port else "ClusterIP",
                      "clusterIP": service.cluster_ip, "clusterIPs": [service.cluster_ip],
                      "ipFamilies": ["IPv4"], "ports": [port], "selector": {"app": "web"}},

@@ -16,6 +16,7 @@ from typing import Final
 
 from gketrace.packet import IPAddress
 from gketrace.snapshot import IPNetwork
+from gketrace_cli.balancers import EXTERNAL, OTHERS, source
 
 __all__ = ["ADDRESS", "MAC", "Masks"]
 
@@ -27,8 +28,13 @@ _CLASSES6: Final = ("fe80::/10", "fc00::/7", "2000::/3")
 _SHARED: Final = frozenset({100, 169, 172, 192})
 """First octets that public addresses share with others: of those the second is kept too, so that
 no two addresses get one mask."""
-_PUBLIC: Final = ("8.8.8.8", "2001:4860:4860::8888")
-"""What a check asks for as an address outside of the cluster."""
+_PUBLIC: Final = (
+    "8.8.8.8",
+    "2001:4860:4860::8888",
+    *(source(network) for network in {*EXTERNAL, *OTHERS}),
+)
+"""What a check takes for addresses outside of the cluster: no bit of them is masked, nor of the
+networks that they are in."""
 
 ADDRESS: Final = re.compile(
     r"(?<![\w.:])(?:\d{1,3}(?:\.\d{1,3}){3}|(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{0,4})"
@@ -44,6 +50,11 @@ class Masks:
     def __init__(self, key: bytes) -> None:
         self._key: Final = key
         self._bit = cache(self._flip)
+        self._open: Final = {
+            (one.version, f"{int(one):0{one.max_prefixlen}b}"[:at])
+            for one in map(ip_address, _PUBLIC)
+            for at in range(one.max_prefixlen)
+        }
         self._networks: Final = {
             4: ([ip_network(n) for n in _KEPT4], [ip_network(n) for n in _CLASSES4]),
             6: ([ip_network(n) for n in _KEPT6], [ip_network(n) for n in _CLASSES6]),
@@ -54,11 +65,13 @@ class Masks:
         return hmac.digest(self._key, "\0".join(parts).encode(), "sha256")
 
     def _flip(self, version: int, bits: str) -> int:
+        if (version, bits) in self._open:
+            return 0
         return self._digest("bit", str(version), bits)[0] & 1
 
     def _address(self, address: IPAddress) -> IPAddress:
         kept, classes = self._networks[address.version]
-        if str(address) in _PUBLIC or any(address in network for network in kept):
+        if any(address in network for network in kept):
             return address
         fixed = next((n.prefixlen for n in classes if address in n), 16)
         if address.version == 4 and fixed == 16 and address.packed[0] not in _SHARED:

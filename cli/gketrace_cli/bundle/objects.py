@@ -1,19 +1,22 @@
 """Kubernetes objects, cut down to what answers rest on.
 
-What is kept is named here, field by field: environment values, commands, mounts, annotations and
-whatever a later version of the API adds never get into a bundle.
+What is kept is named here, field by field: environment values, commands, mounts, other annotations
+than those named, and whatever a later version of the API adds never get into a bundle.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Final
+
+from gketrace_cli.balancers import ANNOTATIONS, only_ports
 
 __all__ = ["KINDS", "cut"]
 
 _KEEP: Final = True
 Shape = Any
 """True: as it is (a plain value, or a list of such).  A dict: these keys.  A list of one shape: of
-each item.  ``{"*": True}``: all keys of a map of strings."""
+each item.  ``{"*": True}``: all keys of a map of strings.  A function: what it leaves of a text."""
 
 _METADATA: Final = {"name": _KEEP, "namespace": _KEEP, "uid": _KEEP, "deletionTimestamp": _KEEP}
 _LABELLED: Final = {**_METADATA, "labels": {"*": _KEEP}}
@@ -90,7 +93,10 @@ KINDS: Final[dict[str, tuple[str, Shape]]] = {
     "services": (
         "",
         {
-            "metadata": _LABELLED,
+            "metadata": {
+                **_LABELLED,
+                "annotations": {name: partial(only_ports, name) for name in ANNOTATIONS},
+            },
             "spec": {
                 "type": _KEEP,
                 "clusterIP": _KEEP,
@@ -171,6 +177,8 @@ def _cut(shape: Shape, value: Any) -> Any:
         if isinstance(value, list):
             return [item for item in value if not isinstance(item, (dict, list))]
         return None if isinstance(value, dict) else value
+    if callable(shape):
+        return shape(value) if isinstance(value, str) else None
     if isinstance(shape, list):
         return [_cut(shape[0], item) for item in value] if isinstance(value, list) else None
     if not isinstance(value, dict):

@@ -16,6 +16,7 @@ from gketrace.findings.world import Way, World
 from gketrace.topology import SeenAddress
 from gketrace.trace import Missing
 from gketrace_cli.asking import inquiry, make_topology
+from gketrace_cli.checking.health import health_probes
 from gketrace_cli.checking.offline import trace_offline
 from gketrace_cli.checking.probes import probes
 from gketrace_cli.checking.sights import read_sights
@@ -132,13 +133,18 @@ def trace_world(world: World, seen: Mapping[str, tuple[SeenAddress, ...]]) -> tu
     topology = make_topology(world.nodes, alive, world.services, seen)
     there = [node for node in world.nodes if node.name in world.sights]
     asked, left_out = probes(there, alive, world.services, world.endpoints)
-    traced = trace_offline(topology, world.sights, [inquiry(question) for question, _ in asked])
+    checks, more = health_probes(there, world.sights, world.services, world.endpoints)
+    questions = [*(question for question, _ in asked), *(check.question for check in checks)]
+    traced = trace_offline(topology, world.sights, [inquiry(question) for question in questions])
     answers = [
         Answer(question=question, paths=paths)
-        for (question, _), paths in zip(asked, traced, strict=True)
+        for question, paths in zip(questions, traced, strict=True)
     ]
-    ways = ways_of(answers, {n: service for n, (_, service) in enumerate(asked)})
-    return replace(world, ways=ways), left_out
+    ways = ways_of(answers[: len(asked)], {n: service for n, (_, service) in enumerate(asked)})
+    for check, answer in zip(checks, answers[len(asked) :], strict=True):
+        found = ways_of([answer], check.service)
+        ways += tuple(replace(way, stands_for=check.stands_for) for way in found)
+    return replace(world, ways=ways), left_out + more
 
 
 def check_world(world: World, left_out: int, ignores: Sequence[Ignore], least: Severity) -> Checked:

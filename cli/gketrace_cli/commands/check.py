@@ -126,10 +126,13 @@ def _verdict(checked: Checked) -> tuple[str, str]:
 
 
 def _notes(checked: Checked) -> list[str]:
-    return [
-        f"{len(checked.world.ways)} ways were traced over what was read of the nodes"
-        + (f"; {checked.left_out} more were not." if checked.left_out else ".")
-    ]
+    probes = sum(1 for way in checked.world.ways if way.stands_for)
+    ways = f"{len(checked.world.ways) - probes} ways"
+    if probes:
+        ways += f" and {probes} health-check probes"
+    text = f"{ways} were traced over what was read of the nodes"
+    text += f"; {checked.left_out} more were not." if checked.left_out else "."
+    return [text, "VPC firewall rules are not visible here."] if probes else [text]
 
 
 def _document(checked: Checked) -> dict[str, Any]:

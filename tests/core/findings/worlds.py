@@ -16,17 +16,13 @@ from gketrace.findings.detect import find
 from gketrace.findings.model import Finding
 from gketrace.findings.world import Sight, TableState, World
 from gketrace.objects import Endpoint, Node, Pod, Service
-from gketrace_cli.asking import inquiry, make_topology
-from gketrace_cli.checking.offline import trace_offline
-from gketrace_cli.checking.probes import probes
-from gketrace_cli.checking.ways import ways_of
+from gketrace_cli.checking.whole import trace_world
 from gketrace_cli.object_json import (
     parse_endpointslice,
     parse_node,
     parse_pod,
     parse_service,
 )
-from gketrace_cli.verdict import Answer
 from tests.core.clusters import Cluster
 from tests.core.simulate.nodes import Space
 
@@ -142,15 +138,8 @@ class Bench:
         )
         if not trace:
             return world
-        asked, _ = probes(self.nodes, self.pods, self.services, self.endpoints)
-        topology = make_topology(self.nodes, self.pods, self.services, {})
-        traced = trace_offline(topology, sights, [inquiry(question) for question, _ in asked])
-        answers = [
-            Answer(question=question, paths=paths)
-            for (question, _), paths in zip(asked, traced, strict=True)
-        ]
-        ways = ways_of(answers, {n: service for n, (_, service) in enumerate(asked)})
-        return replace(world, ways=ways)
+        traced, _ = trace_world(world, {})
+        return traced
 
     def found(self, *, trace: bool = False) -> tuple[Finding, ...]:
         """What is found beyond the world's own."""
