@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Final
 
 from e2e.scenarios.model import Scenario
 from e2e.scenarios.stage import NODES, Stage
