@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from gketrace.errors import GketraceError
 from gketrace.ruleset.iptables_save import IptablesSaveReader
@@ -39,6 +39,7 @@ from gketrace_agent.observe.iptables_dump import (
     IptablesDump,
     IptablesDumps,
     Programs,
+    is_iptables,
     judge_dumps,
 )
 from gketrace_agent.observe.iptables_nft import (
@@ -50,6 +51,9 @@ from gketrace_agent.observe.iptables_nft import (
     reasons,
     save_arguments,
 )
+
+if TYPE_CHECKING:
+    from gketrace_agent.observe.nftables import NftablesDump
 
 __all__ = [
     "IPTABLES_TABLES",
@@ -91,7 +95,8 @@ class _Wanted:
 
 
 class IptablesReading:
-    """Dumps under way.  `finish` inside the same namespace; `abandon` if that is not to come."""
+    """Dumps under way.  `finish` inside the same namespace, and `release`; `abandon` if that is not
+    to come."""
 
     def __init__(
         self,
@@ -116,13 +121,13 @@ class IptablesReading:
         self._look()
         self._turn: Turn | None = None
         self._began = time.monotonic()
-        self._shared: IptablesDumps | None = None
+        self.shared: tuple[IptablesDumps, NftablesDump | None] | None = None
         """What another reading found that began after this one was asked for."""
         self._wanted: list[_Wanted] = []
         try:
-            self._shared = self._wait_for_others()
+            self.shared = self._wait_for_others()
             self._began, self._started_at = time.monotonic(), time.time()
-            if self._shared is not None:
+            if self.shared is not None:
                 return
             self._start_legacy()
             for family in self._nft_families():
@@ -131,7 +136,7 @@ class IptablesReading:
             self.abandon()
             raise
 
-    def _wait_for_others(self) -> IptablesDumps | None:
+    def _wait_for_others(self) -> tuple[IptablesDumps, NftablesDump | None] | None:
         """Takes the turn to read, unless all is in the cache; after the time that a dump may take
         it reads without a turn.  The result, if another reading has it."""
         if self._cache is None or self._cookie is None or self._is_cheap():
@@ -141,9 +146,9 @@ class IptablesReading:
         if self._turn is None or not waited:
             return None
         self._look()
-        shared = self._turn.dumps if self._turn.began >= asked else None
+        shared = self._turn.found if self._turn.began >= asked else None
         if shared is not None or self._is_cheap():
-            self._release()
+            self.release()
         return shared
 
     def _look(self) -> None:
@@ -163,7 +168,8 @@ class IptablesReading:
 
     def _is_cheap(self) -> bool:
         """True when no dump has to be made."""
-        return not self._legacy and not self._fresh and self._cached()
+        others = not all(map(is_iptables, self.tables))
+        return not self._legacy and not others and not self._fresh and self._cached()
 
     def _cached(self) -> bool:
         """True when no nft dump has to be made."""
@@ -180,10 +186,11 @@ class IptablesReading:
         name = _NFT_FAMILY[family]
         return IPTABLES_TABLES & {t.name for t in self.tables if t.family == name}
 
-    def _release(self, dumps: IptablesDumps | None = None) -> None:
+    def release(self, found: tuple[IptablesDumps, NftablesDump | None] | None = None) -> None:
+        """Gives the turn to the next; `found` is for all who wait for it."""
         turn, self._turn = self._turn, None
         if turn is not None and self._cache is not None:
-            self._cache.end(turn, self._began, dumps)
+            self._cache.end(turn, self._began, found)
 
     def _start_legacy(self) -> None:
         self._wanted += [self._start(LEGACY, family) for family in self._legacy]
@@ -240,23 +247,18 @@ class IptablesReading:
 
     def abandon(self) -> None:
         """Kills what is under way; after `finish` there is nothing."""
-        self._release()
+        self.release()
         for wanted in self._wanted:
             if wanted.child is not None:
                 wanted.child.kill()
 
     def finish(self) -> IptablesDumps:
-        """Waits for the dumps; those of nft again when the rules changed meanwhile."""
-        if self._shared is not None:
-            return self._shared
-        found: IptablesDumps | None = None
-        try:
-            found = self._finish()
-            return found
-        finally:
-            self._release(found)
+        """Waits for the dumps; those of nft again when the rules changed meanwhile.
 
-    def _finish(self) -> IptablesDumps:
+        The turn is still to be given back: `release`.
+        """
+        if self.shared is not None:
+            return self.shared[0]
         self._collect(self._wanted)
         consistent = True
         for attempt in range(_ATTEMPTS):

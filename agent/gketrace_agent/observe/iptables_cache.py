@@ -1,12 +1,16 @@
-"""iptables dumps that several calls share."""
+"""Dumps of rules that several calls share."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from gketrace_agent.observe.iptables_dump import IptablesDump, IptablesDumps
+
+if TYPE_CHECKING:
+    from gketrace_agent.observe.nftables import NftablesDump
 
 __all__ = ["DumpCache", "Turn"]
 
@@ -21,17 +25,19 @@ class Turn:
     lock: threading.Lock = field(default_factory=threading.Lock)
     waiting: int = 0
     began: float = 0.0
-    """When the reading began that found `dumps`; time.monotonic()."""
-    dumps: IptablesDumps | None = None
+    """When the reading began that found `found`; time.monotonic()."""
+    found: tuple[IptablesDumps, NftablesDump | None] | None = None
     """Kept only while somebody waits."""
 
 
 class DumpCache:
-    """The nft dumps that are still true, by namespace and family; shared by a node's calls.
+    """The iptables-nft dumps that are still true, by namespace and family; shared by a node's
+    calls.
 
     Keyed by the namespace's cookie, which is never used again, and the generation.  The rules are
     then current; their counters are as old as `IptablesDump.taken_at` says.  Legacy has no
-    generation and is always read again, but once for all who wait for it.
+    generation and is always read again, and so are nftables' own tables, whose sets are written by
+    packets; but once for all who wait for it.
     """
 
     def __init__(self, *, most_bytes: int = 256 << 20) -> None:
@@ -53,13 +59,15 @@ class DumpCache:
             turn.waiting -= 1
         return turn if taken else None, True
 
-    def end(self, turn: Turn, began: float, dumps: IptablesDumps | None) -> None:
-        """Gives it back; `dumps`, if there are any, were read since `began`."""
+    def end(
+        self, turn: Turn, began: float, found: tuple[IptablesDumps, NftablesDump | None] | None
+    ) -> None:
+        """Gives it back; what was found, if anything, was read since `began`."""
         with self._lock:
-            if dumps is not None:
-                turn.began, turn.dumps = began, dumps
+            if found is not None:
+                turn.began, turn.found = began, found
             if not turn.waiting:
-                turn.dumps = None
+                turn.found = None
                 for cookie in [c for c, one in self._turns.items() if one is turn]:
                     del self._turns[cookie]
         turn.lock.release()

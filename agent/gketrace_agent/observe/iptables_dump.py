@@ -12,6 +12,7 @@ from gketrace.errors import ParseError
 from gketrace.ruleset.iptables import IptablesRuleset
 from gketrace.ruleset.iptables_save import IptablesSaveReader
 from gketrace.snapshot import Maybe, Unavailable
+from gketrace_agent.kernel.nfnetlink import NftTable
 
 __all__ = [
     "IPTABLES_TABLES",
@@ -20,12 +21,14 @@ __all__ = [
     "IptablesDump",
     "IptablesDumps",
     "Programs",
+    "is_iptables",
     "judge_dumps",
 ]
 
 LEGACY: Final = "iptables-legacy"
 NFT: Final = "iptables-nft"
 IPTABLES_TABLES: Final = frozenset({"filter", "nat", "mangle", "raw", "security"})
+_OWNED: Final = frozenset({"ip", "ip6"})
 _HINTS: Final = (b"KUBE-IPTABLES-HINT", b"KUBE-KUBELET-CANARY")
 
 
@@ -128,6 +131,11 @@ class IptablesDumps:
             for dump in self.dumps
             if isinstance(dump, IptablesDump) and dump.backend == backend
         )
+
+
+def is_iptables(table: NftTable) -> bool:
+    """Whether it is one of iptables-nft's."""
+    return table.family in _OWNED and table.name in IPTABLES_TABLES
 
 
 def judge_dumps(dumps: tuple[Maybe[IptablesDump], ...], consistent: bool) -> IptablesDumps:

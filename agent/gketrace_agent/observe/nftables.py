@@ -6,21 +6,20 @@ Source: kernel net/netfilter/nf_tables_api.c; nftables src/json.c.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
 
-from gketrace.errors import GketraceError
+from gketrace.errors import GketraceError, ParseError
+from gketrace.ruleset import Ruleset
+from gketrace.ruleset.nft_json import parse_nft_json
 from gketrace.snapshot import Maybe, Unavailable
 from gketrace_agent.kernel.netlink import NetlinkSocket
 from gketrace_agent.kernel.nfnetlink import NftTable
 from gketrace_agent.kernel.nft_tests import FAMILIES, NftTests, nft_tests
 from gketrace_agent.kernel.process import Child, collect, find_program, start
-from gketrace_agent.observe.iptables import IPTABLES_TABLES, Programs
+from gketrace_agent.observe.iptables_dump import Programs, is_iptables
 
 __all__ = ["NftablesDump", "NftablesReading", "start_nftables"]
-
-_OWNED: Final = frozenset(("ip", "ip6"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +36,35 @@ class NftablesDump:
     """Seconds since the epoch."""
     tests: Mapping[NftTable, NftTests] = field(default_factory=dict)
     """What nft may have left out, of the tables that are simulated."""
+    _made: list[Maybe[Ruleset]] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def rulesets(self) -> tuple[Maybe[Ruleset], ...]:
+        """Every table's rule set, and an `Unavailable` for each that exists and could not be read.
+
+        Indexed once, however many calls share the dump.
+        """
+        if not self._made:
+            for table, text in self.tables:
+                self._made.extend(self._read(table, text))
+        return tuple(self._made)
+
+    def _read(self, table: NftTable, text: Maybe[bytes]) -> Iterator[Maybe[Ruleset]]:
+        if isinstance(text, Unavailable):
+            yield Unavailable(reason=f"nftables table {table}: {text.reason}")
+            return
+        try:
+            tables = parse_nft_json(
+                text,
+                source=f"{self.source} {table}",
+                taken_at=self.taken_at,
+                tests=self.tests.get(table, {}),
+            )
+        except ParseError as error:
+            yield Unavailable(reason=f"nftables table {table}: {error}")
+            return
+        yield from tables.rulesets
+        for why in tables.unmodelled:
+            yield Unavailable(reason=why)
 
 
 class NftablesReading:
@@ -51,7 +79,7 @@ class NftablesReading:
     ) -> None:
         self._programs = programs
         self._netfilter = netfilter
-        self._tables = tuple(t for t in tables if not _is_iptables(t))
+        self._tables = tuple(t for t in tables if not is_iptables(t))
         self._generation = generation
         self._taken_at = time.time()
         self._children: list[Child] = []
@@ -104,10 +132,6 @@ class NftablesReading:
             source=" ".join(self._command),
             taken_at=self._taken_at,
         )
-
-
-def _is_iptables(table: NftTable) -> bool:
-    return table.family in _OWNED and table.name in IPTABLES_TABLES
 
 
 def start_nftables(

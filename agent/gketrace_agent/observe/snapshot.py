@@ -265,7 +265,10 @@ class _Run:
         iptables = start_iptables(reader, programs, cache=self._observer.dumps, fresh=self._fresh)
         try:
             nftables = start_nftables(
-                programs, reader.netfilter, iptables.tables, iptables.generation or 0
+                programs,
+                reader.netfilter,
+                iptables.tables if iptables.shared is None else (),
+                iptables.generation or 0,
             )
         except BaseException:
             iptables.abandon()
@@ -312,8 +315,14 @@ class _Reading:
         self._nftables = nftables
 
     def finish(self) -> tuple[IptablesDumps, NftablesDump | None]:
+        if self._iptables.shared is not None:
+            return self._iptables.shared
         try:
-            return self._iptables.finish(), self._nftables.finish()
+            found = self._iptables.finish(), self._nftables.finish()
+            if found[1] is not None:
+                found[1].rulesets()  # as long as it is nobody else's turn: it takes memory, too
+            self._iptables.release(found)
+            return found
         finally:
             self.abandon()
 

@@ -32,7 +32,9 @@ def read(
 ) -> IptablesDumps:
     def observe(reader: KernelReader) -> IptablesDumps:
         started = start_iptables(reader, programs or Programs(), cache=cache, fresh=fresh)
-        return started.finish()
+        dumps = started.finish()
+        started.release((dumps, None))
+        return dumps
 
     return netns.read(observe)
 

@@ -3,10 +3,13 @@ from __future__ import annotations
 import gc
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from gketrace.errors import GoneError
+from gketrace.ruleset.nft import NftRuleset
 from gketrace.snapshot import Unavailable
 from gketrace.trace import NetnsKind, NetnsRef
 from gketrace_agent.observe.iptables import Programs
@@ -77,6 +80,33 @@ def test_nftables_tables_are_read_and_are_not_no_rules(bed: Bed) -> None:
     assert text.startswith(b'{"nftables":')
     assert b'"services"' in text
     assert len(rulesets) == 2
+
+
+def test_a_burst_of_readings_of_nftables_runs_nft_seldom(bed: Bed, tmp_path: Path) -> None:
+    """One after the other, as each takes memory; those who waited share what was read and indexed,
+    and it is never older than their question."""
+    netns = bed.netns("nft")
+    netns.run("nft", "add table ip kube-proxy; add chain ip kube-proxy services")
+    log, program = tmp_path / "log", tmp_path / "nft"
+    program.write_text(f'#!/bin/sh\necho begin >> {log}\nsleep 0.3\nnft "$@"\necho end >> {log}\n')
+    program.chmod(0o755)
+    observer = Observer(programs=Programs(nft=(str(program),)))
+
+    def read(_: int) -> tuple[object, ...]:
+        with observer.observe(netns.namespace(), only=frozenset({"rulesets"})) as observation:
+            return observation.snapshot.rulesets
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(read, range(8)))
+    said = log.read_text().split()
+    assert said == ["begin", "end"] * (len(said) // 2), "two at a time"
+    assert 1 <= len(said) // 2 <= 3
+    assert len({id(rulesets[0]) for rulesets in found}) == len(said) // 2
+    netns.run("nft", "add chain ip kube-proxy later")
+    (ruleset,) = read(0)
+    assert isinstance(ruleset, NftRuleset)
+    assert set(ruleset.chain_names) == {"services", "later"}
+    assert not observer.dumps._turns, "nothing is kept when nobody waits"
 
 
 def test_the_missing_nft_program_is_said(bed: Bed) -> None:
