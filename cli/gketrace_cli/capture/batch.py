@@ -42,6 +42,8 @@ _MACS: Final = 12
 _TAG: Final = 4
 _8021Q: Final = 0x8100
 _ETHERNET_HEADER: Final = 14
+_PROTOCOLS: Final = (0x0008, 0xDD86, 0x0608)
+"""IPv4, IPv6, ARP: EtherTypes as a little endian number has them."""
 _DIRECTIONS: Final = (Direction.UNKNOWN, Direction.IN, Direction.OUT)
 
 
@@ -245,19 +247,44 @@ def _places(tap: Tap, buffer: Array, counts: Array, lengths: Array) -> Array:
         nexts = buffer.view("<u4")[:: step // 4]
         if _is_chain(places, nexts, counts, lengths, ends):
             return places
+    places = _same_link(tap, buffer, total)
+    if len(places) != total:
+        places = _alike(tap, buffer)
+    if len(places) != total or not _is_chain(
+        places, buffer.view("<u4")[places >> 2], counts, lengths, ends
+    ):
+        return _follow(buffer, counts, ends, lengths)
+    return places
+
+
+def _same_link(tap: Tap, buffer: Array, total: int) -> Array:
+    """Where there are headers of packets of the usual protocols, of the tap's interface: the whole
+    word is compared, which takes half the time of looking at a part of each."""
+    words = buffer.view("<u8")
+    found: Array | None = None
+    for protocol in _PROTOCOLS if tap.ifindex else ():
+        word = tap.ifindex << 32 | protocol << 16 | ring.AF_PACKET
+        more = words == np.uint64(word)
+        found = more if found is None else found | more
+        places = np.flatnonzero(found)
+        if len(places) == total:
+            break
+    else:
+        return np.zeros(0, np.int64)
+    places *= ring.ALIGNMENT
+    places -= ring.SLL
+    return places
+
+
+def _alike(tap: Tap, buffer: Array) -> Array:
+    """The same for any protocol, and for taps of all interfaces."""
     halves = buffer.view("<u4")
     if tap.ifindex:
         found = halves[_IFINDEX::2] == tap.ifindex
     else:
         found = (halves[_PROTOCOL::2] & 0xFFFF) == ring.AF_PACKET
     places = np.flatnonzero(found) * ring.ALIGNMENT
-    if len(places) != total:
-        places = places[(halves[(places >> 2) + _PROTOCOL] & 0xFFFF) == ring.AF_PACKET]
-    if len(places) != total or not _is_chain(
-        places, buffer.view("<u4")[places >> 2], counts, lengths, ends
-    ):
-        return _follow(buffer, counts, ends, lengths)
-    return places
+    return np.compress((halves[(places >> 2) + _PROTOCOL] & 0xFFFF) == ring.AF_PACKET, places)
 
 
 def _is_chain(places: Array, nexts: Array, counts: Array, lengths: Array, ends: Array) -> bool:
