@@ -29,7 +29,6 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs() -> Runs:
-    # The random ones first: they hold more kinds of rules, so faults are found in them sooner.
     records: list[Record] = []
     made = RandomRun(seed=SEED, walk=walk, records=records)
     made.run(CASES)
