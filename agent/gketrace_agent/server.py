@@ -28,6 +28,7 @@ from gketrace_agent.access.cache import FOLLOWERS, WAITING
 from gketrace_agent.access.guard import Guard
 from gketrace_agent.config import Config, Listen
 from gketrace_agent.interceptor import CallInterceptor
+from gketrace_agent.kernel.memory import give_back_memory
 from gketrace_agent.log import logger, start_logging
 from gketrace_agent.resolve.host import see_all_cgroups
 from gketrace_agent.service import AgentService
@@ -276,6 +277,7 @@ def _raise_file_limit(connections: int) -> None:
 def serve(config: Config) -> None:
     """Serves until SIGTERM or SIGINT."""
     started = time.monotonic()
+    give_back_memory()
     try:
         start_logging(config.log_file, debug=config.log_debug)
     except OSError as error:
