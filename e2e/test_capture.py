@@ -467,3 +467,22 @@ def test_the_plan_as_tcpdump_commands(lab: Lab) -> None:
     assert sum(command.startswith("nsenter -t ") for command in commands) == 2
     assert "tcp and host 10.40.1.10 and host 10.43.246.223 and port 80" in commands[0]
     assert "tcp and host 10.40.1.10 and host 10.40.0.6 and port 8080" in commands[-1]
+
+
+def test_a_filter_that_no_node_takes_is_one_line(lab: Lab) -> None:
+    """The user's own filter, not the long one that the plan makes of it."""
+    done = subprocess.run(
+        [
+            Path(sys.executable).parent / "gketrace",
+            "capture",
+            "service/hello-server",
+            "port foo bar",
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "KUBECONFIG": str(lab.kubeconfig), "NO_COLOR": "1"},
+    )
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2, done.stderr
+    assert lines[-1] == "error: filter 'port foo bar': unknown port 'foo', on all 3 nodes"
+    assert "foo" not in "".join(lines[:-1])

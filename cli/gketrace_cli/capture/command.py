@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gketrace.errors import ExitCode, GketraceError, UsageError
 from gketrace.packet import IPAddress
+from gketrace_cli.capture.filtering import FilteredStream, check_filter, join_filters
 from gketrace_cli.capture.lines import Lines, LineStyle
 from gketrace_cli.capture.planning import (
     NodeTaps,
@@ -28,7 +29,7 @@ from gketrace_cli.capture.report import (
     tell_outcome,
 )
 from gketrace_cli.capture.running import Outcome, Sink, keep_memory, run_capture, tell
-from gketrace_cli.capture.stream import CaptureStream, Event, Started
+from gketrace_cli.capture.stream import Event, Started
 from gketrace_cli.capture.targets import ParsedTarget, plain_taps
 from gketrace_cli.commands.capture import CaptureOutput
 from gketrace_cli.names import short_names
@@ -80,6 +81,10 @@ class Wish:
     numeric: bool
 
     @property
+    def named_interfaces(self) -> frozenset[str]:
+        return frozenset((*self.interfaces, *(one.interface for one in self.targets))) - {""}
+
+    @property
     def snap_length(self) -> int:
         """As requests have it; 0: the agent's choice, headers."""
         return 0 if self.snap is None else self.snap or _ALL
@@ -88,12 +93,13 @@ class Wish:
 def run(wish: Wish, options: Options, form: CaptureOutput, style: LineStyle) -> ExitCode:
     """Raises `GketraceError`."""
     _check(wish, form)
+    unchecked = check_filter(wish.filter, wish.named_interfaces) if wish.dry_run else ""
     with Session(options) as session:
         planning = _plan(session, wish)
         taps = _taps(session, wish, planning)
         session.progress.clear()
         if wish.dry_run:
-            return _show_plan(session, wish, options, form, planning, taps)
+            return _show_plan(session, wish, options, form, planning, taps, unchecked)
         for gap in () if planning is None else planning.missing:
             tell(f"not seen: {gap}")
         for note in () if planning is None else planning.notes:
@@ -164,8 +170,7 @@ def _taps(session: Session, wish: Wish, planning: Planning | None) -> dict[str, 
     for planned in taps.values():
         for request in planned.taps:
             request.snap_length, request.direction = wish.snap_length, direction
-            if wish.filter:
-                request.filter = f"({request.filter}) and ({wish.filter})"
+            request.filter = join_filters(request.filter, wish.filter)
     return taps
 
 
@@ -176,10 +181,13 @@ def _show_plan(
     form: CaptureOutput,
     planning: Planning | None,
     taps: Mapping[str, NodeTaps],
+    unchecked: str,
 ) -> ExitCode:
+    """`unchecked`: why the filter was not looked at; empty: it was, or there is none."""
+    code = ExitCode.PARTIAL if planning is not None and planning.missing else ExitCode.OK
     if planning is not None:
         pids = pids_of(session, planning.plan)
-        documents: Any = plan_document(planning, pids, wish.snap_length)
+        documents: Any = plan_document(planning, pids, wish.snap_length, wish.filter)
     else:
         documents = [
             {"node": node, "target": text, "interface": tap.interface, "filter": tap.filter}
@@ -188,17 +196,21 @@ def _show_plan(
         ]
     if form in (CaptureOutput.JSON, CaptureOutput.JSONL, CaptureOutput.YAML):
         output = Output.YAML if form is CaptureOutput.YAML else Output.JSON
-        write_text(dump(envelope("CapturePlan", {"taps": documents}), output))
-        return ExitCode.OK
+        body = {"taps": documents, "filterUnchecked": unchecked or None}
+        write_text(dump(envelope("CapturePlan", body), output))
+        return code
     page = Page.of(options, short_names(node.name for node in session.nodes))
     if planning is not None:
-        draw_plan(page, planning, pids, wish.snap_length)
+        draw_plan(page, planning, pids, wish.snap_length, wish.filter)
     else:
         for one in documents:
             what = one["filter"] or "all packets"
             page.line(f"{one['interface']} of {one['target']} on node {one['node']}: {what}")
+    if unchecked:
+        page.blank()
+        page.entry("not checked", f"the filter: {unchecked}", "yellow")
     write_text(page.text())
-    return ExitCode.PARTIAL if planning is not None and planning.missing else ExitCode.OK
+    return code
 
 
 def _requests(wish: Wish, taps: Mapping[str, NodeTaps]) -> dict[str, pb.CaptureRequest]:
@@ -272,7 +284,9 @@ def _capture(
                 announce(tap, said, asked_snap=wish.snap is not None)
 
     descriptions = {node: one.descriptions for node, one in taps.items()}
-    stream = CaptureStream(session.fleet, _requests(wish, taps), descriptions=descriptions)
+    stream = FilteredStream(
+        session.fleet, _requests(wish, taps), descriptions=descriptions, typed=wish.filter
+    )
     try:
         with stream:
             outcome = run_capture(stream, sinks, count=wish.count, watch=watch)

@@ -14,6 +14,7 @@ from gketrace.objects import Node, Pod, Service
 from gketrace.packet import IPAddress, Packet
 from gketrace.trace import Missing
 from gketrace_cli.asking import Asker, Result
+from gketrace_cli.capture.filtering import join_filters
 from gketrace_cli.podref import pod_target
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
 from gketrace_proto.v1alpha1 import capture_pb2
@@ -191,19 +192,21 @@ def pids_of(session: Session, plan: Plan) -> dict[str, int]:
     }
 
 
-def tcpdump_command(tap: PlannedTap, pids: dict[str, int], snap: int = 0) -> str:
-    """What to type on the node to capture the same."""
+def tcpdump_command(tap: PlannedTap, pids: dict[str, int], snap: int = 0, typed: str = "") -> str:
+    """What to type on the node to capture the same; `typed`: the filter beside the plan's."""
     words = ["tcpdump", "-n", "-i", tap.spot.interface]
     if snap:
         words += ["-s", str(snap)]
-    command = shlex.join([*words, tap.filter])
+    command = shlex.join([*words, join_filters(tap.filter, typed)])
     if not tap.spot.pod:
         return command
     pid = pids.get(tap.spot.pod)
     return f"nsenter -t {pid if pid is not None else 'PID'} -n {command}"
 
 
-def draw_plan(page: Page, planning: Planning, pids: dict[str, int], snap: int = 0) -> None:
+def draw_plan(
+    page: Page, planning: Planning, pids: dict[str, int], snap: int = 0, typed: str = ""
+) -> None:
     """The plan for people: each tap, why it is there, its filter as a tcpdump command."""
     plan = planning.plan
     nodes = len({tap.spot.node for tap in plan.taps})
@@ -228,7 +231,7 @@ def draw_plan(page: Page, planning: Planning, pids: dict[str, int], snap: int = 
             plural = "s" if len(numbers) > 1 else ""
             page.entry(way, page.short(f"{text} (hop{plural} {', '.join(numbers)})"))
         # Not wrapped: it is there to be copied.
-        page.lines.append(f"   {tcpdump_command(tap, pids, snap)}")
+        page.lines.append(f"   {tcpdump_command(tap, pids, snap, typed)}")
     for missing in planning.missing:
         page.blank()
         page.entry("not seen", page.short(str(missing)), "yellow")
@@ -263,15 +266,17 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def plan_document(planning: Planning, pids: dict[str, int], snap: int = 0) -> list[dict[str, Any]]:
+def plan_document(
+    planning: Planning, pids: dict[str, int], snap: int = 0, typed: str = ""
+) -> list[dict[str, Any]]:
     """``taps`` of the JSON form."""
     return [
         {
             "node": tap.spot.node,
             "pod": tap.spot.pod or None,
             "interface": tap.spot.interface,
-            "filter": tap.filter,
-            "tcpdump": tcpdump_command(tap, pids, snap),
+            "filter": join_filters(tap.filter, typed),
+            "tcpdump": tcpdump_command(tap, pids, snap, typed),
             "crossings": [
                 {
                     "path": crossing.path,
