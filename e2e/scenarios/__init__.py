@@ -12,5 +12,6 @@ matrix, and one JSON object as its last line.
     balancers.py    those of load balancers' health checks
     snapshots.py    what this kernel lacks or what is proprietary: faults put into what was read
     baseline.py     reads `baseline`, the fixture's own true faults
+    paste.py        runs the command that a finding gives
     run.py          runs scenarios, pairs of them, and what the baseline says
 """

@@ -78,6 +78,8 @@ def main() -> int:
         "pairs": len(paired),
         "pairs_found": sum(pair.good for pair in paired),
         "baseline_differences": strange,
+        "commands_failed": sum(not one.pasted for one in outcomes),
+        "mended_by_command": sorted({one.code for one in outcomes if one.mended}),
         "on_kernel": sum(one.how != "snapshot" for one in outcomes),
         "on_snapshot": sum(one.how == "snapshot" for one in outcomes),
         "failed": [
@@ -123,7 +125,7 @@ def _diff(wanted: Iterable[Scenario], topologies: Iterable[str], say: Callable[[
 def _line(one: Outcome) -> str:
     state = "found" if one.good else "FAILED"
     text = f"{one.code} {one.topology:<6} {one.how:<8} {state:<6} symptom {one.symptom:<9} "
-    text += f"{one.seconds:4.1f}s  {one.title}"
+    text += f"{one.seconds:4.1f}s  {one.title}{'; mended as told' if one.mended else ''}"
     for why in [] if one.good else one.why:
         text += f"\n        {why}"
     if not one.good:

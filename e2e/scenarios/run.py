@@ -12,6 +12,7 @@ from e2e.answers import run_cli
 from e2e.netlab import Lab, LabError
 from e2e.scenarios.baseline import beyond, read_baseline
 from e2e.scenarios.model import Scenario
+from e2e.scenarios.paste import is_elsewhere, paste
 from e2e.scenarios.stage import Stage, staged
 from gketrace.errors import GketraceError
 from gketrace.findings.model import Finding
@@ -39,6 +40,10 @@ class Outcome:
     """``shown``, ``not shown``; ``none``: nothing fails yet."""
     removed: bool = False
     """Gone within one run after the fault was removed, and traffic flows again."""
+    pasted: bool = True
+    """The command that it says to run ran."""
+    mended: bool | None = None
+    """Where that is run on a node or in a pod: whether the finding went with it."""
     why: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -50,6 +55,7 @@ class Outcome:
             and not self.false_alarms
             and self.symptom != "not shown"
             and self.removed
+            and self.pasted
         )
 
 
@@ -84,6 +90,7 @@ def _run(lab: Lab, scenario: Scenario) -> Outcome:
             _judge(scenario, outcome, new)
             outcome.why += [f"baseline lost {line}" for line in sorted(gone)]
             outcome.why += [f"not seen: {text}" for text in stage.missing]
+            _do_as_told(stage, scenario, outcome, new)
     if scenario.ask:
         outcome.removed = True
     else:
@@ -110,6 +117,16 @@ def _judge(scenario: Scenario, outcome: Outcome, new: Sequence[Finding]) -> None
     outcome.proved = bool(mine) and not lacking
     outcome.why += [f"evidence lacks {text!r}: {said}" for text in lacking if mine]
     outcome.why += [f"{one.code} {one.text}" for one in new if one.code not in allowed]
+
+
+def _do_as_told(stage: Stage, scenario: Scenario, outcome: Outcome, new: Sequence[Finding]) -> None:
+    """Runs the finding's command, and looks again where that may mend something."""
+    command = next((one.command for one in new if one.code == scenario.code), "")
+    wrong = paste(stage.lab, command) if command else ""
+    outcome.pasted = not wrong
+    outcome.why += [wrong] if wrong else []
+    if command and not wrong and scenario.alter is None and is_elsewhere(command):
+        outcome.mended = all(one.code != scenario.code for one in stage.check())
 
 
 def _asked(lab: Lab, scenario: Scenario, outcome: Outcome) -> None:

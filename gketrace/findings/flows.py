@@ -12,7 +12,7 @@ from typing import Final
 
 from gketrace.conntrack import ConntrackEntry, CtStatus
 from gketrace.findings.expected import Expected
-from gketrace.findings.making import cited, finding, of_endpoint
+from gketrace.findings.making import at, cited, finding, of_endpoint
 from gketrace.findings.model import Confidence, Evidence, Finding, evidence
 from gketrace.findings.world import Sight, World
 from gketrace.kubenames import endpoint_text
@@ -92,7 +92,7 @@ def _stale(world: World, sight: Sight, one: Expected, entry: ConntrackEntry) -> 
         f"{sight.node} {why}",
         [_cite(sight, entry), *(of_endpoint(e) for e in one.usable[:3])],
         remedy="delete the entry: the next packet goes by the rules of now",
-        command=f"conntrack -D {delete} (on node {sight.node})",
+        command=at(f"conntrack -D {delete}", sight.node),
         subjects=[f"service {one.service.key}", f"node {sight.node}"],
         nodes=[sight.node],
         cause=f"stale {sight.node} {one.service.key} {end if entry.dst_nat else 'untranslated'}",
@@ -127,8 +127,11 @@ def older_than_rules(world: World) -> Iterator[Finding]:
                 f"than a rule: it goes out as {before}, a new one would as {now}",
                 [_cite(sight, entry), *_rule_now(sight, pod.key, orig)],
                 remedy="let the program connect anew, or delete the entry",
-                command=f"conntrack -D -p {protocol_name(orig.protocol)} --orig-src {orig.src} "
-                f"--orig-dst {orig.dst} (on node {sight.node})",
+                command=at(
+                    f"conntrack -D -p {protocol_name(orig.protocol)} --orig-src {orig.src} "
+                    f"--orig-dst {orig.dst}",
+                    sight.node,
+                ),
                 subjects=[f"pod {pod.key}", f"node {sight.node}"],
                 nodes=[sight.node],
                 cause=f"older {sight.node} {before} {now}",

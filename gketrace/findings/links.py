@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ipaddress import ip_address
 from typing import Final
 
-from gketrace.findings.making import cited, finding, rules_like, sysctl
+from gketrace.findings.making import at, cited, finding, rules_like, sysctl
 from gketrace.findings.model import Confidence, Evidence, Finding, Severity, evidence
 from gketrace.findings.world import Sight, World
 from gketrace.packet import IPAddress
@@ -89,7 +89,7 @@ def _down(sight: Sight, link: Link, netns: str, subjects: list[str], *, state: s
         f"{link.name} of {where} {why}",
         [cited(cite_link(link), sight.node, netns)],
         remedy="set it up, and find who set it down",
-        command=f"ip link set {link.name} up (in {where})",
+        command=at(f"ip link set {link.name} up", sight.node, netns),
         subjects=[*subjects, f"node {sight.node}"],
         nodes=[sight.node],
         cause=f"link {sight.node} {netns} {link.name}",
@@ -122,7 +122,7 @@ def neighbours(world: World) -> Iterator[Finding]:
                     f"{sight.node}",
                     [cited(Citation(source=Source.NEIGHBOUR, text=text), sight.node, netns)],
                     remedy="see whether it is up and on that link",
-                    command=f"ip neigh show {one.address} (in {inside}node {sight.node})",
+                    command=at(f"ip neigh show {one.address}", sight.node, netns),
                     subjects=[who, f"node {sight.node}"],
                     nodes=[sight.node],
                     cause=f"neighbour {sight.node} {netns} {one.address}",
@@ -211,7 +211,7 @@ def _stolen(world: World, macs: dict[IPAddress, dict[str, Evidence]]) -> Iterato
                     *known.values(),
                 ],
                 remedy="find who has that link address",
-                command=f"bridge fdb show | grep {one.mac} (on node {sight.node})",
+                command=at(f"bridge fdb show | grep {one.mac}", sight.node),
                 subjects=[f"pod {pod.key}"],
                 nodes=[sight.node],
                 cause=f"address {one.address}",
@@ -255,7 +255,7 @@ def bridge_switches(world: World) -> Iterator[Finding]:
             "its own node through a Service gets answers that are not translated back",
             [proof, cited(cite_link(wired[0][2]), sight.node)],
             remedy="load br_netfilter and switch it on",
-            command=f"modprobe br_netfilter; sysctl -w {_NF}=1",
+            command=at(f"modprobe br_netfilter; sysctl -w {_NF}=1", sight.node),
             subjects=[f"node {sight.node}"],
             nodes=[sight.node],
             cause=f"bridge-nf {sight.node}",
@@ -291,7 +291,10 @@ def hairpin(world: World) -> Iterator[Finding]:
             ],
             remedy="set hairpin on the ports (kubelet --hairpin-mode=hairpin-veth), or promiscuous "
             "mode on the bridge",
-            command=f"bridge link set dev {lacking[0][1].name} hairpin on",
+            command=at(
+                "; ".join(f"bridge link set dev {port.name} hairpin on" for _, port, _ in lacking),
+                sight.node,
+            ),
             subjects=[f"pod {key}" for key, _, _ in lacking],
             nodes=[sight.node],
             cause=f"hairpin {sight.node}",
@@ -357,7 +360,7 @@ def _small(
         f"{small.mtu}: it depends on ICMP errors that may be lost on the way",
         proof,
         remedy="give the pods the smaller MTU in the CNI plugin's configuration",
-        command=f"ip link set {inside.name} mtu {small.mtu} (in pod {key})",
+        command=at(f"ip link set {inside.name} mtu {small.mtu}", sight.node, str(shot.netns)),
         subjects=[f"pod {key}", f"node {sight.node}"],
         nodes=[sight.node],
         cause=f"mtu {sight.node} {small.name}",
@@ -394,7 +397,7 @@ def _other_nodes(world: World) -> Iterator[Finding]:
             for sight, link in pairs
         ],
         remedy="set the network's own MTU on all of them",
-        command=f"ip link set {odd[0][1].name} mtu {max(by_mtu)} (on node {odd[0][0].node})",
+        command=at(f"ip link set {odd[0][1].name} mtu {max(by_mtu)}", odd[0][0].node),
         subjects=[f"node {sight.node}" for sight, _ in odd],
         nodes=[sight.node for sight, _ in odd],
         cause="mtu of uplinks",

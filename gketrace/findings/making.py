@@ -8,13 +8,22 @@ from typing import Final
 
 from gketrace.findings.model import Confidence, Evidence, Finding, Severity, evidence
 from gketrace.findings.registry import code_of
-from gketrace.objects import Endpoint, Service
+from gketrace.objects import Endpoint, Pod, Service
 from gketrace.ruleset import Rule
 from gketrace.ruleset.iptables import IptablesRuleset
 from gketrace.snapshot import NetnsSnapshot
 from gketrace.trace import Citation, Source
 
-__all__ = ["cited", "finding", "of_endpoint", "of_service", "rules_like", "sysctl"]
+__all__ = [
+    "at",
+    "cited",
+    "finding",
+    "of_endpoint",
+    "of_service",
+    "proxy_logs",
+    "rules_like",
+    "sysctl",
+]
 
 _CHAIN: Final = re.compile(rb"(?:\[\d+:\d+\] )?-A (\S+) ")
 
@@ -46,6 +55,21 @@ def finding(
         nodes=tuple(dict.fromkeys(node for node in nodes if node)),
         cause=cause or " ".join(about),
     )
+
+
+def at(command: str, node: str, netns: str = "host") -> str:
+    """A command that is run elsewhere than gketrace: the shell takes what is said of the place for
+    a comment, so that the line can be pasted as it is."""
+    inside = "" if netns == "host" else f"in {netns} "
+    return f"{command}  # {inside}on node {node}"
+
+
+def proxy_logs(pods: Iterable[Pod], node: str) -> str:
+    """Of the node's own kube-proxy, where its pod is known; else of some by their label."""
+    for pod in pods:
+        if (pod.namespace, pod.node) == ("kube-system", node) and pod.name.startswith("kube-proxy"):
+            return f"kubectl -n kube-system logs {pod.name} --tail=50"
+    return "kubectl -n kube-system logs -l component=kube-proxy --tail=50"
 
 
 def cited(citation: Citation, node: str, netns: str = "host", note: str = "") -> Evidence:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from ipaddress import ip_address
 
-from gketrace.findings.making import cited, finding
+from gketrace.findings.making import cited, finding, proxy_logs
 from gketrace.findings.model import Evidence, Finding, evidence
 from gketrace.findings.world import Sight, Way, World
 from gketrace.packet import Protocol
@@ -43,7 +43,7 @@ def missing(world: World) -> Iterator[Finding]:
                 f"{lack}, so answers bypass the node and clients do not know them",
                 [cited(proof, sight.node)],
                 remedy="restart kube-proxy, and find what removed the rule",
-                command="kubectl -n kube-system logs -l component=kube-proxy --tail=50",
+                command=proxy_logs(world.pods, sight.node),
                 subjects=[f"node {sight.node}"],
                 nodes=[sight.node],
                 cause=f"masquerade {sight.node}",

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 from gketrace.findings.expected import Expected
-from gketrace.findings.making import cited, finding, of_endpoint, of_service
+from gketrace.findings.making import cited, finding, of_endpoint, of_service, proxy_logs
 from gketrace.findings.model import Confidence, Evidence, Finding, Severity, evidence
 from gketrace.findings.world import Sight, World
 from gketrace.kubenames import ServicePort, endpoint_chain, endpoint_text
@@ -21,7 +21,6 @@ __all__ = ["affinity", "backends", "canaries", "drift", "health"]
 _HEALTHZ: Final = 10256
 """kube-proxy's --healthz-bind-address (pkg/proxy/apis/config/v1alpha1/defaults.go)."""
 _TELL: Final = 3
-_RESTART: Final = "kubectl -n kube-system logs -l component=kube-proxy --tail=50"
 
 
 def drift(world: World) -> Iterator[Finding]:
@@ -85,7 +84,7 @@ def _node_drift(world: World, sight: Sight) -> Iterator[Finding]:
                 *_others(world, sight, first),
             ],
             remedy="if it stays so for more than 10 s, restart kube-proxy on this node",
-            command=_RESTART,
+            command=proxy_logs(world.pods, sight.node),
             subjects=[*(f"service {one.service.key}" for _, one, _, _ in lacking)],
             nodes=[sight.node],
             cause=f"kube-proxy {sight.node}",
@@ -101,7 +100,7 @@ def _node_drift(world: World, sight: Sight) -> Iterator[Finding]:
                 *_others(world, sight, extra[0]),
             ],
             remedy="if it stays so for more than 10 s, restart kube-proxy on this node",
-            command=_RESTART,
+            command=proxy_logs(world.pods, sight.node),
             subjects=[f"service {one.service.key}" for _, one, _, _ in extra],
             nodes=[sight.node],
             cause=f"kube-proxy {sight.node}",
@@ -187,7 +186,7 @@ def canaries(world: World) -> Iterator[Finding]:
                     [_absence(sight, one, table, _CANARY) for table in gone],
                     remedy="find what flushes iptables on this node; kube-proxy writes its rules "
                     "again when it sees it",
-                    command=_RESTART,
+                    command=proxy_logs(world.pods, sight.node),
                     subjects=[f"node {sight.node}"],
                     nodes=[sight.node],
                 )
@@ -337,10 +336,12 @@ def affinity(world: World) -> Iterator[Finding]:
             for family in one.families:
                 there = sight.programme.endpoints(name, family) or frozenset()
                 for end in sorted(there - one.addresses(family)):
-                    yield from _pinned(sight, name, one, end)
+                    yield from _pinned(world, sight, name, one, end)
 
 
-def _pinned(sight: Sight, name: ServicePort, one: Expected, end: str) -> Iterator[Finding]:
+def _pinned(
+    world: World, sight: Sight, name: ServicePort, one: Expected, end: str
+) -> Iterator[Finding]:
     remembered = []
     if not isinstance(sight.host.recent, Unavailable):
         listed = endpoint_chain(name, end)
@@ -373,7 +374,7 @@ def _pinned(sight: Sight, name: ServicePort, one: Expected, end: str) -> Iterato
             *(evidence(source, text, node=sight.node) for _, text, source in remembered),
         ],
         remedy="restart kube-proxy on the node, so that its rules lose the endpoint",
-        command=_RESTART,
+        command=proxy_logs(world.pods, sight.node),
         subjects=[f"service {one.service.key}"],
         nodes=[sight.node],
         cause=f"affinity {name} {end}",

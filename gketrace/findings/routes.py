@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
-from gketrace.findings.making import cited, finding
+from gketrace.findings.making import at, cited, finding
 from gketrace.findings.model import Evidence, Finding, Severity
 from gketrace.findings.world import Sight, World
 from gketrace.objects import Pod
@@ -22,6 +22,8 @@ from gketrace.trace import Citation, Source
 
 __all__ = ["local_routes", "pod_routes", "routes", "stale_routes"]
 
+_MAIN = 254
+"""RT_TABLE_MAIN (include/uapi/linux/rtnetlink.h)."""
 _USUAL = frozenset({0, 32766, 32767})
 """Priorities of the rules that every namespace has."""
 _ENDS = frozenset({RouteKind.UNREACHABLE, RouteKind.BLACKHOLE, RouteKind.PROHIBIT})
@@ -119,7 +121,7 @@ def _has6(sight: Sight) -> bool:
     """Whether the node has IPv6 routes beyond link-local ones at all."""
     assert not isinstance(sight.host.routes, Unavailable)
     return any(
-        route.family == 6 and route.table == 254 and not route.dst.is_link_local
+        route.family == 6 and route.table == _MAIN and not route.dst.is_link_local
         for route in sight.host.routes
     )
 
@@ -165,7 +167,7 @@ def _missing(sight: Sight, pod: Pod, address: IPAddress, decision: RouteDecision
         f"Node {sight.node} has no route to pod {pod.key} ({address})",
         [cited(Citation(source=Source.ROUTE, text=text), sight.node)],
         remedy="restore the route that the CNI plugin made; starting the pod again does that",
-        command=f"ip route show {address} (on node {sight.node})",
+        command=at(f"ip route get {address}", sight.node),
         subjects=[f"pod {pod.key}", f"node {sight.node}"],
         nodes=[sight.node],
         cause=f"no route {sight.node} {address if pod.node == sight.node else pod.node}",
@@ -185,7 +187,7 @@ def _wrong(
         "GKT-306": f"The route of node {sight.node} to pod {pod.key} is wrong",
     }[code]
     name = route.dst if route is not None else address
-    command = f"ip route del {name}"
+    command = f"ip route del {name}{_table(route)}"
     if by_rule and rule is not None:
         command = f"ip rule del priority {rule.priority}"
     text = route.text if route is not None else decision.detail
@@ -194,11 +196,16 @@ def _wrong(
         f"{what}: it {how}",
         _proof(sight, decision, decision.detail),
         remedy="remove it, and find who made it",
-        command=f"{command} (on node {sight.node})",
+        command=at(command, sight.node),
         subjects=[f"pod {pod.key}", f"node {sight.node}"],
         nodes=[sight.node],
         cause=f"route {sight.node} {rule.text if by_rule and rule else ''} {text}",
     )
+
+
+def _table(route: Route | None) -> str:
+    """What `ip route` has to be told where it is not the main table."""
+    return "" if route is None or route.table == _MAIN else f" table {route.table}"
 
 
 def stale_routes(world: World) -> Iterator[Finding]:
@@ -223,7 +230,7 @@ def stale_routes(world: World) -> Iterator[Finding]:
                 f"Node {sight.node} has a route to {route.dst.network_address}, which no pod has",
                 [cited(_route_citation(route), sight.node)],
                 remedy="remove it: it hides the address from the next pod that gets it",
-                command=f"ip route del {route.dst} (on node {sight.node})",
+                command=at(f"ip route del {route.dst}{_table(route)}", sight.node),
                 subjects=[f"node {sight.node}"],
                 nodes=[sight.node],
                 cause=f"route {sight.node} {route.text}",
@@ -235,7 +242,7 @@ def _for_one_pod(route: Route, links: dict[int, Link]) -> bool:
     devices = [links.get(hop.oif) for hop in route.next_hops if hop.oif is not None]
     return (
         route.type is RouteType.UNICAST
-        and route.table == 254
+        and route.table == _MAIN
         and route.dst.prefixlen == route.dst.max_prefixlen
         and any(link is not None and link.kind in ("veth", "dummy") for link in devices)
     )
@@ -275,8 +282,7 @@ def local_routes(world: World) -> Iterator[Finding]:
                 "their packets for its own",
                 [cited(_route_citation(route), sight.node)],
                 remedy="remove it; for the guest agent, set ip_aliases = false there",
-                command=f"ip route del local {route.dst} table {route.table} "
-                f"(on node {sight.node})",
+                command=at(f"ip route del local {route.dst} table {route.table}", sight.node),
                 subjects=[f"node {sight.node}", *(f"pod {pod.key}" for pod in hidden)],
                 nodes=[sight.node],
                 cause=f"route {sight.node} {route.text}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gketrace.findings.making import cited, finding, sysctl
+from gketrace.findings.making import at, cited, finding, sysctl
 from gketrace.findings.model import Confidence, Evidence, Finding
 from gketrace.findings.world import Way, World
 from gketrace.snapshot import Unavailable
@@ -71,7 +71,9 @@ def strayed(world: World, stop: Stop) -> Finding:
             f"On node {node} bridged frames bypass the rules, so the answer is not translated back",
             [*proof, stop.proof],
             remedy="load br_netfilter and switch it on",
-            command="modprobe br_netfilter; sysctl -w net.bridge.bridge-nf-call-iptables=1",
+            command=at(
+                "modprobe br_netfilter; sysctl -w net.bridge.bridge-nf-call-iptables=1", node
+            ),
             subjects=[*stop.subjects[:1], f"node {node}"],
             nodes=[node],
             cause=f"bridge-nf {node}",

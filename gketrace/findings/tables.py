@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from gketrace.conntrack import ConntrackEntry
-from gketrace.findings.making import cited, finding, rules_like, sysctl
+from gketrace.findings.making import at, cited, finding, rules_like, sysctl
 from gketrace.findings.model import Confidence, Evidence, Finding, Severity, evidence
 from gketrace.findings.world import Sight, TableState, World
 from gketrace.packet import IPAddress, protocol_name
@@ -58,8 +58,10 @@ def room(world: World) -> Iterator[Finding]:
             f"{table.limit} entries" + ("; new connections are dropped" if full else ""),
             proof,
             remedy="raise the limit, and find what opens so many connections",
-            command="sysctl -w net.netfilter.nf_conntrack_max="
-            f"{max(131072, 2 * table.limit)} (on node {sight.node})",
+            command=at(
+                f"sysctl -w net.netfilter.nf_conntrack_max={max(131072, 2 * table.limit)}",
+                sight.node,
+            ),
             subjects=[f"node {sight.node}"],
             nodes=[sight.node],
         )

@@ -13,7 +13,7 @@ from typing import Final
 
 from gketrace.findings.expected import Expected
 from gketrace.findings.links import end_of
-from gketrace.findings.making import cited, finding
+from gketrace.findings.making import at, cited, finding, proxy_logs
 from gketrace.findings.model import Evidence, Finding, Severity
 from gketrace.findings.stop import Stop, strayed
 from gketrace.findings.world import Way, World
@@ -182,7 +182,7 @@ def _proxy_says_none(world: World, stop: Stop) -> Finding | None:
         "which has endpoints",
         [stop.proof],
         remedy="if it stays so for more than 10 s, restart kube-proxy on this node",
-        command="kubectl -n kube-system logs -l component=kube-proxy --tail=50",
+        command=proxy_logs(world.pods, stop.node),
         subjects=stop.subjects[:1],
         nodes=[stop.node],
         cause=f"kube-proxy {stop.node}",
@@ -196,7 +196,7 @@ def _refused(world: World, stop: Stop) -> Finding | None:
     if stop.citation.source is not Source.SOCKET:
         return None
     if packet.dst in {ip for one in world.expected.values() for ip in _door_ips(one)}:
-        return _not_translated(stop)
+        return _not_translated(world, stop)
     if _looked_into(world, stop):
         return None  # listeners.py says it
     where = f"{packet.dst}:{packet.dport}"
@@ -230,14 +230,14 @@ def _door_ips(one: Expected) -> Iterator[IPAddress]:
     yield from map(ip_address, one.service.cluster_ips)
 
 
-def _not_translated(stop: Stop) -> Finding:
+def _not_translated(world: World, stop: Stop) -> Finding:
     return finding(
         "GKT-110",
         f"No rule on node {stop.node} translates {stop.way.path.target}: the node takes it for "
         "itself",
         [stop.proof],
         remedy="see why kube-proxy has no rule for the Service there",
-        command="kubectl -n kube-system logs -l component=kube-proxy --tail=50",
+        command=proxy_logs(world.pods, stop.node),
         subjects=stop.subjects[:1],
         nodes=[stop.node],
         cause=f"kube-proxy {stop.node}",
@@ -254,7 +254,7 @@ def _no_neighbour(world: World, stop: Stop) -> Finding:
             f"{hop or stop.outcome.packet.dst} does not answer on {device} of {_where(stop)}",
             [stop.proof],
             remedy="see whether it is up and on that link",
-            command=f"ip neigh show dev {device} (in {_where(stop)})",
+            command=at(f"ip neigh show dev {device}", stop.node, stop.netns),
             subjects=stop.subjects,
             nodes=[stop.node],
             cause=f"neighbour {stop.node} {stop.netns} {hop or stop.outcome.packet.dst}",
@@ -267,7 +267,7 @@ def _no_neighbour(world: World, stop: Stop) -> Finding:
         f"{device} of {where} is down",
         [stop.proof],
         remedy="set it up, and find who set it down",
-        command=f"ip link set {device} up (in {where})",
+        command=at(f"ip link set {device} up", stop.node, netns),
         subjects=stop.subjects,
         nodes=[stop.node],
         cause=f"link {stop.node} {netns} {device}",
@@ -310,7 +310,7 @@ def _unreachable(world: World, stop: Stop) -> Finding | None:
             f"{stop.way.path.target}",
             [stop.proof],
             remedy="see why kube-proxy has no rule for the Service there",
-            command="kubectl -n kube-system logs -l component=kube-proxy --tail=50",
+            command=proxy_logs(world.pods, stop.node),
             subjects=stop.subjects[:1],
             nodes=nodes[-1:],
             cause=f"kube-proxy {nodes[-1] if nodes else stop.node}",
@@ -321,7 +321,7 @@ def _unreachable(world: World, stop: Stop) -> Finding | None:
             f"The reverse-path filter of {_where(stop)} drops {stop.what}: {stop.outcome.detail}",
             _all_checks(stop),
             remedy="set rp_filter to 2 (loose) on the interface, or correct the route back",
-            command=f"sysctl {text.partition(' ')[0]}",
+            command=at(f"sysctl {text.partition(' ')[0]}", stop.node, stop.netns),
             subjects=stop.subjects,
             nodes=[stop.node],
             cause=f"rp_filter {stop.node} {stop.netns}",
@@ -332,7 +332,7 @@ def _unreachable(world: World, stop: Stop) -> Finding | None:
             f"Forwarding is off on {_where(stop)}: nothing passes it",
             _all_checks(stop),
             remedy="switch forwarding on, and find what switches it off",
-            command=f"sysctl -w net.ipv4.ip_forward=1 (on {_where(stop)})",
+            command=at("sysctl -w net.ipv4.ip_forward=1", stop.node, stop.netns),
             subjects=stop.subjects,
             nodes=[stop.node],
             cause=f"forwarding {stop.node} {stop.netns}",
@@ -368,7 +368,7 @@ def _route(stop: Stop, code: str, verb: str) -> Finding:
         f"On {_where(stop)} {stop.what} {verb}",
         _all_checks(stop),
         remedy="correct the route to " + str(destination),
-        command=f"ip route get {destination} (on {_where(stop)})",
+        command=at(f"ip route get {destination}", stop.node, stop.netns),
         subjects=stop.subjects,
         nodes=[stop.node],
         cause=f"route {stop.node} {stop.netns} {stop.citation.text}",

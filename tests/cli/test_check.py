@@ -88,7 +88,10 @@ def test_text_names_evidence_and_remedy(ask: Ask) -> None:
     assert "GKT-101 error: Service default/nobody has no endpoints" in out
     assert "kubectl get pods -n default -l app=nobody -o wide" in out
     assert "GKT-103" not in out
-    assert max(map(len, out.splitlines())) <= 80
+    # A command is not broken: it is there to be pasted.
+    assert "kubectl get endpointslices -n default -l kubernetes.io/service-name=kubernetes" in out
+    lines = [line for line in out.splitlines() if not line.startswith("   run  ")]
+    assert max(map(len, lines)) <= 80
 
 
 def test_codes_may_be_left_out(ask: Ask) -> None:

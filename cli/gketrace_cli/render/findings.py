@@ -59,7 +59,7 @@ def draw_findings(page: Page, findings: Sequence[Finding], *, heading: str = "")
         if one.more:
             page.entry("", f"and {one.more} more")
         page.entry("do", page.short(f"{one.remedy[:1].upper()}{one.remedy[1:]}."))
-        page.entry("run", page.short(one.command), "bold")
+        page.command("run", one.command)
 
 
 def _evidence_text(proof: Evidence) -> str:

@@ -78,6 +78,11 @@ class Page:
             else:
                 self.lines.append(body + self.paint(piece[len(body) :], *styles))
 
+    def command(self, label: str, text: str, *, indent: int = 3, column: int = 11) -> None:
+        """A command to be pasted: on one line, however long."""
+        head = " " * indent + f"{label:<{column}}"
+        self.lines.append(self.paint(head, "dim") + self.paint(text, "bold"))
+
     def _wrap(self, text: str, first: str, rest: str) -> list[str]:
         text = " ".join(text.split())
         if self.wide:
