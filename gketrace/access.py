@@ -95,5 +95,7 @@ METHODS: Final[Mapping[str, Need]] = {
     "DeleteConntrack": Need(verb="delete", sub="conntrack", call_class=CallClass.CHANGE),
     "Walk": Need(verb="get", sub="trace", call_class=CallClass.READ, scoped=True),
     "Capture": Need(verb="create", sub="capture", call_class=CallClass.CAPTURE),
+    # Only of the caller's own captures, for each of which they had the permission.
+    "FinishCapture": Need(verb="create", sub="capture", call_class=CallClass.QUICK),
 }
 """Every call of ``gketrace.v1alpha1.Agent``.  One that is not here is refused to everybody."""

@@ -53,6 +53,8 @@ class OpenTap:
     text: str = ""
     until: float = 0.0
     """It ends when what is in the ring has been handed over, at this time."""
+    drained: bool = False
+    """What is still in the ring is not wanted."""
     over: bool = False
 
     def count(self) -> int:

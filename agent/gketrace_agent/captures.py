@@ -15,6 +15,7 @@ from typing import Final, TypeAlias
 from gketrace.errors import GketraceError, UsageError
 from gketrace.trace import NetnsKind
 from gketrace_agent.capture_counts import CAPTURES
+from gketrace_agent.capture_finish import Finish
 from gketrace_agent.capture_limits import CaptureLimits
 from gketrace_agent.capture_taps import CapturePlace, OpenTap, encode_packets, open_tap
 from gketrace_agent.kernel.hostpaths import HostPaths
@@ -60,9 +61,11 @@ def capture_packets(
     node: str,
     limits: CaptureLimits,
     paths: HostPaths,
+    finish: Finish,
     active: Callable[[], bool],
 ) -> Generator[Reply, None, None]:
-    """The replies to `request`, until a limit is reached or `active` says no.
+    """The replies to `request`, until a limit is reached, `finish` is asked for, or `active` says
+    no.
 
     Raises `UsageError` for filters that libpcap does not take, `NotFoundError`, `ExhaustedError`,
     `ForbiddenError`, `UnavailableError`.
@@ -74,7 +77,7 @@ def capture_packets(
     with ExitStack() as stack:
         CAPTURES.enter()
         stack.callback(CAPTURES.leave)
-        capture = _Capture(request, node, limits, paths, active)
+        capture = _Capture(request, node, limits, paths, finish, active)
         stack.callback(capture.close)
         for place in places:
             capture.open(place)
@@ -88,11 +91,13 @@ class _Capture:
         node: str,
         limits: CaptureLimits,
         paths: HostPaths,
+        finish: Finish,
         active: Callable[[], bool],
     ) -> None:
         self._request = request
         self._node = node
         self._paths = paths
+        self._finish = finish
         self._active = active
         self._taps: list[OpenTap] = []
         self._most_ring = limits.ring_bytes
@@ -107,11 +112,16 @@ class _Capture:
         self._gathering = max(
             self._latency - 2 * self._retire_ms / 1000, self._latency * _GATHER_SHARE
         )
-        every = request.statistics_seconds or _STATISTICS_EVERY
+        every = request.quiet_statistics_seconds or request.statistics_seconds or _STATISTICS_EVERY
         self._statistics_every = min(max(every, _STATISTICS[0]), _STATISTICS[1])
         self._drain = 2.5 * self._retire_ms / 1000 + 0.02
         """Seconds after which all that a ring had is handed over."""
         self._poll = select.poll()
+        self._poll.register(finish, select.POLLIN)
+        self._asked = select.poll()
+        """For `finish` alone."""
+        self._asked.register(finish, select.POLLIN)
+        self._finishing = False
 
     def _granted(self, what: str, asked: float, most: float) -> float:
         if asked < 0:
@@ -177,6 +187,10 @@ class _Capture:
             ready = self._poll.poll(max(min(waits) - time.monotonic(), 0) * 1000)
             if not self._active():
                 return
+            if not self._finishing and self._asked.poll(0):
+                self._finishing = True
+                self._poll.unregister(self._finish)
+                self._end(self._taps, pb.CAPTURE_END_REASON_FINISHED, "its client has finished it")
             yield from self._read(ready)
             now = time.monotonic()
             if now >= deadline:
@@ -202,7 +216,8 @@ class _Capture:
         taps = [tap for tap in self._taps if not tap.over]
         if not any(tap.ring.ready(1) for tap in taps):
             return
-        self._gather(taps)
+        if not self._finishing:
+            self._gather(taps)
         again = True
         while again and self._active():
             for tap in taps:
@@ -215,7 +230,9 @@ class _Capture:
         while (fullest := max(tap.fullness() for tap in taps)) < 1 and now < end:
             # Half the time that it would take at this rate.
             half = (now - begun) * (1 - fullest) / max(fullest, 0.01) / 2
-            time.sleep(min(max(half, _STEPS[0]), _STEPS[1], end - now))
+            wait = min(max(half, _STEPS[0]), _STEPS[1], end - now)
+            if self._asked.poll(wait * 1000):
+                return
             now = time.monotonic()
 
     def _send(self, tap: OpenTap) -> Iterator[Reply]:
@@ -266,11 +283,16 @@ class _Capture:
         for tap in taps:
             if not tap.reason:
                 tap.reason, tap.text, tap.until = reason, text, until
+                tap.drained = now
                 tap.ring.shut()
 
     def _ended(self, now: float) -> Iterator[Reply]:
         """Statistics and the ends of the taps whose time has come."""
-        ending = [tap for tap in self._taps if tap.until and now >= tap.until]
+        ending = [
+            tap
+            for tap in self._taps
+            if tap.until and now >= tap.until and (tap.drained or not tap.ring.ready(1))
+        ]
         if not ending:
             return
         yield self._statistics()
@@ -295,6 +317,7 @@ class _Capture:
                 monotonic_ns=time.monotonic_ns(),
                 latency_seconds=self._latency,
                 lowered=self._lowered,
+                capture_id=self._finish.id,
             )
         )
 

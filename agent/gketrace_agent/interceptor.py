@@ -29,7 +29,7 @@ from gketrace.errors import (
 )
 from gketrace_agent.access.alarms import Alarms
 from gketrace_agent.access.edge import check_request
-from gketrace_agent.access.guard import IN_NODE, OWN, Granted, Guard
+from gketrace_agent.access.guard import CALLER, IN_NODE, OWN, Granted, Guard
 from gketrace_agent.access.identity import LOCAL, Caller
 from gketrace_agent.calls import CALLS
 from gketrace_agent.log import logger
@@ -198,6 +198,7 @@ class _Entered:
             )
             granted = audit.granted = guard.grant(caller, audit.call, request, named)
             audit.asked = True
+            CALLER.set(caller)
             IN_NODE.set(lambda: guard.in_node(caller, granted))
             # A stream's permission is renewed, and its addresses with it.
             OWN.set(None if granted.own is None else lambda: audit.granted.own or frozenset())

@@ -19,7 +19,8 @@ from gketrace.errors import GketraceError, ReadOnlyError, UnavailableError, Usag
 from gketrace.packet import Packet
 from gketrace.snapshot import Unavailable
 from gketrace.trace import Flow, NetnsKind
-from gketrace_agent.access.guard import OWN
+from gketrace_agent.access.guard import CALLER, OWN
+from gketrace_agent.capture_finish import FINISHES
 from gketrace_agent.config import Config
 from gketrace_agent.info import NOUNS as INFO_NOUNS
 from gketrace_agent.info import detect_data_plane, own_addresses
@@ -404,6 +405,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
                         node=self._config.node,
                         limits=self._config.captures,
                         paths=self._config.paths,
+                        finish=stack.enter_context(FINISHES.open(CALLER.get().user)),
                         active=context.is_active,
                     )
                 )
@@ -411,6 +413,12 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             sent = until_stalled(replies, context, self._config.limits.stall_seconds)
             # Some are encoded already, which the interceptor knows and the generated types do not.
             yield from cast("Iterator[capture_pb2.CaptureReply]", sent)
+
+    def FinishCapture(
+        self, request: capture_pb2.FinishCaptureRequest, context: grpc.ServicerContext
+    ) -> capture_pb2.FinishCaptureReply:
+        FINISHES.finish(request.capture_id, CALLER.get().user)
+        return capture_pb2.FinishCaptureReply()
 
     def _runtime(self) -> str:
         """The first runtime that answers; empty: none."""

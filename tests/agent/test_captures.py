@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
+import selectors
 import signal
 import socket
 import struct
@@ -18,9 +20,10 @@ import grpc
 import pytest
 
 from gketrace.capture.packets import CapturedPacket, Direction, LinkType, Tap
-from gketrace.errors import ExhaustedError, NotFoundError, UsageError
+from gketrace.errors import ExhaustedError, ForbiddenError, NotFoundError, UsageError
 from gketrace_agent import service as service_module
 from gketrace_agent.capture_counts import CAPTURES
+from gketrace_agent.capture_finish import FINISHES, Finishes
 from gketrace_agent.capture_limits import CaptureLimits
 from gketrace_agent.capture_taps import exclusions
 from gketrace_agent.config import Config, Limits, Listen
@@ -507,17 +510,66 @@ def test_an_agent_that_dies_is_an_event(
     assert "no agent on node node-c" in str(failed["node-c"].error)
 
 
-def test_a_stop_ends_after_the_last_statistics(fleet: Fleet, wire: Wire) -> None:
+def _stopped(fleet: Fleet, wire: Wire, **more: Any) -> Done:
+    """A capture that is stopped when 20 packets have passed."""
     done = Done([])
-    with CaptureStream(fleet, {NODE: request(tap(text="icmp"))}) as stream:
+    with CaptureStream(fleet, {NODE: request(tap(text="icmp"), **more)}) as stream:
         for event in stream.events():
             done.events.append(event)
             if isinstance(event, Started):
                 wire.ping(10)
                 stream.stop()
+    assert not done.of(AgentFailed)
     assert len(done.packets) == 20
     assert done.statistics.received == 20
+    return done
+
+
+def test_a_stop_finishes_the_capture_at_once(fleet: Fleet, wire: Wire) -> None:
+    """Statistics that come by themselves would come too late."""
+    done = _stopped(fleet, wire, statistics_seconds=10, latency_seconds=2)
+    assert isinstance(done.events[-2], Statistics)
+    assert done.end is done.events[-1]
+    assert done.end.reason == "finished"
+    assert not FINISHES._open
+
+
+def test_a_stop_awaits_statistics_of_an_agent_that_cannot_be_told(
+    fleet: Fleet, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of before FinishCapture says no id."""
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "")
+    done = _stopped(fleet, wire)
     assert isinstance(done.events[-1], Statistics)
+
+
+def test_a_stop_before_the_start(fleet: Fleet) -> None:
+    with CaptureStream(fleet, {NODE: request(tap(), statistics_seconds=10)}) as stream:
+        stream.stop()
+        events = list(stream.events())
+    assert isinstance(events[0], Started)
+    assert isinstance(events[-1], TapsEnded)
+
+
+def test_only_who_began_a_capture_may_finish_it(fleet: Fleet) -> None:
+    agent = fleet.agent(NODE)
+    said = set()
+    for wrong in ("", "0" * 32):
+        with pytest.raises(grpc.RpcError) as caught:
+            agent.stub.FinishCapture(pb.FinishCaptureRequest(capture_id=wrong), timeout=5)
+        assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+        said.add(caught.value.details())
+    assert said == {"root (unix socket) has no capture with this id in progress"}
+    finishes = Finishes()
+    with finishes.open("a") as finish, selectors.DefaultSelector() as asked:
+        asked.register(finish, selectors.EVENT_READ)
+        with pytest.raises(ForbiddenError, match="b has no capture with this id"):
+            finishes.finish(finish.id, "b")
+        assert not asked.select(0)
+        finishes.finish(finish.id, "a")
+        assert asked.select(0)
+    with pytest.raises(ForbiddenError):
+        finishes.finish(finish.id, "a")
 
 
 def test_cooked_packets_name_their_interfaces(fleet: Fleet, wire: Wire) -> None:

@@ -106,6 +106,13 @@ def rows() -> tuple[Row, ...]:
             request=pb.ResolvePodRequest(pod=_POD.pod),
             allowed=READERS,
         ),
+        # Of the node-admin's own capture, which `run` begins.
+        Row(
+            method="FinishCapture",
+            target="node",
+            request=capture_pb2.FinishCaptureRequest(),
+            allowed=admin,
+        ),
     ]
     for name, target in (("node", _HOST), ("pod", _POD)):
         host = name == "node"
@@ -181,6 +188,18 @@ def ask(stub: Any, row: Row, token: str | None, namespaces: str = "") -> tuple[s
             running.cancel()
 
 
+def _begin(stub: Any, row: Row, token: str | None) -> Any:
+    """The capture that the row's call is about; None: it is about none."""
+    if row.method != "FinishCapture":
+        return None
+    tap = capture_pb2.CaptureTap(target=_HOST, interface="lo", filter="port 9")
+    call = stub.Capture(
+        capture_pb2.CaptureRequest(taps=[tap]), metadata=metadata(token, ""), timeout=20
+    )
+    row.request.capture_id = next(call).started.capture_id
+    return call
+
+
 def run(bed: Bed) -> Iterator[Cell]:
     """Every cell of the table."""
     held = tokens(bed)
@@ -189,6 +208,7 @@ def run(bed: Bed) -> Iterator[Cell]:
 
         stub = AgentStub(channel)
         for row in rows():
+            begun = _begin(stub, row, held["node-admin"])
             for caller in CALLERS:
                 code, _, hidden = ask(stub, row, held[caller])
                 if code in {one.name for one in _DENIED}:
@@ -206,6 +226,8 @@ def run(bed: Bed) -> Iterator[Cell]:
                     verdict=verdict,
                     expected=expected,
                 )
+            if begun is not None:
+                begun.cancel()
 
 
 def table(cells: list[Cell]) -> str:

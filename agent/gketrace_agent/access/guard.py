@@ -25,7 +25,10 @@ from gketrace_proto.v1alpha1 import agent_pb2, packet_pb2, target_pb2
 if TYPE_CHECKING:
     from gketrace_agent.access.apiserver import KubeApi
 
-__all__ = ["IN_NODE", "OWN", "Granted", "Guard"]
+__all__ = ["CALLER", "IN_NODE", "OWN", "Granted", "Guard"]
+
+CALLER: Final[ContextVar[Caller]] = ContextVar("caller", default=LOCAL)
+"""In a call: who makes it."""
 
 IN_NODE: Final[ContextVar[Callable[[], None]]] = ContextVar("in_node")
 """In a call: to be called when a pod turns out to be in the node's own network, which needs the
@@ -151,6 +154,8 @@ class Guard:
         on_node = Action(verb=need.verb, resource="nodes", sub=need.sub, name=self._node)
         if method == "GetInfo":
             permissions.require(caller, on_node)
+            return Granted()
+        if method == "FinishCapture":  # who may is looked up with the capture (`Finishes`)
             return Granted()
         everywhere = Action(verb=need.verb, resource="pods", sub=need.sub)
         hosts = any(target is None for target in targets) or not targets

@@ -229,7 +229,7 @@ def _requests(wish: Wish, taps: Mapping[str, NodeTaps]) -> dict[str, pb.CaptureR
         from gketrace_cli.capture.files import unhurried
 
         for request in made.values():
-            unhurried(request, wish.write)
+            unhurried(request, wish.write, alone=len(made) == 1)
     return made
 
 

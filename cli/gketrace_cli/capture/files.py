@@ -25,7 +25,10 @@ __all__ = ["STDOUT", "CaptureFile", "FileSink", "node_path", "unhurried"]
 STDOUT = "-"
 _LATENCY: Final = 0.25
 _STATISTICS: Final = 1.0
-"""Seconds; how long an interruption takes depends on both."""
+"""Seconds; how long an interruption takes depends on both, where the agent does not know
+FinishCapture."""
+_QUIET_STATISTICS: Final = 10.0
+"""Where it does, and no other tap's packets wait for this one's statistics."""
 
 
 class CaptureFile:
@@ -105,12 +108,14 @@ class CaptureFile:
             os.unlink(self._part)
 
 
-def unhurried(request: pb.CaptureRequest, path: str) -> None:
+def unhurried(request: pb.CaptureRequest, path: str, *, alone: bool = True) -> None:
     """For a capture of which `path` gets all: nobody waits for what is in a plain file, so it may
-    come in few messages."""
+    come in few messages.  `alone`: of no other agent."""
     if path != STDOUT and (not Path(path).exists() or Path(path).is_file()):
         request.latency_seconds = _LATENCY
         request.statistics_seconds = _STATISTICS
+        if alone and len(request.taps) == 1:
+            request.quiet_statistics_seconds = _QUIET_STATISTICS
 
 
 def node_path(path: str, node: str) -> str:

@@ -28,7 +28,7 @@ __all__ = ["Outcome", "Sink", "TapOutcome", "keep_memory", "run_capture", "tell"
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 _KEPT: Final = 64 << 20
-_ENDED: Final = frozenset({"seconds", "packets", "bytes"})
+_ENDED: Final = frozenset({"seconds", "packets", "bytes", "finished"})
 """Reasons of ends that were asked for."""
 
 

@@ -6,8 +6,10 @@ What comes back are events, in the order in which they come: `Started`, `Batch`,
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from queue import Empty, Queue
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias
 import grpc
 
 from gketrace.capture.packets import Tap
-from gketrace.errors import GketraceError
+from gketrace.errors import GketraceError, UnavailableError
 from gketrace.trace import NetnsRef
 from gketrace_cli.capture.batch import PacketBatch, batch_from_blocks
 from gketrace_cli.capture.wire import RawPackets, parse_reply
@@ -48,7 +50,7 @@ _DRIFT: Final = 0.001
 """By so much one machine's monotonic clock may be faster than another's: NTP turns them by at most
 500 parts in a million."""
 _GRACE: Final = 3.0
-"""Seconds that the last statistics may take after `stop`."""
+"""Seconds that the last statistics, or the next of the last messages, may take after `stop`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +109,8 @@ class TapsEnded:
     node: str
     taps: tuple[Tap, ...]
     reason: str
-    """``seconds``, ``packets``, ``bytes``, ``namespace-gone``, ``interface-gone``, ``stopping``."""
+    """``seconds``, ``packets``, ``bytes``, ``namespace-gone``, ``interface-gone``, ``stopping``,
+    ``finished``."""
     text: str
 
 
@@ -126,6 +129,7 @@ Event: TypeAlias = Started | Batch | Statistics | TapsEnded | AgentFailed
 @dataclass(slots=True)
 class _Call:
     node: str
+    stub: Any
     replies: Any
     asked: float
     """When, by this machine's monotonic clock."""
@@ -137,6 +141,10 @@ class _Call:
     ended: frozenset[int] = frozenset()
     stopped: bool = False
     """Statistics have come after `stop`."""
+    capture_id: str = ""
+    """Empty: the agent does not know FinishCapture, or has not yet said."""
+    finish: Any = None
+    """The call that ends it, once it is made."""
 
     @property
     def live(self) -> tuple[Tap, ...]:
@@ -174,6 +182,12 @@ class CaptureStream:
         self._threads: list[threading.Thread] = []
         self._stopped = 0.0
         self._stop_by = 0.0
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
+        """A signal's handler may write to it, and take no lock.  It is open as long as there is
+        somebody to call `stop`."""
+        weakref.finalize(self, os.close, self._wake)
+        self._closing = False
+        self._finisher = threading.Thread(target=self._finish, name="capture-end", daemon=True)
 
     def __enter__(self) -> CaptureStream:
         return self
@@ -192,10 +206,15 @@ class CaptureStream:
         return tuple(self._requests)
 
     def stop(self) -> None:
-        """Lets `events` end after statistics of each agent before which all has come that was
-        captured until now.  May be called by a signal's handler."""
+        """Lets `events` end when all has come that was captured until now.  May be called by a
+        signal's handler.
+
+        Agents are told to finish.  From one that does not know that call, statistics are awaited
+        before which all has come.
+        """
         self._stopped = time.monotonic()
         self._stop_by = self._stopped + _GRACE
+        os.eventfd_write(self._wake, 1)
 
     def close(self) -> None:
         """Ends all calls now.  May be called twice."""
@@ -207,9 +226,14 @@ class CaptureStream:
             except Empty:
                 continue
         self._threads.clear()
+        self._closing = True
+        os.eventfd_write(self._wake, 1)
+        if self._finisher.is_alive():
+            self._finisher.join()
 
     def events(self) -> Iterator[Event]:
         """Until every agent's call has ended, or `stop`."""
+        self._finisher.start()
         for node, request in self._requests.items():
             try:
                 self._open(node, request)
@@ -220,14 +244,34 @@ class CaptureStream:
                 node, reply = self._arrived.get(timeout=_LOOK)
             except Empty:
                 if self._stop_by and time.monotonic() > self._stop_by:
-                    return
+                    break
                 continue
             call = self._calls.get(node)
             if call is None:
                 continue
             yield from self._event(call, reply)
+            if self._stop_by and call.finish is not None:
+                # Rings are shut: what comes now has an end.
+                self._stop_by = max(self._stop_by, time.monotonic() + _GRACE)
             if self._stop_by and time.monotonic() > self._stop_by:
+                break
+        for call in self._calls.values():
+            if call.capture_id:
+                text = f"its last packets and numbers did not come within {_GRACE:g} s"
+                yield AgentFailed(node=call.node, taps=call.live, error=UnavailableError(text))
+
+    def _finish(self) -> None:
+        """Tells agents to end their captures, once `stop` has been called.  In its own thread: it
+        must not be done in a signal's handler, and events go on meanwhile."""
+        while True:
+            os.eventfd_read(self._wake)
+            if self._closing:
                 return
+            for call in tuple(self._calls.values()):
+                if call.capture_id and call.finish is None:
+                    request = pb.FinishCaptureRequest(capture_id=call.capture_id)
+                    # Whether it works shows in what comes, or does not come, then.
+                    call.finish = call.stub.FinishCapture.future(request, timeout=_GRACE)
 
     def _open(self, node: str, request: pb.CaptureRequest) -> None:
         agent = self._fleet.agent(node)
@@ -239,7 +283,7 @@ class CaptureStream:
         )
         asked = time.monotonic()
         replies = method(request)
-        self._calls[node] = _Call(node, replies, asked)
+        self._calls[node] = _Call(node, agent.stub, replies, asked)
         thread = threading.Thread(
             target=self._read,
             args=(node, replies, asked),
@@ -272,6 +316,9 @@ class CaptureStream:
             call.taps = self._taps(node, reply.started)
             call.begun_ns = reply.started.monotonic_ns
             call.latency = reply.started.latency_seconds
+            call.capture_id = reply.started.capture_id
+            if self._stopped:
+                os.eventfd_write(self._wake, 1)
             yield Started(
                 node=node, taps=call.taps, reply=reply.started, received_ns=time.time_ns()
             )
@@ -290,7 +337,9 @@ class CaptureStream:
 
     def _statistics(self, call: _Call, message: pb.CaptureStatistics) -> Statistics:
         received_ns = time.time_ns()
-        if self._stopped and (call.stopped or call.has_all(self._stopped, message.monotonic_ns)):
+        if call.capture_id:
+            pass  # its end comes, when it is told to
+        elif self._stopped and (call.stopped or call.has_all(self._stopped, message.monotonic_ns)):
             call.replies.cancel()
             del self._calls[call.node]
         elif self._stopped:

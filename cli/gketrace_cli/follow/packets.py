@@ -244,7 +244,7 @@ class PacketWatch:
                 self._statistics(node, event)
         elif isinstance(event, AgentFailed):
             self._gone(event.node, event.error.message)
-        elif isinstance(event, TapsEnded):
+        elif isinstance(event, TapsEnded) and event.reason != "finished":
             with self._lock:
                 for tap in event.taps:
                     window = node.windows.get(tap)

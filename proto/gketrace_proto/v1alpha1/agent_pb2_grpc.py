@@ -90,6 +90,11 @@ class AgentStub:
                 request_serializer=gketrace__proto_dot_v1alpha1_dot_capture__pb2.CaptureRequest.SerializeToString,
                 response_deserializer=gketrace__proto_dot_v1alpha1_dot_capture__pb2.CaptureReply.FromString,
                 _registered_method=True)
+        self.FinishCapture = channel.unary_unary(
+                '/gketrace.v1alpha1.Agent/FinishCapture',
+                request_serializer=gketrace__proto_dot_v1alpha1_dot_capture__pb2.FinishCaptureRequest.SerializeToString,
+                response_deserializer=gketrace__proto_dot_v1alpha1_dot_capture__pb2.FinishCaptureReply.FromString,
+                _registered_method=True)
 
 
 class AgentServicer:
@@ -173,6 +178,14 @@ class AgentServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FinishCapture(self, request, context):
+        """Ends a capture of the same caller: nothing more is taken in, and what the rings have, statistics
+        and the end of each tap come as replies to Capture.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -230,6 +243,11 @@ def add_AgentServicer_to_server(servicer, server):
                     servicer.Capture,
                     request_deserializer=gketrace__proto_dot_v1alpha1_dot_capture__pb2.CaptureRequest.FromString,
                     response_serializer=gketrace__proto_dot_v1alpha1_dot_capture__pb2.CaptureReply.SerializeToString,
+            ),
+            'FinishCapture': grpc.unary_unary_rpc_method_handler(
+                    servicer.FinishCapture,
+                    request_deserializer=gketrace__proto_dot_v1alpha1_dot_capture__pb2.FinishCaptureRequest.FromString,
+                    response_serializer=gketrace__proto_dot_v1alpha1_dot_capture__pb2.FinishCaptureReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -529,6 +547,33 @@ class Agent:
             '/gketrace.v1alpha1.Agent/Capture',
             gketrace__proto_dot_v1alpha1_dot_capture__pb2.CaptureRequest.SerializeToString,
             gketrace__proto_dot_v1alpha1_dot_capture__pb2.CaptureReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FinishCapture(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/gketrace.v1alpha1.Agent/FinishCapture',
+            gketrace__proto_dot_v1alpha1_dot_capture__pb2.FinishCaptureRequest.SerializeToString,
+            gketrace__proto_dot_v1alpha1_dot_capture__pb2.FinishCaptureReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -60,6 +60,10 @@ class AgentStub:
     """What becomes of a packet on this node."""
     Capture: _grpc.UnaryStreamMultiCallable[_capture_pb2.CaptureRequest, _capture_pb2.CaptureReply]
     """Packets at any number of interfaces, as they pass, until a limit or the client ends the call."""
+    FinishCapture: _grpc.UnaryUnaryMultiCallable[_capture_pb2.FinishCaptureRequest, _capture_pb2.FinishCaptureReply]
+    """Ends a capture of the same caller: nothing more is taken in, and what the rings have, statistics
+    and the end of each tap come as replies to Capture.
+    """
 
 @_typing.type_check_only
 class AgentAsyncStub(AgentStub):
@@ -88,6 +92,10 @@ class AgentAsyncStub(AgentStub):
     """What becomes of a packet on this node."""
     Capture: _aio.UnaryStreamMultiCallable[_capture_pb2.CaptureRequest, _capture_pb2.CaptureReply]  # type: ignore[assignment]
     """Packets at any number of interfaces, as they pass, until a limit or the client ends the call."""
+    FinishCapture: _aio.UnaryUnaryMultiCallable[_capture_pb2.FinishCaptureRequest, _capture_pb2.FinishCaptureReply]  # type: ignore[assignment]
+    """Ends a capture of the same caller: nothing more is taken in, and what the rings have, statistics
+    and the end of each tap come as replies to Capture.
+    """
 
 class AgentServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -179,5 +187,15 @@ class AgentServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_capture_pb2.CaptureReply], _abc.AsyncIterator[_capture_pb2.CaptureReply]]:
         """Packets at any number of interfaces, as they pass, until a limit or the client ends the call."""
+
+    @_abc_1.abstractmethod
+    def FinishCapture(
+        self,
+        request: _capture_pb2.FinishCaptureRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_capture_pb2.FinishCaptureReply, _abc.Awaitable[_capture_pb2.FinishCaptureReply]]:
+        """Ends a capture of the same caller: nothing more is taken in, and what the rings have, statistics
+        and the end of each tap come as replies to Capture.
+        """
 
 def add_AgentServicer_to_server(servicer: AgentServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

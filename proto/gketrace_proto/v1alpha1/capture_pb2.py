@@ -26,7 +26,7 @@ from gketrace_proto.v1alpha1 import target_pb2 as gketrace__proto_dot_v1alpha1_d
 from gketrace_proto.v1alpha1 import trace_pb2 as gketrace__proto_dot_v1alpha1_dot_trace__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%gketrace_proto/v1alpha1/capture.proto\x12\x11gketrace.v1alpha1\x1a$gketrace_proto/v1alpha1/target.proto\x1a#gketrace_proto/v1alpha1/trace.proto\"\xea\x01\n\x0e\x43\x61ptureRequest\x12+\n\x04taps\x18\x01 \x03(\x0b\x32\x1d.gketrace.v1alpha1.CaptureTap\x12\x30\n\x06limits\x18\x02 \x01(\x0b\x32 .gketrace.v1alpha1.CaptureLimits\x12\x12\n\nring_bytes\x18\x03 \x01(\x04\x12\x17\n\x0flatency_seconds\x18\x04 \x01(\x01\x12\x13\n\x0binclude_own\x18\x05 \x01(\x08\x12\x1b\n\x13hardware_timestamps\x18\x06 \x01(\x08\x12\x1a\n\x12statistics_seconds\x18\x07 \x01(\x01\"\xa7\x01\n\nCaptureTap\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.Target\x12\x11\n\tinterface\x18\x02 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x03 \x01(\t\x12\x13\n\x0bsnap_length\x18\x04 \x01(\r\x12\x36\n\tdirection\x18\x05 \x01(\x0e\x32#.gketrace.v1alpha1.CaptureDirection\"@\n\rCaptureLimits\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x12\x0f\n\x07packets\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"\xed\x01\n\x0c\x43\x61ptureReply\x12\x34\n\x07started\x18\x01 \x01(\x0b\x32!.gketrace.v1alpha1.CaptureStartedH\x00\x12\x34\n\x07packets\x18\x02 \x01(\x0b\x32!.gketrace.v1alpha1.CapturePacketsH\x00\x12:\n\nstatistics\x18\x03 \x01(\x0b\x32$.gketrace.v1alpha1.CaptureStatisticsH\x00\x12,\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x1d.gketrace.v1alpha1.CaptureEndH\x00\x42\x07\n\x05reply\"\xd5\x01\n\x0e\x43\x61ptureStarted\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x32\n\x04taps\x18\x02 \x03(\x0b\x32$.gketrace.v1alpha1.CaptureTapStarted\x12\x30\n\x06limits\x18\x03 \x01(\x0b\x32 .gketrace.v1alpha1.CaptureLimits\x12\x0f\n\x07wall_ns\x18\x04 \x01(\x04\x12\x14\n\x0cmonotonic_ns\x18\x05 \x01(\x04\x12\x17\n\x0flatency_seconds\x18\x06 \x01(\x01\x12\x0f\n\x07lowered\x18\x07 \x03(\t\"\xb5\x03\n\x11\x43\x61ptureTapStarted\x12\x11\n\tinterface\x18\x01 \x01(\t\x12\x0f\n\x07ifindex\x18\x02 \x01(\r\x12\x11\n\tlink_type\x18\x03 \x01(\r\x12*\n\x05netns\x18\x04 \x01(\x0b\x32\x1b.gketrace.v1alpha1.NetnsRef\x12\x0b\n\x03mtu\x18\x05 \x01(\r\x12\x10\n\x08hardware\x18\x06 \x01(\t\x12\x13\n\x0bsnap_length\x18\x07 \x01(\r\x12\x12\n\nring_bytes\x18\x08 \x01(\x04\x12\x14\n\x0cinstructions\x18\t \x01(\r\x12\x0e\n\x06\x66ilter\x18\n \x01(\t\x12\x35\n\x08\x65xcluded\x18\x0b \x03(\x0b\x32#.gketrace.v1alpha1.CaptureExclusion\x12\x1b\n\x13hardware_timestamps\x18\x0c \x01(\x08\x12H\n\ninterfaces\x18\r \x03(\x0b\x32\x34.gketrace.v1alpha1.CaptureTapStarted.InterfacesEntry\x1a\x31\n\x0fInterfacesEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"2\n\x10\x43\x61ptureExclusion\x12\x0e\n\x06\x66ilter\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"L\n\x0e\x43\x61pturePackets\x12\x0b\n\x03tap\x18\x01 \x01(\r\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\r\x12\x0f\n\x07lengths\x18\x03 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"q\n\x11\x43\x61ptureStatistics\x12\x35\n\x04taps\x18\x01 \x03(\x0b\x32\'.gketrace.v1alpha1.CaptureTapStatistics\x12\x0f\n\x07wall_ns\x18\x02 \x01(\x04\x12\x14\n\x0cmonotonic_ns\x18\x03 \x01(\x04\"\x83\x01\n\x14\x43\x61ptureTapStatistics\x12\x10\n\x08received\x18\x01 \x01(\x04\x12\x0f\n\x07\x64ropped\x18\x02 \x01(\x04\x12\x17\n\x0f\x64ropped_waiting\x18\x03 \x01(\x04\x12\x0f\n\x07\x66reezes\x18\x04 \x01(\x04\x12\x0f\n\x07packets\x18\x05 \x01(\x04\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\"]\n\nCaptureEnd\x12\x0c\n\x04taps\x18\x01 \x03(\r\x12\x33\n\x06reason\x18\x02 \x01(\x0e\x32#.gketrace.v1alpha1.CaptureEndReason\x12\x0c\n\x04text\x18\x03 \x01(\t*j\n\x10\x43\x61ptureDirection\x12!\n\x1d\x43\x41PTURE_DIRECTION_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43\x41PTURE_DIRECTION_IN\x10\x01\x12\x19\n\x15\x43\x41PTURE_DIRECTION_OUT\x10\x02*\x83\x02\n\x10\x43\x61ptureEndReason\x12\"\n\x1e\x43\x41PTURE_END_REASON_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x43\x41PTURE_END_REASON_SECONDS\x10\x01\x12\x1e\n\x1a\x43\x41PTURE_END_REASON_PACKETS\x10\x02\x12\x1c\n\x18\x43\x41PTURE_END_REASON_BYTES\x10\x03\x12%\n!CAPTURE_END_REASON_NAMESPACE_GONE\x10\x04\x12%\n!CAPTURE_END_REASON_INTERFACE_GONE\x10\x05\x12\x1f\n\x1b\x43\x41PTURE_END_REASON_STOPPING\x10\x06\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%gketrace_proto/v1alpha1/capture.proto\x12\x11gketrace.v1alpha1\x1a$gketrace_proto/v1alpha1/target.proto\x1a#gketrace_proto/v1alpha1/trace.proto\"\x8c\x02\n\x0e\x43\x61ptureRequest\x12+\n\x04taps\x18\x01 \x03(\x0b\x32\x1d.gketrace.v1alpha1.CaptureTap\x12\x30\n\x06limits\x18\x02 \x01(\x0b\x32 .gketrace.v1alpha1.CaptureLimits\x12\x12\n\nring_bytes\x18\x03 \x01(\x04\x12\x17\n\x0flatency_seconds\x18\x04 \x01(\x01\x12\x13\n\x0binclude_own\x18\x05 \x01(\x08\x12\x1b\n\x13hardware_timestamps\x18\x06 \x01(\x08\x12\x1a\n\x12statistics_seconds\x18\x07 \x01(\x01\x12 \n\x18quiet_statistics_seconds\x18\x08 \x01(\x01\"\xa7\x01\n\nCaptureTap\x12)\n\x06target\x18\x01 \x01(\x0b\x32\x19.gketrace.v1alpha1.Target\x12\x11\n\tinterface\x18\x02 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x03 \x01(\t\x12\x13\n\x0bsnap_length\x18\x04 \x01(\r\x12\x36\n\tdirection\x18\x05 \x01(\x0e\x32#.gketrace.v1alpha1.CaptureDirection\"@\n\rCaptureLimits\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x12\x0f\n\x07packets\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"\xed\x01\n\x0c\x43\x61ptureReply\x12\x34\n\x07started\x18\x01 \x01(\x0b\x32!.gketrace.v1alpha1.CaptureStartedH\x00\x12\x34\n\x07packets\x18\x02 \x01(\x0b\x32!.gketrace.v1alpha1.CapturePacketsH\x00\x12:\n\nstatistics\x18\x03 \x01(\x0b\x32$.gketrace.v1alpha1.CaptureStatisticsH\x00\x12,\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x1d.gketrace.v1alpha1.CaptureEndH\x00\x42\x07\n\x05reply\"\xe9\x01\n\x0e\x43\x61ptureStarted\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x32\n\x04taps\x18\x02 \x03(\x0b\x32$.gketrace.v1alpha1.CaptureTapStarted\x12\x30\n\x06limits\x18\x03 \x01(\x0b\x32 .gketrace.v1alpha1.CaptureLimits\x12\x0f\n\x07wall_ns\x18\x04 \x01(\x04\x12\x14\n\x0cmonotonic_ns\x18\x05 \x01(\x04\x12\x17\n\x0flatency_seconds\x18\x06 \x01(\x01\x12\x0f\n\x07lowered\x18\x07 \x03(\t\x12\x12\n\ncapture_id\x18\x08 \x01(\t\"\xb5\x03\n\x11\x43\x61ptureTapStarted\x12\x11\n\tinterface\x18\x01 \x01(\t\x12\x0f\n\x07ifindex\x18\x02 \x01(\r\x12\x11\n\tlink_type\x18\x03 \x01(\r\x12*\n\x05netns\x18\x04 \x01(\x0b\x32\x1b.gketrace.v1alpha1.NetnsRef\x12\x0b\n\x03mtu\x18\x05 \x01(\r\x12\x10\n\x08hardware\x18\x06 \x01(\t\x12\x13\n\x0bsnap_length\x18\x07 \x01(\r\x12\x12\n\nring_bytes\x18\x08 \x01(\x04\x12\x14\n\x0cinstructions\x18\t \x01(\r\x12\x0e\n\x06\x66ilter\x18\n \x01(\t\x12\x35\n\x08\x65xcluded\x18\x0b \x03(\x0b\x32#.gketrace.v1alpha1.CaptureExclusion\x12\x1b\n\x13hardware_timestamps\x18\x0c \x01(\x08\x12H\n\ninterfaces\x18\r \x03(\x0b\x32\x34.gketrace.v1alpha1.CaptureTapStarted.InterfacesEntry\x1a\x31\n\x0fInterfacesEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"2\n\x10\x43\x61ptureExclusion\x12\x0e\n\x06\x66ilter\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"L\n\x0e\x43\x61pturePackets\x12\x0b\n\x03tap\x18\x01 \x01(\r\x12\x0e\n\x06\x63ounts\x18\x02 \x03(\r\x12\x0f\n\x07lengths\x18\x03 \x03(\r\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"q\n\x11\x43\x61ptureStatistics\x12\x35\n\x04taps\x18\x01 \x03(\x0b\x32\'.gketrace.v1alpha1.CaptureTapStatistics\x12\x0f\n\x07wall_ns\x18\x02 \x01(\x04\x12\x14\n\x0cmonotonic_ns\x18\x03 \x01(\x04\"\x83\x01\n\x14\x43\x61ptureTapStatistics\x12\x10\n\x08received\x18\x01 \x01(\x04\x12\x0f\n\x07\x64ropped\x18\x02 \x01(\x04\x12\x17\n\x0f\x64ropped_waiting\x18\x03 \x01(\x04\x12\x0f\n\x07\x66reezes\x18\x04 \x01(\x04\x12\x0f\n\x07packets\x18\x05 \x01(\x04\x12\r\n\x05\x62ytes\x18\x06 \x01(\x04\"]\n\nCaptureEnd\x12\x0c\n\x04taps\x18\x01 \x03(\r\x12\x33\n\x06reason\x18\x02 \x01(\x0e\x32#.gketrace.v1alpha1.CaptureEndReason\x12\x0c\n\x04text\x18\x03 \x01(\t\"*\n\x14\x46inishCaptureRequest\x12\x12\n\ncapture_id\x18\x01 \x01(\t\"\x14\n\x12\x46inishCaptureReply*j\n\x10\x43\x61ptureDirection\x12!\n\x1d\x43\x41PTURE_DIRECTION_UNSPECIFIED\x10\x00\x12\x18\n\x14\x43\x41PTURE_DIRECTION_IN\x10\x01\x12\x19\n\x15\x43\x41PTURE_DIRECTION_OUT\x10\x02*\xa4\x02\n\x10\x43\x61ptureEndReason\x12\"\n\x1e\x43\x41PTURE_END_REASON_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x43\x41PTURE_END_REASON_SECONDS\x10\x01\x12\x1e\n\x1a\x43\x41PTURE_END_REASON_PACKETS\x10\x02\x12\x1c\n\x18\x43\x41PTURE_END_REASON_BYTES\x10\x03\x12%\n!CAPTURE_END_REASON_NAMESPACE_GONE\x10\x04\x12%\n!CAPTURE_END_REASON_INTERFACE_GONE\x10\x05\x12\x1f\n\x1b\x43\x41PTURE_END_REASON_STOPPING\x10\x06\x12\x1f\n\x1b\x43\x41PTURE_END_REASON_FINISHED\x10\x07\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,32 +35,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_CAPTURETAPSTARTED_INTERFACESENTRY']._loaded_options = None
   _globals['_CAPTURETAPSTARTED_INTERFACESENTRY']._serialized_options = b'8\001'
-  _globals['_CAPTUREDIRECTION']._serialized_start=1978
-  _globals['_CAPTUREDIRECTION']._serialized_end=2084
-  _globals['_CAPTUREENDREASON']._serialized_start=2087
-  _globals['_CAPTUREENDREASON']._serialized_end=2346
+  _globals['_CAPTUREDIRECTION']._serialized_start=2098
+  _globals['_CAPTUREDIRECTION']._serialized_end=2204
+  _globals['_CAPTUREENDREASON']._serialized_start=2207
+  _globals['_CAPTUREENDREASON']._serialized_end=2499
   _globals['_CAPTUREREQUEST']._serialized_start=136
-  _globals['_CAPTUREREQUEST']._serialized_end=370
-  _globals['_CAPTURETAP']._serialized_start=373
-  _globals['_CAPTURETAP']._serialized_end=540
-  _globals['_CAPTURELIMITS']._serialized_start=542
-  _globals['_CAPTURELIMITS']._serialized_end=606
-  _globals['_CAPTUREREPLY']._serialized_start=609
-  _globals['_CAPTUREREPLY']._serialized_end=846
-  _globals['_CAPTURESTARTED']._serialized_start=849
-  _globals['_CAPTURESTARTED']._serialized_end=1062
-  _globals['_CAPTURETAPSTARTED']._serialized_start=1065
-  _globals['_CAPTURETAPSTARTED']._serialized_end=1502
-  _globals['_CAPTURETAPSTARTED_INTERFACESENTRY']._serialized_start=1453
-  _globals['_CAPTURETAPSTARTED_INTERFACESENTRY']._serialized_end=1502
-  _globals['_CAPTUREEXCLUSION']._serialized_start=1504
-  _globals['_CAPTUREEXCLUSION']._serialized_end=1554
-  _globals['_CAPTUREPACKETS']._serialized_start=1556
-  _globals['_CAPTUREPACKETS']._serialized_end=1632
-  _globals['_CAPTURESTATISTICS']._serialized_start=1634
-  _globals['_CAPTURESTATISTICS']._serialized_end=1747
-  _globals['_CAPTURETAPSTATISTICS']._serialized_start=1750
-  _globals['_CAPTURETAPSTATISTICS']._serialized_end=1881
-  _globals['_CAPTUREEND']._serialized_start=1883
-  _globals['_CAPTUREEND']._serialized_end=1976
+  _globals['_CAPTUREREQUEST']._serialized_end=404
+  _globals['_CAPTURETAP']._serialized_start=407
+  _globals['_CAPTURETAP']._serialized_end=574
+  _globals['_CAPTURELIMITS']._serialized_start=576
+  _globals['_CAPTURELIMITS']._serialized_end=640
+  _globals['_CAPTUREREPLY']._serialized_start=643
+  _globals['_CAPTUREREPLY']._serialized_end=880
+  _globals['_CAPTURESTARTED']._serialized_start=883
+  _globals['_CAPTURESTARTED']._serialized_end=1116
+  _globals['_CAPTURETAPSTARTED']._serialized_start=1119
+  _globals['_CAPTURETAPSTARTED']._serialized_end=1556
+  _globals['_CAPTURETAPSTARTED_INTERFACESENTRY']._serialized_start=1507
+  _globals['_CAPTURETAPSTARTED_INTERFACESENTRY']._serialized_end=1556
+  _globals['_CAPTUREEXCLUSION']._serialized_start=1558
+  _globals['_CAPTUREEXCLUSION']._serialized_end=1608
+  _globals['_CAPTUREPACKETS']._serialized_start=1610
+  _globals['_CAPTUREPACKETS']._serialized_end=1686
+  _globals['_CAPTURESTATISTICS']._serialized_start=1688
+  _globals['_CAPTURESTATISTICS']._serialized_end=1801
+  _globals['_CAPTURETAPSTATISTICS']._serialized_start=1804
+  _globals['_CAPTURETAPSTATISTICS']._serialized_end=1935
+  _globals['_CAPTUREEND']._serialized_start=1937
+  _globals['_CAPTUREEND']._serialized_end=2030
+  _globals['_FINISHCAPTUREREQUEST']._serialized_start=2032
+  _globals['_FINISHCAPTUREREQUEST']._serialized_end=2074
+  _globals['_FINISHCAPTUREREPLY']._serialized_start=2076
+  _globals['_FINISHCAPTUREREPLY']._serialized_end=2096
 # @@protoc_insertion_point(module_scope)

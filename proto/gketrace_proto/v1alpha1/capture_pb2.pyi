@@ -56,6 +56,8 @@ class _CaptureEndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Capt
     """It was deleted or moved to another namespace."""
     CAPTURE_END_REASON_STOPPING: _CaptureEndReason.ValueType  # 6
     """The agent stops."""
+    CAPTURE_END_REASON_FINISHED: _CaptureEndReason.ValueType  # 7
+    """By FinishCapture."""
 
 class CaptureEndReason(_CaptureEndReason, metaclass=_CaptureEndReasonEnumTypeWrapper): ...
 
@@ -69,6 +71,8 @@ CAPTURE_END_REASON_INTERFACE_GONE: CaptureEndReason.ValueType  # 5
 """It was deleted or moved to another namespace."""
 CAPTURE_END_REASON_STOPPING: CaptureEndReason.ValueType  # 6
 """The agent stops."""
+CAPTURE_END_REASON_FINISHED: CaptureEndReason.ValueType  # 7
+"""By FinishCapture."""
 Global___CaptureEndReason: _TypeAlias = CaptureEndReason  # noqa: Y015
 
 @_typing.final
@@ -82,6 +86,7 @@ class CaptureRequest(_message.Message):
     INCLUDE_OWN_FIELD_NUMBER: _builtins.int
     HARDWARE_TIMESTAMPS_FIELD_NUMBER: _builtins.int
     STATISTICS_SECONDS_FIELD_NUMBER: _builtins.int
+    QUIET_STATISTICS_SECONDS_FIELD_NUMBER: _builtins.int
     ring_bytes: _builtins.int
     """Memory for each tap's ring; 0: the server's choice."""
     latency_seconds: _builtins.float
@@ -92,6 +97,10 @@ class CaptureRequest(_message.Message):
     """True: timestamps of the device where it makes them.  They are of the device's clock."""
     statistics_seconds: _builtins.float
     """Between statistics; 0: the server's choice."""
+    quiet_statistics_seconds: _builtins.float
+    """The same, from an agent that knows FinishCapture; 0: statistics_seconds.  With that call nobody
+    has to wait for statistics to have all that was captured.
+    """
     @_builtins.property
     def taps(self) -> _containers.RepeatedCompositeFieldContainer[Global___CaptureTap]:
         """One at least; all of them share the limits.  Replies name them by their place in this list."""
@@ -108,10 +117,11 @@ class CaptureRequest(_message.Message):
         include_own: _builtins.bool = ...,
         hardware_timestamps: _builtins.bool = ...,
         statistics_seconds: _builtins.float = ...,
+        quiet_statistics_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hardware_timestamps", b"hardware_timestamps", "include_own", b"include_own", "latency_seconds", b"latency_seconds", "limits", b"limits", "ring_bytes", b"ring_bytes", "statistics_seconds", b"statistics_seconds", "taps", b"taps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hardware_timestamps", b"hardware_timestamps", "include_own", b"include_own", "latency_seconds", b"latency_seconds", "limits", b"limits", "quiet_statistics_seconds", b"quiet_statistics_seconds", "ring_bytes", b"ring_bytes", "statistics_seconds", b"statistics_seconds", "taps", b"taps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -232,6 +242,7 @@ class CaptureStarted(_message.Message):
     MONOTONIC_NS_FIELD_NUMBER: _builtins.int
     LATENCY_SECONDS_FIELD_NUMBER: _builtins.int
     LOWERED_FIELD_NUMBER: _builtins.int
+    CAPTURE_ID_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     wall_ns: _builtins.int
     """The node's wall clock when the taps were open, nanoseconds since the epoch, and its
@@ -239,6 +250,8 @@ class CaptureStarted(_message.Message):
     """
     monotonic_ns: _builtins.int
     latency_seconds: _builtins.float
+    capture_id: _builtins.str
+    """For FinishCapture; nobody can guess it."""
     @_builtins.property
     def taps(self) -> _containers.RepeatedCompositeFieldContainer[Global___CaptureTapStarted]: ...
     @_builtins.property
@@ -259,10 +272,11 @@ class CaptureStarted(_message.Message):
         monotonic_ns: _builtins.int = ...,
         latency_seconds: _builtins.float = ...,
         lowered: _abc.Iterable[_builtins.str] | None = ...,
+        capture_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["latency_seconds", b"latency_seconds", "limits", b"limits", "lowered", b"lowered", "monotonic_ns", b"monotonic_ns", "node", b"node", "taps", b"taps", "wall_ns", b"wall_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capture_id", b"capture_id", "latency_seconds", b"latency_seconds", "limits", b"limits", "lowered", b"lowered", "monotonic_ns", b"monotonic_ns", "node", b"node", "taps", b"taps", "wall_ns", b"wall_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -506,3 +520,38 @@ class CaptureEnd(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CaptureEnd: _TypeAlias = CaptureEnd  # noqa: Y015
+
+@_typing.final
+class FinishCaptureRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CAPTURE_ID_FIELD_NUMBER: _builtins.int
+    capture_id: _builtins.str
+    """CaptureStarted.capture_id."""
+    def __init__(
+        self,
+        *,
+        capture_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capture_id", b"capture_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FinishCaptureRequest: _TypeAlias = FinishCaptureRequest  # noqa: Y015
+
+@_typing.final
+class FinishCaptureReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FinishCaptureReply: _TypeAlias = FinishCaptureReply  # noqa: Y015
