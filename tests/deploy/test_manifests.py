@@ -28,6 +28,8 @@ GENERATED = {("Secret", "gketrace-agent-tls"), ("ConfigMap", "gketrace-ca")}
 Object: TypeAlias = dict[str, Any]
 Key: TypeAlias = tuple[str, str]
 
+DIGEST = f"sha256:{'ab' * 32}"
+
 
 def by_key(text: str) -> dict[Key, Object]:
     found = {}
@@ -124,6 +126,7 @@ def test_values(api: KubeApi) -> None:
         "image": {
             "repository": "mirror/gketrace-agent",
             "tag": "1.2.3",
+            "digest": DIGEST,
             "pullPolicy": "Always",
             "pullSecrets": [{"name": "mirror"}],
         },
@@ -147,7 +150,7 @@ def test_values(api: KubeApi) -> None:
     }
     pod = release["DaemonSet", "gketrace-agent"]["spec"]["template"]
     (container,) = pod["spec"]["containers"]
-    assert container["image"] == "mirror/gketrace-agent:1.2.3"
+    assert container["image"] == f"mirror/gketrace-agent@{DIGEST}"
     assert pod["spec"]["imagePullSecrets"] == [{"name": "mirror"}]
     assert {
         "--listen=tcp://127.0.0.1:9999",
@@ -172,6 +175,7 @@ def volumes(pod: Object) -> list[Object]:
         ({"prot": 1}, "prot"),
         ({"port": "9410"}, "port"),
         ({"image": {"tag": "1"}, "extraArgs": ["x"]}, "extraArgs"),
+        ({"image": {"digest": "sha256:1"}}, "digest"),
     ],
 )
 def test_the_schema_refuses(api: KubeApi, values: Object, said: str) -> None:
