@@ -3,10 +3,15 @@
     main, config   the command line, checked and turned into one `Config`
     server         sockets, health, reflection, signals: the process from start to stop
     interceptor    one place where calls are logged and exceptions become gRPC statuses
+    access/        who calls, and what they may; tls: the agent's certificate
     service        the RPCs, each a few lines over the packages below
     info           what data plane this node has, and by which signs
     walks          a packet's walk on this node: the view it walks over, the uplink it comes in by
+    snapshots      all that decides about packets on this node, namespace by namespace
+    namespaces     a request's target and the namespaces around it, opened for one call
+    rulesets       rule sets as text, in pieces for the wire
     conntracks     lists and follows of connection tracking, as messages, lines or records
+    captures       captures; capture_taps, _limits, _counts, _finish: their parts
     stall          ends a stream whose client has stopped reading
     metrics        Prometheus on a port of its own, over samples; calls: what its own calls cost
     messages       requests → the agent's own types, and back

@@ -8,6 +8,10 @@
     rule_text.py       one line → Rule; what is not understood is kept word for word
     iptables_save.py   parse_iptables_save(text) → IptablesRuleset, parse_rule(line) → Rule
     render.py          Rule, IptablesRuleset → text that iptables-restore accepts
+    nft.py             NftRuleset: an index over nft's JSON; chains are parsed when entered
+    nft_json.py        parse_nft_json(text) → NftRuleset of each table
+    nft_text.py        that JSON → the syntax of ``nft list ruleset``
+    cut.py             one table or chain out of a rule set's text
 
 A `Ruleset` is one backend's rules of one address family in one namespace.  The matches and targets
 themselves are in `gketrace.simulate.matches` and `gketrace.simulate.targets`, one file a family of
