@@ -318,13 +318,24 @@ def _way(question: Question) -> str:
 def _failure(path: Path) -> str:
     if path.outcome.disposition in SUCCESS and path.reply is not None:
         return _unanswered(path.endpoint, path.reply)
-    return outcome_text(path)
+    return outcome_text(path) + _where(path)
+
+
+def _where(path: Path) -> str:
+    """The place of a failure, unless it is where the packet was sent: `` on node m69d``."""
+    there = path.outcome.netns
+    if path.outcome.disposition not in FAILURE or not there.node:
+        return ""
+    if path.hops and path.hops[0].netns == there:
+        return ""
+    comma = "," if path.outcome.detail else ""
+    return f"{comma} in pod {there.pod}" if there.pod else f"{comma} on node {there.node}"
 
 
 def _unanswered(endpoint: str, reply: Path) -> str:
     """``delivered to pod/default/web-0 10.40.0.10:8080, and the answer is dropped: …``."""
     verb = "has" if reply.outcome.disposition is Disposition.TRANSMITTED else "is"
-    return f"delivered to {endpoint}, and the answer {verb} {outcome_text(reply)}"
+    return f"delivered to {endpoint}, and the answer {verb} {outcome_text(reply)}{_where(reply)}"
 
 
 def _uncertain(path: Path) -> str:

@@ -16,6 +16,7 @@
     tables.py       connection tracking's room: full, losses, ports, INVALID
     flows.py        its entries: stale, older than a rule, one-sided, unreplied
     ways.py         traced ways that fail: which rule, route, switch or neighbour stopped them
+    undelivered.py  where the last link is down, or nobody has the address there
     balancers.py    load balancers' health checks that do not get through
     stop.py         where one of them ended, and answers that nobody translates back
     routes.py       routes of every node to every pod, and of every pod

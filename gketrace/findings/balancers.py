@@ -56,7 +56,8 @@ def _blocked(world: World, cause: tuple[str, ...], found: list[tuple[Stop, Findi
     return finding(
         "GKT-116",
         f"{what} of {'Service' if len(services) == 1 else 'Services'} {_some(services)} {place} "
-        f"{'do not leave' if answers else 'do not get into'} {_some(nodes)}: {_by(first)}; "
+        f"{'do not leave' if answers else 'do not get through'} "
+        f"node{'s' if len(nodes) > 1 else ''} {_some(nodes)}: {_by(first)}; "
         "the balancer takes out what does not answer",
         [
             *_each_node(found),

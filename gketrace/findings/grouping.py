@@ -10,8 +10,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Final
 
-from gketrace.findings.model import Finding
+from gketrace.findings.model import Evidence, Finding
 from gketrace.findings.registry import CODES
+from gketrace.trace import Citation, Source
 
 __all__ = ["grouped"]
 
@@ -75,7 +76,22 @@ def _explained(one: Finding, others: Iterable[Finding]) -> bool:
 
 
 def _cut(one: Finding) -> Finding:
-    more = len(one.evidence) - _EVIDENCE
-    if more <= 0:
-        return one
-    return replace(one, evidence=one.evidence[:_EVIDENCE], more=more)
+    proof = _once(one.evidence)
+    more = len(proof) - _EVIDENCE
+    return replace(one, evidence=proof[:_EVIDENCE], more=max(0, more))
+
+
+def _once(proof: Iterable[Evidence]) -> tuple[Evidence, ...]:
+    """What is cited for several ways, once: the first note, and how many more there were."""
+    by_source: dict[tuple[Citation, str, str], list[Evidence]] = {}
+    for one in proof:
+        what = one.citation
+        if what.source is Source.ROUTE:  # its table is not always told
+            what = replace(what, table="")
+        by_source.setdefault((what, one.node, one.netns), []).append(one)
+    return tuple(
+        replace(same[0], note=f"{same[0].note} and {len(same) - 1} more")
+        if len(same) > 1 and all(one.note for one in same)
+        else next((one for one in same if one.note), same[0])
+        for same in by_source.values()
+    )

@@ -8,7 +8,7 @@ from gketrace.findings.making import at, cited, finding, sysctl
 from gketrace.findings.model import Confidence, Evidence, Finding
 from gketrace.findings.world import Way, World
 from gketrace.snapshot import Unavailable
-from gketrace.trace import Citation, Outcome, Path, Step, StepKind
+from gketrace.trace import Citation, NetnsKind, Outcome, Path, Step, StepKind
 
 __all__ = ["Stop", "strayed"]
 
@@ -34,6 +34,12 @@ class Stop:
     @property
     def netns(self) -> str:
         return str(self.outcome.netns) if self.outcome.netns.node else "host"
+
+    @property
+    def where(self) -> str:
+        """``node m69d``, ``pod default/web-0 on node m69d``."""
+        inside = self.outcome.netns.kind is NetnsKind.POD
+        return f"{self.netns} on node {self.node}" if inside else f"node {self.node}"
 
     @property
     def what(self) -> str:

@@ -12,13 +12,13 @@ from ipaddress import ip_address
 from typing import Final
 
 from gketrace.findings.expected import Expected
-from gketrace.findings.links import end_of
 from gketrace.findings.making import at, cited, finding, proxy_logs
 from gketrace.findings.model import Evidence, Finding, Severity
 from gketrace.findings.stop import Stop, strayed
+from gketrace.findings.undelivered import no_neighbour
 from gketrace.findings.world import Way, World
 from gketrace.packet import IPAddress
-from gketrace.snapshot import Link, NetnsSnapshot, Unavailable
+from gketrace.snapshot import Unavailable
 from gketrace.trace import (
     FAILURE,
     Citation,
@@ -71,7 +71,7 @@ def named(world: World, stop: Stop) -> Finding | None:
     if kind is Disposition.REFUSED:
         return _refused(world, stop)
     if kind is Disposition.NO_NEIGHBOUR:
-        return _no_neighbour(world, stop)
+        return no_neighbour(world, stop)
     if kind is Disposition.LOOPED:
         return _route(stop, "GKT-306", "comes back to where it was: routes lead in a circle")
     if kind is Disposition.UNREACHABLE:
@@ -244,54 +244,6 @@ def _not_translated(world: World, stop: Stop) -> Finding:
     )
 
 
-def _no_neighbour(world: World, stop: Stop) -> Finding:
-    last = next((s for s in reversed(stop.steps) if s.interface), None)
-    device = last.interface if last is not None else stop.outcome.interface
-    if stop.citation.source is Source.NEIGHBOUR:
-        hop = last.next_hop if last is not None else None
-        return finding(
-            "GKT-312",
-            f"{hop or stop.outcome.packet.dst} does not answer on {device} of {_where(stop)}",
-            [stop.proof],
-            remedy="see whether it is up and on that link",
-            command=at(f"ip neigh show dev {device}", stop.node, stop.netns),
-            subjects=stop.subjects,
-            nodes=[stop.node],
-            cause=f"neighbour {stop.node} {stop.netns} {hop or stop.outcome.packet.dst}",
-        )
-    where, netns = _where(stop), stop.netns
-    if stop.outcome.netns.pod and (end := _host_end_down(world, stop, device)) is not None:
-        device, where, netns = end.name, f"node {stop.node}", "host"
-    return finding(
-        "GKT-313",
-        f"{device} of {where} is down",
-        [stop.proof],
-        remedy="set it up, and find who set it down",
-        command=at(f"ip link set {device} up", stop.node, netns),
-        subjects=stop.subjects,
-        nodes=[stop.node],
-        cause=f"link {stop.node} {netns} {device}",
-    )
-
-
-def _host_end_down(world: World, stop: Stop, device: str) -> Link | None:
-    """The end on the node, when that is what is down: the pod's own has no carrier then, and is
-    not to be set up."""
-    sight = world.sights.get(stop.node)
-    shot = sight.snapshot(stop.outcome.netns) if sight is not None else None
-    if sight is None or not isinstance(shot, NetnsSnapshot) or isinstance(shot.links, Unavailable):
-        return None
-    if not any(link.name == device and link.up for link in shot.links):
-        return None
-    end = end_of(sight, stop.outcome.netns.pod)
-    return end if end is not None and not end.up else None
-
-
-def _where(stop: Stop) -> str:
-    inside = stop.outcome.netns.kind is NetnsKind.POD
-    return f"{stop.netns} on node {stop.node}" if inside else f"node {stop.node}"
-
-
 def _unreachable(world: World, stop: Stop) -> Finding | None:
     text = stop.citation.text
     if stop.citation.source is Source.OBJECT and "clusterIP" in text:
@@ -316,12 +268,17 @@ def _unreachable(world: World, stop: Stop) -> Finding | None:
             cause=f"kube-proxy {nodes[-1] if nodes else stop.node}",
         )
     if "rp_filter" in stop.outcome.detail or "rp_filter" in text:
+        device = next((s.interface for s in reversed(stop.steps) if s.interface), "all")
         return finding(
             "GKT-304",
-            f"The reverse-path filter of {_where(stop)} drops {stop.what}: {stop.outcome.detail}",
+            f"The reverse-path filter of {stop.where} drops {stop.what}: {stop.outcome.detail}",
             _all_checks(stop),
             remedy="set rp_filter to 2 (loose) on the interface, or correct the route back",
-            command=at(f"sysctl {text.partition(' ')[0]}", stop.node, stop.netns),
+            command=at(
+                f"sysctl -w net.ipv4.conf.{device.replace('.', '/')}.rp_filter=2",
+                stop.node,
+                stop.netns,
+            ),
             subjects=stop.subjects,
             nodes=[stop.node],
             cause=f"rp_filter {stop.node} {stop.netns}",
@@ -329,7 +286,7 @@ def _unreachable(world: World, stop: Stop) -> Finding | None:
     if "forward" in text and stop.citation.source is Source.SYSCTL:
         return finding(
             "GKT-301",
-            f"Forwarding is off on {_where(stop)}: nothing passes it",
+            f"Forwarding is off on {stop.where}: nothing passes it",
             _all_checks(stop),
             remedy="switch forwarding on, and find what switches it off",
             command=at("sysctl -w net.ipv4.ip_forward=1", stop.node, stop.netns),
@@ -365,7 +322,7 @@ def _route(stop: Stop, code: str, verb: str) -> Finding:
     destination = stop.outcome.packet.dst
     return finding(
         code,
-        f"On {_where(stop)} {stop.what} {verb}",
+        f"On {stop.where} {stop.what} {verb}",
         _all_checks(stop),
         remedy="correct the route to " + str(destination),
         command=at(f"ip route get {destination}", stop.node, stop.netns),

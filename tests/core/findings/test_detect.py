@@ -536,6 +536,24 @@ def test_a_route_that_many_pods_share_is_one_finding() -> None:
     assert {"node 2jdh", "pod default/web-0"} < set(found.subjects)
 
 
+def test_a_link_that_is_up_is_not_called_down() -> None:
+    """Other nodes' pods are not behind this node's bridge: the route is wrong, and no link."""
+    bench = Bench("bridge")
+    bench.host("m69d").route("10.40.0.0/24", dev="cbr0")
+    found = bench.found(trace=True)
+    assert {one.code for one in found} == {"GKT-306"}
+    assert "it leads out of cbr0, and the pod is on node 2jdh" in found[0].text
+    assert found[0].command.startswith("ip route del 10.40.0.0/24 dev cbr0")
+    assert len({proof.citation.text for proof in found[0].evidence}) == len(found[0].evidence)
+
+
+def test_the_reverse_path_filter_is_loosened_where_it_drops() -> None:
+    bench = Bench("ptp")
+    strict(bench)
+    (found,) = (one for one in bench.found(trace=True) if one.code == "GKT-304")
+    assert found.command == "sysctl -w net.ipv4.conf.eth0.rp_filter=2  # on node m69d"
+
+
 def test_a_default_route_that_is_gone_is_one_finding() -> None:
     bench = Bench("ptp")
     host = bench.host("2jdh")

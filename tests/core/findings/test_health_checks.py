@@ -44,7 +44,7 @@ def test_a_rule_that_drops_a_range_is_named() -> None:
     found = _only(bench)
     assert found.severity is Severity.ERROR
     assert found.nodes == ("m69d",)
-    assert "from 35.191.0.0/16 do not get into m69d: filter INPUT:1 drops them" in found.text
+    assert "from 35.191.0.0/16 do not get through node m69d: filter INPUT:1 drops them" in found.text
     (rule, *objects) = found.evidence
     assert (rule.citation.text, rule.node) == ("-A INPUT -s 35.191.0.0/16 -j DROP", "m69d")
     said = " | ".join(proof.citation.text for proof in objects)
@@ -72,7 +72,7 @@ def test_an_answer_that_does_not_leave(rule: str) -> None:
     _insert(bench, "2jdh", "filter", rule)
     found = _only(bench)
     assert found.text.startswith("The answers to the load balancer's health checks of Services ")
-    assert "to 209.85.152.0/22 do not leave 2jdh: filter OUTPUT:1 drops them" in found.text
+    assert "to 209.85.152.0/22 do not leave node 2jdh: filter OUTPUT:1 drops them" in found.text
 
 
 def test_a_route_is_named_like_a_rule() -> None:
