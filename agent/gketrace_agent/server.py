@@ -24,7 +24,7 @@ from grpc_reflection.v1alpha import reflection
 
 from gketrace.errors import ExitCode, ForbiddenError, UnavailableError
 from gketrace_agent.access.bounds import Bounds
-from gketrace_agent.access.cache import FOLLOWERS, WAITING
+from gketrace_agent.access.cache import ASKING, WAITING
 from gketrace_agent.access.guard import Guard
 from gketrace_agent.config import Config, Listen
 from gketrace_agent.interceptor import CallInterceptor
@@ -49,9 +49,9 @@ _LAST: Final = 1.0
 """Seconds that the threads of cancelled calls get after that."""
 _FILES: Final = 4096
 """Descriptors for other things than connections: processes looked at, captures, children."""
-_DOORMEN: Final = 8 + 2 * WAITING + FOLLOWERS
-"""Threads more than calls: they refuse what is too much, and check who calls.  As many as can wait
-for the API server's word on a caller: whoever is known already finds one that is free."""
+_DOORMEN: Final = ASKING + 2 * WAITING
+"""Threads more than calls: they refuse what is too much, and check who calls.  As many as ask the
+API server about a caller and wait to: whoever is known already finds one that is free."""
 _QUEUE: Final = 512
 """Calls that wait for one of them.  gRPC itself refuses what is more, whoever calls: a crowd that
 is nobody's would else keep a good client out."""

@@ -19,7 +19,7 @@ from e2e.kubeapi.harness import until
 from gketrace.access import AGENT_NAMESPACE, CallClass, server_name
 from gketrace.errors import ExhaustedError, UnavailableError
 from gketrace_agent.access.bounds import Bounds
-from gketrace_agent.access.cache import FOLLOWERS, Cache
+from gketrace_agent.access.cache import FOLLOWERS, WAITING, Cache
 from gketrace_agent.config import Limits
 from gketrace_agent.kernel.memory import used_memory
 from gketrace_agent.tls import Certificate
@@ -326,7 +326,7 @@ class TestCache:
 
             cache.get(key, ask, key)
 
-        threads = [threading.Thread(target=forged, args=(f"{n}",)) for n in range(12)]
+        threads = [threading.Thread(target=forged, args=(f"{n}",)) for n in range(3 + WAITING)]
         for thread in threads:
             thread.start()
         until(lambda: len(asked) == 3, seconds=10)
@@ -335,4 +335,4 @@ class TestCache:
         go.set()
         for thread in threads:
             thread.join()
-        assert len(asked) == 12
+        assert len(asked) == 3 + WAITING

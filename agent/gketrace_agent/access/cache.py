@@ -11,15 +11,17 @@ from typing import Final, Generic, TypeVar
 from gketrace.errors import ExhaustedError, TimeoutExceeded
 from gketrace_agent.access.seats import Seats
 
-__all__ = ["FOLLOWERS", "WAITING", "Cache"]
+__all__ = ["ASKING", "FOLLOWERS", "WAITING", "Cache"]
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 _WAIT: Final = 15.0
 """Seconds that one who asks waits for another's answer to the same question."""
-FOLLOWERS: Final = 16
-"""That wait so, at most."""
-WAITING: Final = 16
+FOLLOWERS: Final = 24
+"""That wait so, at most: a command may begin with as many calls."""
+ASKING: Final = 8
+"""Questions under way at once."""
+WAITING: Final = 8
 """That wait to ask, and have never had a good answer; as many who have."""
 
 
@@ -35,7 +37,7 @@ class Cache(Generic[K, V]):
         self,
         size: int,
         *,
-        asking: int = 8,
+        asking: int = ASKING,
         good: Callable[[V], bool] = lambda value: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
