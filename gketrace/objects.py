@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 __all__ = [
     "Container",
@@ -14,7 +14,6 @@ __all__ = [
     "Pod",
     "Service",
     "ServicePort",
-    "Taint",
 ]
 
 
@@ -38,7 +37,6 @@ class Container:
     init: bool = False
     ready: bool = False
     running: bool = False
-    restarts: int = 0
     ports: tuple[ContainerPort, ...] = ()
 
 
@@ -56,7 +54,6 @@ class Pod:
     host_ip: str
     containers: tuple[Container, ...]
     """Init containers too, first."""
-    runtime_class: str
     labels: Mapping[str, str]
     deletion_timestamp: str
     """RFC 3339; empty unless it is being deleted."""
@@ -80,7 +77,6 @@ class ServicePort:
     """A number, or the name of a container port."""
     node_port: int = 0
     """0: none."""
-    app_protocol: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,10 +109,7 @@ class Service:
     """"None" or "ClientIP"."""
     affinity_seconds: int
     """0 without affinity."""
-    traffic_distribution: str
     health_check_node_port: int
-    publish_not_ready: bool
-    ip_families: tuple[str, ...]
     load_balancer_class: str
     annotations: Mapping[str, str]
 
@@ -152,13 +145,6 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Taint:
-    key: str
-    value: str
-    effect: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
     name: str
     uid: str
@@ -168,13 +154,5 @@ class Node:
     pod_cidrs: tuple[str, ...]
     ready: bool | None
     """None: the node's kubelet has not been heard, or no condition says."""
-    unschedulable: bool
     labels: Mapping[str, str]
-    taints: tuple[Taint, ...]
     provider_id: str
-    kubelet_version: str
-    kube_proxy_version: str
-    runtime_version: str
-    kernel_version: str
-    os_image: str
-    internal_dns: tuple[str, ...] = field(default=())

@@ -20,7 +20,6 @@ from gketrace.objects import (
     Pod,
     Service,
     ServicePort,
-    Taint,
 )
 
 __all__ = [
@@ -117,7 +116,6 @@ def _container(spec: Json, status: Json, *, init: bool) -> Container:
         init=init,
         ready=_flag(status.get("ready"), absent=False),
         running="running" in (status.get("state") or {}),
-        restarts=_number(status.get("restartCount")),
         ports=tuple(
             ContainerPort(
                 port=_number(port["containerPort"]),
@@ -167,7 +165,6 @@ def parse_pod(obj: Json) -> Pod:
             pod_ips=ips,
             host_ip=_text(status.get("hostIP")),
             containers=_containers(spec, status),
-            runtime_class=_text(spec.get("runtimeClassName")),
             labels=_mapping(obj["metadata"].get("labels")),
             deletion_timestamp=_text(obj["metadata"].get("deletionTimestamp")),
             reason=_text(status.get("reason")),
@@ -187,7 +184,6 @@ def _service_port(port: Json) -> ServicePort:
         protocol=_text(port.get("protocol")) or "TCP",
         target_port=target,
         node_port=_number(port.get("nodePort")),
-        app_protocol=_text(port.get("appProtocol")),
     )
 
 
@@ -226,10 +222,7 @@ def parse_service(obj: Json) -> Service:
             internal_traffic_policy=_text(spec.get("internalTrafficPolicy")) or "Cluster",
             session_affinity=affinity,
             affinity_seconds=seconds if affinity == "ClientIP" else 0,
-            traffic_distribution=_text(spec.get("trafficDistribution")),
             health_check_node_port=_number(spec.get("healthCheckNodePort")),
-            publish_not_ready=_flag(spec.get("publishNotReadyAddresses"), absent=False),
-            ip_families=_strings(spec.get("ipFamilies")),
             load_balancer_class=_text(spec.get("loadBalancerClass")),
             annotations=_mapping(obj["metadata"].get("annotations")),
         )
@@ -326,7 +319,6 @@ def parse_node(obj: Json) -> Node:
     def read(obj: Json) -> Node:
         _, name, uid = _name(obj)
         spec, status = obj.get("spec") or {}, obj.get("status") or {}
-        info = status.get("nodeInfo") or {}
         addresses: dict[str, list[str]] = {}
         for entry in status.get("addresses") or []:
             addresses.setdefault(_text(entry["type"]), []).append(_text(entry["address"]))
@@ -341,23 +333,8 @@ def parse_node(obj: Json) -> Node:
             hostname=next(iter(addresses.get("Hostname", ())), name),
             pod_cidrs=cidrs,
             ready={"True": True, "False": False}.get(_condition(status, "Ready")),
-            unschedulable=_flag(spec.get("unschedulable"), absent=False),
             labels=_mapping(obj["metadata"].get("labels")),
-            taints=tuple(
-                Taint(
-                    key=_text(taint["key"]),
-                    value=_text(taint.get("value")),
-                    effect=_text(taint["effect"]),
-                )
-                for taint in spec.get("taints") or []
-            ),
             provider_id=_text(spec.get("providerID")),
-            kubelet_version=_text(info.get("kubeletVersion")),
-            kube_proxy_version=_text(info.get("kubeProxyVersion")),
-            runtime_version=_text(info.get("containerRuntimeVersion")),
-            kernel_version=_text(info.get("kernelVersion")),
-            os_image=_text(info.get("osImage")),
-            internal_dns=tuple(addresses.get("InternalDNS", ())),
         )
 
     return _read("Node", obj, read)

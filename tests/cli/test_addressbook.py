@@ -17,15 +17,8 @@ NODE = Node(
     hostname="a",
     pod_cidrs=("10.40.0.0/24", "fd00:40::/64"),
     ready=True,
-    unschedulable=False,
     labels={},
-    taints=(),
     provider_id="",
-    kubelet_version="",
-    kube_proxy_version="",
-    runtime_version="",
-    kernel_version="",
-    os_image="",
 )
 SEEN = [ip_address(text) for text in ("10.40.0.1", "127.0.0.1", "fe80::1", "10.142.0.8")]
 

@@ -20,7 +20,6 @@ def pod(name: str, *, phase: str = "Running", deleted: str = "") -> Pod:
         pod_ips=(),
         host_ip="",
         containers=(),
-        runtime_class="",
         labels={},
         deletion_timestamp=deleted,
         reason="",

@@ -209,7 +209,6 @@ def test_an_endpoint_added_and_a_pod_replaced_are_said() -> None:
         host_network=False,
         host_ip="10.142.0.1",
         containers=(),
-        runtime_class="",
         labels={},
         deletion_timestamp="",
         reason="",

@@ -29,15 +29,8 @@ def node(name: str, ip: str) -> Node:
         hostname=name,
         pod_cidrs=(),
         ready=True,
-        unschedulable=False,
         labels={},
-        taints=(),
         provider_id="",
-        kubelet_version="",
-        kube_proxy_version="",
-        runtime_version="",
-        kernel_version="",
-        os_image="",
     )
 
 
