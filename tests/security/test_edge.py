@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from gketrace.errors import UsageError
 from gketrace_agent.access.edge import check_request, is_namespace
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
-from gketrace_proto.v1alpha1 import target_pb2
+from gketrace_proto.v1alpha1 import capture_pb2, target_pb2
 
 ROOT = Path(__file__).parents[2]
 STARTS = {
@@ -42,6 +43,17 @@ def test_what_is_refused(fields: dict[str, object]) -> None:
     request = pb.ResolvePodRequest(pod=target_pb2.PodRef(**fields))
     with pytest.raises(UsageError, match="the request's"):
         check_request(request)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_numbers_are_finite(number: float) -> None:
+    """A duration that is not a number would be beyond every bound without exceeding it."""
+    for request in (
+        capture_pb2.CaptureRequest(limits=capture_pb2.CaptureLimits(seconds=number)),
+        pb.FollowConntrackRequest(poll_seconds=number),
+    ):
+        with pytest.raises(UsageError, match="seconds is no finite number"):
+            check_request(request)
 
 
 def test_what_is_taken() -> None:

@@ -5,6 +5,7 @@ Names go into paths, look-ups and other programs' questions: what cannot be one 
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Final
 
@@ -29,6 +30,7 @@ _PODREF: Final = {
     "container_ids": _IDENTIFIER,
     "config_hash": _IDENTIFIER,
 }
+_FRACTIONS: Final = (FieldDescriptor.TYPE_DOUBLE, FieldDescriptor.TYPE_FLOAT)
 _STRING: Final = 32 << 10
 """Characters of any string: the longest are the filters of captures, with all endpoints in them."""
 _LIST: Final = 20_000
@@ -55,6 +57,10 @@ def check_request(message: Message, depth: int = 0) -> None:
             wanted = _PODREF.get(field.name) if isinstance(message, target_pb2.PodRef) else None
             for text in values:
                 _check_text(field.name, text, wanted)
+        elif field.type in _FRACTIONS:
+            # NaN is neither less nor more than any bound.
+            if not all(map(math.isfinite, values)):
+                raise UsageError(f"the request's {field.name} is no finite number")
         elif field.message_type is not None and not field.message_type.GetOptions().map_entry:
             for one in values:
                 check_request(one, depth + 1)
