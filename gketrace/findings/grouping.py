@@ -55,7 +55,7 @@ def _reach(one: Finding) -> int:
 
 
 def _join(first: Finding, second: Finding) -> Finding:
-    worse = min((first, second), key=lambda one: one.severity.rank)
+    worse = min((first, second), key=lambda one: (one.severity.rank, one.confidence.rank))
     return replace(
         worse,
         evidence=tuple(dict.fromkeys((*first.evidence, *second.evidence))),

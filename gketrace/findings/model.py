@@ -36,6 +36,11 @@ class Confidence(Enum):
     POSSIBLE = "possible"
     """Other causes look the same."""
 
+    @property
+    def rank(self) -> int:
+        """0 is the surest."""
+        return list(Confidence).index(self)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:

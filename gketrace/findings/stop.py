@@ -84,17 +84,26 @@ def strayed(world: World, stop: Stop) -> Finding:
             nodes=[node],
             cause=f"bridge-nf {node}",
         )
+    node = _translator(stop) or stop.way.sender_node or stop.node
     return finding(
         "GKT-318",
         f"{stop.what} comes back by a way that does not translate it: {stop.outcome.detail}",
         [stop.proof],
         remedy="see why the connection is not masqueraded (KUBE-POSTROUTING, KUBE-MARK-MASQ)",
-        command=f"gketrace rules {stop.node or stop.way.sender_node} --chain KUBE-POSTROUTING",
-        subjects=stop.subjects,
-        nodes=[stop.node],
-        cause=f"masquerade {stop.way.sender_node or stop.node}",
+        command=f"gketrace rules {node} --chain KUBE-POSTROUTING",
+        subjects=[*stop.subjects[:1], f"node {node}"],
+        nodes=[node],
+        cause=f"masquerade {node}",
         confidence=Confidence.LIKELY,
     )
+
+
+def _translator(stop: Stop) -> str:
+    """The node that gave the packet its destination, and has to see the answer."""
+    for hop in stop.way.path.hops:
+        if any(step.before.dst != step.after.dst for step in hop.steps):
+            return hop.netns.node
+    return ""
 
 
 def _bridged_past_rules(stop: Stop) -> tuple[str, Citation] | None:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from ipaddress import ip_address
 from typing import Final
 
-from gketrace.findings.expected import Expected
 from gketrace.findings.making import at, cited, finding, proxy_logs
 from gketrace.findings.model import Evidence, Finding, Severity
 from gketrace.findings.stop import Stop, strayed
@@ -195,12 +194,13 @@ def _refused(world: World, stop: Stop) -> Finding | None:
     packet = stop.outcome.packet
     if stop.citation.source is not Source.SOCKET:
         return None
-    if packet.dst in {ip for one in world.expected.values() for ip in _door_ips(one)}:
+    if packet.dst in set(_cluster_ips(world)) or (stop.way.service and _at_the_door(stop)):
         return _not_translated(world, stop)
     if _looked_into(world, stop):
         return None  # listeners.py says it
     where = f"{packet.dst}:{packet.dport}"
-    loopback = "127.0.0.1:" in stop.citation.text or "[::1]:" in stop.citation.text
+    on_loopback = rf"(?:127\.0\.0\.1|\[::1\]):{packet.dport}\b"
+    loopback = re.search(on_loopback, stop.citation.text) is not None
     pod = stop.outcome.netns.pod
     name, space = pod.partition("/")[2], pod.partition("/")[0]
     command = f"gketrace pod {name} -n {space}" if pod else f"gketrace rules {stop.node}"
@@ -226,8 +226,22 @@ def _looked_into(world: World, stop: Stop) -> bool:
     return shot is not None and not isinstance(shot, Unavailable)
 
 
-def _door_ips(one: Expected) -> Iterator[IPAddress]:
-    yield from map(ip_address, one.service.cluster_ips)
+def _cluster_ips(world: World) -> Iterator[IPAddress]:
+    for one in world.expected.values():
+        yield from map(ip_address, one.service.cluster_ips)
+
+
+def _at_the_door(stop: Stop) -> bool:
+    """Whether the packet itself, and not its answer, still has the address that was asked for, and
+    that is the Service's and no pod's."""
+    packet, asked = stop.outcome.packet, stop.way.path
+    host = f"[{packet.dst}]" if packet.family == 6 else str(packet.dst)
+    target = f"{host}:{packet.dport}"
+    return (
+        stop.path is asked
+        and asked.front_door in ("ClusterIP", "NodePort", "LoadBalancer", "ExternalIP")
+        and asked.target.partition("/")[0] == target
+    )
 
 
 def _not_translated(world: World, stop: Stop) -> Finding:

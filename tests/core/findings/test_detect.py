@@ -10,6 +10,7 @@ from ipaddress import ip_address, ip_network
 import pytest
 
 from gketrace.conntrack import ConntrackEntry, CtStatus
+from gketrace.findings import ways
 from gketrace.findings.registry import CODES
 from gketrace.findings.world import TableState
 from gketrace.kubenames import ChainRole, ServicePort, endpoint_chain, service_chain
@@ -552,6 +553,25 @@ def test_the_reverse_path_filter_is_loosened_where_it_drops() -> None:
     strict(bench)
     (found,) = (one for one in bench.found(trace=True) if one.code == "GKT-304")
     assert found.command == "sysctl -w net.ipv4.conf.eth0.rp_filter=2  # on node m69d"
+
+
+def test_a_door_without_rules_is_no_matter_of_listeners() -> None:
+    """As `gketrace service` sees it, which reads no sockets of its own."""
+    bench = Bench("ptp")
+    bench.rules("m69d", lambda text: re.sub(r"(?m)^.*-A KUBE-NODEPORTS .*\n", "", text))
+    world = bench.world()
+    found = list(ways.failing_ways(replace(world, sights={})))
+    assert {one.code for one in found} == {"GKT-110"}
+    assert "the node takes it for itself" in found[0].text
+
+
+def test_what_is_not_masqueraded_is_one_finding() -> None:
+    bench = Bench("bridge")
+    bench.rules("2jdh", lambda text: re.sub(r"(?m)^.*-A KUBE-POSTROUTING .*MASQ.*\n", "", text))
+    (found,) = bench.found(trace=True)
+    assert (found.code, found.confidence.value) == ("GKT-318", "certain")
+    assert found.nodes == ("2jdh",)
+    assert found.text.startswith("Node 2jdh does not masquerade Service traffic")
 
 
 def test_a_default_route_that_is_gone_is_one_finding() -> None:
