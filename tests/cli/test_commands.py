@@ -72,6 +72,20 @@ def test_text_as_it_is_printed(ask: Ask, name: str, words: list[str], code: int)
     assert "\033" not in out
 
 
+def test_the_command_that_shows_a_cited_rule_shows_it(ask: Ask) -> None:
+    """The last lines of `service` say how its rules are cited, with one as an example."""
+    _, out, _ = ask("service", "nobody", "--via", "clusterip")
+    said = " ".join(out.split())
+    found = re.search(r"CHAIN:N is rule N .*?; to see one: gketrace (rules .*?) -v", said)
+    assert found is not None
+    code, shown, _ = ask(*found[1].split())
+    assert code == 0
+    cited = re.search(r"by filter KUBE-SERVICES:(\d)", said)
+    assert cited is not None
+    chain = shown.partition("  KUBE-SERVICES\n")[2]
+    assert f"\n    {cited[1]} -d 10.43.240.19/32 " in f"\n{chain}"
+
+
 def test_the_tutorials_nodeport_cites_each_chain(ask: Ask) -> None:
     code, out, _ = ask(
         "service", "hello-server", "--via", "nodeport", "--from", "node/m69d", "--node", "2jdh"

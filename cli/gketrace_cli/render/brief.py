@@ -7,18 +7,19 @@ the rules that it rests on; the steps in full are told by `draw_trace`.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from gketrace.packet import Packet
-from gketrace.trace import SUCCESS, Disposition, Path, Source
+from gketrace.trace import SUCCESS, Disposition, NetnsKind, Path, Source, StepKind
 from gketrace_cli.frontdoors import Door, Question
 from gketrace_cli.render.layout import Page
 from gketrace_cli.rewrites import Rewrite, host_nodes, rewrites
 from gketrace_cli.verdict import Answer, Standing, outcome_text, path_standing, target_text
 
-__all__ = ["draw_brief"]
+__all__ = ["cited_form", "draw_brief"]
 
 _NODES: Final = 4
 """Places of entry that are alike and named one by one; of more, the first are and the rest is
@@ -72,6 +73,29 @@ def draw_brief(page: Page, answers: Sequence[Answer]) -> None:
         for ways in alike.values():
             _draw_ways(page, ways, before, named)
             before = ways[0].ends
+
+
+def cited_form(page: Page, answers: Sequence[Answer]) -> str:
+    """What ``CHAIN:N`` means, with the command that shows one of those told; empty: none is."""
+    paths = [path for answer in answers for path in answer.paths]
+    decided = [(path.outcome.netns, path.outcome.citation) for path in paths]
+    rewritten = [
+        (hop.netns, step.citation)
+        for path in paths
+        for hop in path.hops
+        for step in hop.steps
+        if step.kind is StepKind.NAT
+    ]
+    for netns, cited in (*rewritten, *decided):
+        if cited is None or not cited.position or netns.kind is not NetnsKind.HOST:
+            continue
+        named = "" if cited.backend == "nftables" else ", of table nat where none is named"
+        words = ["gketrace", "rules", page.short(netns.node)]
+        if cited.table != "nat" and not cited.backend.startswith("nft"):
+            words += ["--table", cited.table]
+        command = shlex.join([*words, "--chain", cited.chain])
+        return f"CHAIN:N is rule N of that chain{named}; to see one: {command}"
+    return ""
 
 
 def _door(question: Question) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from gketrace.trace import Hop, Missing, NetnsKind, Path, Step, StepAction, StepKind
 from gketrace_cli.frontdoors import Door
 from gketrace_cli.options import Options, Output
-from gketrace_cli.render.brief import draw_brief
+from gketrace_cli.render.brief import cited_form, draw_brief
 from gketrace_cli.render.layout import Page
 from gketrace_cli.render.steps import STYLES, draw_idle_jumps, draw_step, idle_jumps, minor
 from gketrace_cli.verdict import (
@@ -80,8 +80,9 @@ def _draw_brief(page: Page, answers: Sequence[Answer], notes: Sequence[str]) -> 
     unseen = "Not observable: the network's own rules between nodes and outside"
     if any(answer.question.door is Door.LOAD_BALANCER for answer in answers):
         unseen += ", and which node a load balancer picks"
-    for note in (*notes, f"{unseen}.", _MORE):
-        page.line(note, "dim", hang=2)
+    for note in (*notes, f"{unseen}.", cited_form(page, answers), _MORE):
+        if note:
+            page.line(note, "dim", hang=2)
     for answer in _telling(answers):
         page.blank()
         _draw_answer(page, 0, answer, telling=True)
