@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from gketrace.ruleset.cut import count_nftables, cut_iptables, cut_nftables
-from gketrace.ruleset.nft_json import with_tests
+from gketrace.ruleset.nft_json import tests_tail, with_tests
 from gketrace.snapshot import Maybe, Unavailable
 from gketrace_agent.observe.iptables import IptablesDump, IptablesDumps
 from gketrace_agent.observe.nftables import NftablesDump
@@ -102,14 +102,24 @@ def rule_chunks(
                 yield head
             else:
                 tests = nftables.tests.get(one, {})
-                whole = with_tests(text, one.family, one.name, tests)
-                yield from _chunks(head, cut_nftables(whole, chain))
+                if chain:
+                    whole = with_tests(text, one.family, one.name, tests)
+                    yield from _chunks(head, cut_nftables(whole, chain))
+                else:
+                    size, tail = tests_tail(text, one.family, one.name, tests)
+                    yield from _chunks(head, text, size)
+                    if tail:
+                        yield from _chunks(head, tail)
 
 
-def _chunks(head: agent_pb2.GetRulesReply, text: bytes) -> Iterator[agent_pb2.GetRulesReply]:
-    """At least one message, so that a rule set without rules is there too."""
-    for start in range(0, max(len(text), 1), _CHUNK):
+def _chunks(
+    head: agent_pb2.GetRulesReply, text: bytes, size: int | None = None
+) -> Iterator[agent_pb2.GetRulesReply]:
+    """`text`, or its first `size` bytes.  At least one message, so that a rule set without rules is
+    there too."""
+    end = len(text) if size is None else size
+    for start in range(0, max(end, 1), _CHUNK):
         message = agent_pb2.GetRulesReply()
         message.CopyFrom(head)
-        message.text = text[start : start + _CHUNK]
+        message.text = text[start : min(start + _CHUNK, end)]
         yield message

@@ -17,7 +17,7 @@ from typing import Final
 from gketrace.errors import ParseError
 from gketrace.ruleset.nft import NO_TESTS, Json, NftRuleset, NftTest, Span, TableText
 
-__all__ = ["NftTables", "parse_nft_json", "with_tests"]
+__all__ = ["NftTables", "parse_nft_json", "tests_tail", "with_tests"]
 
 _KINDS: Final = (
     "table|chain|rule|set|map|element|counter|quota|limit|flowtable|secmark|synproxy"
@@ -74,7 +74,7 @@ def parse_nft_json(
 
     What stands inside rules and sets is parsed later, when it is asked for, and may raise then.
     """
-    if not text.strip():
+    if not text or text.isspace():
         raise ParseError("empty output of nft", source=source, line=0, text="")
     try:
         tables = _index(text)
@@ -119,7 +119,7 @@ def _index(text: bytes) -> dict[tuple[str, str], _Table] | None:
     head = _HEAD.match(text)
     if head is None:
         return None
-    end = len(text.rstrip())
+    end = _end(text)
     if text[end - 2 : end] != b"]}":
         return None
     tables: dict[tuple[str, str], _Table] = {}
@@ -172,14 +172,31 @@ def with_tests(
     text: bytes, family: str, table: str, tests: Mapping[int, tuple[NftTest, ...]]
 ) -> bytes:
     """nft's listing of one table with `tests` as one more object, for readers elsewhere."""
-    end = text.rstrip()
-    if not tests or not end.endswith(b"]}"):
-        return text
+    size, tail = tests_tail(text, family, table, tests)
+    return text[:size] + tail if tail else text
+
+
+def tests_tail(
+    text: bytes, family: str, table: str, tests: Mapping[int, tuple[NftTest, ...]]
+) -> tuple[int, bytes]:
+    """What `with_tests` takes of the text, in bytes from its beginning, and what it puts behind it:
+    a large text need not be copied for it."""
+    end = _end(text)
+    if not tests or not text.endswith(b"]}", 0, end):
+        return len(text), b""
     listed = {
         str(handle): [[test.statement, test.after] for test in own] for handle, own in tests.items()
     }
     body = {"family": family, "table": table, "tests": listed}
-    return end[:-2] + b", " + json.dumps({"kernel tests": body}).encode() + b"]}\n"
+    return end - 2, b", " + json.dumps({"kernel tests": body}).encode() + b"]}\n"
+
+
+def _end(text: bytes) -> int:
+    """Where it ends but for space."""
+    end = len(text)
+    while end and text[end - 1 : end].isspace():
+        end -= 1
+    return end
 
 
 def _tests(text: bytes, span: Span, source: str) -> Mapping[int, tuple[NftTest, ...]]:

@@ -121,7 +121,7 @@ class NftablesReading:
             for result in collect(self._children, timeout=self._programs.timeout):
                 if isinstance(result, GketraceError):
                     texts.append(Unavailable(reason=str(result)))
-                elif not result.ok or not result.stdout.strip():
+                elif not result.ok or not result.stdout or result.stdout.isspace():
                     texts.append(Unavailable(reason=result.failure()))
                 else:
                     texts.append(result.stdout)
