@@ -22,20 +22,21 @@ __all__ = ["Array", "PacketBatch", "batch_from_blocks", "batch_from_packets"]
 
 Array: TypeAlias = npt.NDArray[Any]
 
-_WORDS: Final = 8
-"""Of 8 bytes, of a packet's header that are looked at: all but half of its link address."""
+_HEADER: Final = 64
+"""Bytes of a packet's header that are looked at: all but half of its link address."""
 # What the header's words of 4 bytes are.
 _SEC: Final = ring.SEC // 4
 _NSEC: Final = ring.NSEC // 4
 _SNAPLEN: Final = ring.SNAPLEN // 4
 _LENGTH: Final = ring.LENGTH // 4
 _STATUS: Final = ring.STATUS // 4
-_MAC: Final = ring.MAC // 4
 _TCI: Final = ring.VLAN_TCI // 4
 _TPID: Final = ring.VLAN_TPID // 4
 _PROTOCOL: Final = ring.SLL // 4
 _IFINDEX: Final = ring.IFINDEX // 4
 _HATYPE: Final = ring.HATYPE // 4
+_MAC: Final = ring.MAC // 2
+"""Of its words of 2 bytes."""
 _SECOND: Final = 1_000_000_000
 _MACS: Final = 12
 """Bytes before the place of a VLAN tag."""
@@ -189,12 +190,8 @@ def batch_from_blocks(
     Raises `GketraceError` when the blocks' packets are not where their headers say.
     """
     buffer = np.frombuffer(data, np.uint8)
-    places = _places(tap, buffer, np.array(counts, np.int64), np.array(lengths, np.int64))
-    # A view of overlapping headers, one at each byte; only those at `places` are read.
-    size = _WORDS * 8
-    windows = np.ndarray((max(len(buffer) - size, 0),), f"V{size}", buffer.data, strides=(1,))
-    headers = windows[places].view("<u4").reshape(len(places), size // 4)
-    starts = places + (headers[:, _MAC] & 0xFFFF)
+    places, headers = _headers(tap, buffer, np.array(counts, np.int64), np.array(lengths, np.int64))
+    starts = places + headers.view("<u2")[:, _MAC]
     sizes = headers[:, _SNAPLEN].astype(np.int64)
     sent = headers[:, _LENGTH].astype(np.int64)
     if len(places) and int((starts + sizes).max()) > len(buffer):
@@ -216,7 +213,8 @@ def batch_from_blocks(
     if tap.snap_length:
         # What is put before a packet counts, too.
         most = tap.snap_length - (0 if heads is None else ring.COOKED_LENGTH)
-        np.minimum(sizes, max(most, 0), out=sizes)
+        if len(sizes) and int(sizes.max()) > most:
+            np.minimum(sizes, max(most, 0), out=sizes)
     return PacketBatch(
         tap=tap,
         buffer=buffer,
@@ -229,8 +227,8 @@ def batch_from_blocks(
     )
 
 
-def _places(tap: Tap, buffer: Array, counts: Array, lengths: Array) -> Array:
-    """Where the packets' headers begin.
+def _headers(tap: Tap, buffer: Array, counts: Array, lengths: Array) -> tuple[Array, Array]:
+    """Where the packets' headers begin, and the headers.
 
     Each header says where the next one is.  To follow that chain takes a step of Python for each
     packet; so headers are looked for by what they all have (the address family and the interface
@@ -241,20 +239,31 @@ def _places(tap: Tap, buffer: Array, counts: Array, lengths: Array) -> Array:
         raise GketraceError("an agent's packets and their lengths do not agree")
     ends = np.cumsum(lengths)
     total = int(counts.sum())
-    # Packets of one size, as in bulk transfers: every block is full of equal steps.
-    if not len(buffer) % total and not ((step := len(buffer) // total) % ring.ALIGNMENT):
-        places = np.arange(total, dtype=np.int64) * step
-        nexts = buffer.view("<u4")[:: step // 4]
-        if _is_chain(places, nexts, counts, lengths, ends):
-            return places
-    places = _same_link(tap, buffer, total)
-    if len(places) != total:
-        places = _alike(tap, buffer)
-    if len(places) != total or not _is_chain(
-        places, buffer.view("<u4")[places >> 2], counts, lengths, ends
-    ):
-        return _follow(buffer, counts, ends, lengths)
-    return places
+    for find in (_equal_steps, _same_link, _alike):
+        places = find(tap, buffer, total)
+        if 0 < len(places) == total and int(places[-1]) + _HEADER <= len(buffer):
+            headers = _read(buffer, places)
+            if _is_chain(places, headers[:, 0], counts, lengths, ends):
+                return places, headers
+    places = _follow(buffer, counts, ends, lengths)
+    return places, _read(buffer, places)
+
+
+def _read(buffer: Array, places: Array) -> Array:
+    """The headers at `places`, in words of 4 bytes."""
+    # A view of overlapping headers, one at each byte; only those at `places` are read.
+    windows = np.ndarray(
+        (max(len(buffer) - _HEADER + 1, 0),), f"V{_HEADER}", buffer.data, strides=(1,)
+    )
+    return windows[places].view("<u4").reshape(len(places), _HEADER // 4)
+
+
+def _equal_steps(_: Tap, buffer: Array, total: int) -> Array:
+    """For packets of one size, as in bulk transfers: every block is full of equal steps."""
+    step, rest = divmod(len(buffer), max(total, 1))
+    if rest or step % ring.ALIGNMENT:
+        return np.zeros(0, np.int64)
+    return np.arange(total, dtype=np.int64) * step
 
 
 def _same_link(tap: Tap, buffer: Array, total: int) -> Array:
@@ -276,7 +285,7 @@ def _same_link(tap: Tap, buffer: Array, total: int) -> Array:
     return places
 
 
-def _alike(tap: Tap, buffer: Array) -> Array:
+def _alike(tap: Tap, buffer: Array, _: int) -> Array:
     """The same for any protocol, and for taps of all interfaces."""
     halves = buffer.view("<u4")
     if tap.ifindex:
@@ -320,7 +329,7 @@ def _follow(buffer: Array, counts: Array, ends: Array, lengths: Array) -> Array:
 
 
 def _pkttypes(headers: Array) -> Array:
-    return (headers[:, _HATYPE] >> 16).astype(np.uint8)
+    return headers.view(np.uint8)[:, ring.PKTTYPE]
 
 
 def _flags(tap: Tap, headers: Array) -> Array:

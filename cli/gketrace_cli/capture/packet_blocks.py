@@ -109,15 +109,18 @@ class PacketBlocks:
         first = begin = 0
         while first < len(ends):
             end = max(int(np.searchsorted(ends, begin + _PIECE, side="right")), first + 1)
-            yield self._piece(chunk, columns, first, end)
+            edges = np.zeros(end - first + 1, np.int64)
+            np.subtract(ends[first:end], begin, out=edges[1:])
+            yield self._piece(chunk, columns, first, end, edges)
             first, begin = end, int(ends[end - 1])
 
-    def _piece(self, chunk: Chunk, columns: _Columns, first: int, end: int) -> Array:
-        """The blocks of the packets from `first` to before `end`, in the chunk's order."""
+    def _piece(self, chunk: Chunk, columns: _Columns, first: int, end: int, edges: Array) -> Array:
+        """The blocks of the packets from `first` to before `end`, in the chunk's order.
+
+        `edges`: where each block begins in the piece, and where the last one ends.
+        """
         which = slice(first, end) if chunk.order is None else chunk.order[first:end]
         sizes, lengths = columns.sizes[which], columns.lengths[which]
-        edges = np.zeros(len(sizes) + 1, np.int64)
-        np.cumsum(lengths, out=edges[1:])
         total = int(edges[-1])
         # A tail comes before the first block, and a head after the last one, that nobody reads.
         out = self._memory(_TAIL + total + _HEAD + _WIDE)
@@ -267,9 +270,12 @@ def _copy_data(part: _Part, out: Array, data: Array) -> None:
     if not whole or not 0 < width * len(sizes) <= 2 * int(sizes.sum()) or width > _WIDE:
         _copy_by_size(source, starts, sizes, out, places)
         return
-    inside = starts + width <= len(source)
-    last = np.flatnonzero(~inside)
-    at, to = (starts, places) if not len(last) else (starts[inside], places[inside])
+    at, to = starts, places
+    last = np.zeros(0, np.int64)
+    if int(starts.max()) + width > len(source):
+        inside = starts + width <= len(source)
+        last = np.flatnonzero(~inside)
+        at, to = starts[inside], places[inside]
     sources, targets = _windows(source, width), _windows(out, width)
     for step in range(0, len(at), _STEP):
         targets[to[step : step + _STEP]] = sources[at[step : step + _STEP]]
@@ -304,7 +310,8 @@ def _copy_singly(
 
 def _pad(out: Array, data: Array, sizes: Array) -> None:
     """Zeros up to a multiple of 4 bytes."""
-    rows = np.flatnonzero((sizes & 3) != 0)
+    # By the lowest byte of each: what is smaller is done sooner.
+    rows = np.flatnonzero((sizes.view(np.uint8)[:: sizes.itemsize] & 3) != 0)
     if len(rows):
         # Data begins at multiples of 4: the last word is masked.
         sizes = sizes[rows]

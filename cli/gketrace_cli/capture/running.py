@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -169,7 +170,11 @@ def _note(event: Event, outcome: Outcome, sinks: tuple[Sink, ...]) -> None:
 
 def keep_memory() -> None:
     """Lets the C library keep freed memory, of which a capture takes megabytes again and again:
-    to get it from the kernel anew each time costs more than the work done in it."""
+    to get it from the kernel anew each time costs more than the work done in it.
+
+    And what is there now stays: to look through it for garbage takes longer than a message does.
+    """
+    gc.freeze()
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # glibc's; other libraries have their own ways
         mallopt(_M_TRIM_THRESHOLD, _KEPT)

@@ -246,6 +246,7 @@ def test_headers_that_look_alike_are_told_apart() -> None:
         batch_from_blocks(one, data, counts, (8, *lengths[1:]))
     with pytest.raises(GketraceError, match="not where their headers say"):
         batch_from_blocks(one, data[:56], (1,), (56,))  # the last header is cut
+    assert len(batch_from_blocks(one, data[:0], (), ())) == 0
     long = bytearray(data)
     long[-lengths[-1] + 12 : -lengths[-1] + 16] = struct.pack("<I", 5000)  # tp_snaplen
     with pytest.raises(GketraceError, match="not where their headers say"):
