@@ -194,12 +194,14 @@ def _onto(
     hop = Hop(ingress=Ingress(netns=NETWORK), steps=(step,))
     key = (node, replace(arriving, ttl=None))
     trail = replace(trail, hops=(*trail.hops, hop))
-    if key in trail.visited or len(trail.visited) >= MAX_NODES:
+    looped = key in trail.visited
+    if looped or len(trail.visited) >= MAX_NODES:
+        why = f"it came to {MAX_NODES} nodes already, and is not followed to node {node}"
         outcome = Outcome(
-            disposition=Disposition.LOOPED,
+            disposition=Disposition.LOOPED if looped else Disposition.UNKNOWN,
             packet=arriving,
             netns=NETWORK,
-            detail=f"it came to node {node} before, with the same header",
+            detail=f"it came to node {node} before, with the same header" if looped else why,
             citation=citation,
         )
         return replace(trail, query=None, outcome=outcome)

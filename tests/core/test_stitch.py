@@ -9,9 +9,18 @@ import pytest
 
 from gketrace.conntrack import ConntrackEntry, CtStatus
 from gketrace.packet import Packet
-from gketrace.stitch import Inquiry, stitch
+from gketrace.stitch import Inquiry, NodeQuery, stitch
 from gketrace.topology import NodeFacts, OwnerKind, Topology
-from gketrace.trace import Disposition, Path, StepKind
+from gketrace.trace import (
+    Branch,
+    Disposition,
+    Ingress,
+    NetnsRef,
+    Outcome,
+    Path,
+    StepKind,
+    Walk,
+)
 from tests.core.clusters import HELLO, NODES, Cluster
 from tests.core.simulate.nodes import Table, tcp
 
@@ -219,6 +228,47 @@ def test_the_driver_must_answer_every_query() -> None:
     next(run)
     with pytest.raises(ValueError, match="1 walks were asked, 0 answered"):
         run.send([])
+
+
+@pytest.mark.parametrize(
+    ("nodes", "end", "why"),
+    [
+        (3, D.LOOPED, "it came to node n0 before, with the same header"),
+        (20, D.UNKNOWN, "it came to 8 nodes already, and is not followed to node n8"),
+    ],
+)
+def test_nodes_that_hand_it_round(nodes: int, end: Disposition, why: str) -> None:
+    """Only a packet that came back as it was is known to loop."""
+    addresses = [ip_address(f"10.142.0.{number + 1}") for number in range(nodes)]
+    topology = Topology(
+        nodes=tuple(
+            NodeFacts(name=f"n{number}", addresses=(address,))
+            for number, address in enumerate(addresses)
+        )
+    )
+
+    def onward(query: NodeQuery) -> Walk:
+        number = int(query.node.removeprefix("n"))
+        netns = NetnsRef(node=query.node)
+        outcome = Outcome(
+            disposition=D.TRANSMITTED,
+            packet=query.packet,
+            netns=netns,
+            interface="eth0",
+            next_hop=addresses[(number + 1) % nodes],
+        )
+        ingress = Ingress(netns=netns)
+        return Walk(branches=(Branch(parent=None, ingress=ingress, enters=True, outcome=outcome),))
+
+    run = stitch(topology, [ask(tcp(CLIENT, "192.0.2.1:80", 4000), entry="n0")])
+    batch, found = next(run), None
+    while found is None:
+        try:
+            batch = run.send([onward(query) for query in batch])
+        except StopIteration as done:
+            found = done.value
+    ((path,),) = found
+    assert (path.outcome.disposition, path.outcome.detail) == (end, why)
 
 
 def test_owners() -> None:
