@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from gketrace.errors import GketraceError
+from gketrace.errors import ExhaustedError, GketraceError
 from gketrace.ruleset.iptables_save import IptablesSaveReader
 from gketrace.snapshot import Maybe, Unavailable
 from gketrace_agent.kernel.nfnetlink import NftTable, nft_generation, nft_tables
@@ -137,13 +137,22 @@ class IptablesReading:
             raise
 
     def _wait_for_others(self) -> tuple[IptablesDumps, NftablesDump | None] | None:
-        """Takes the turn to read, unless all is in the cache; after the time that a dump may take
-        it reads without a turn.  The result, if another reading has it."""
+        """Takes the turn to read, unless all is in the cache.  The result, if another reading has
+        it.
+
+        Raises `ExhaustedError` after the time that a dump may take: to read beside the others would
+        take as much memory once more.
+        """
         if self._cache is None or self._cookie is None or self._is_cheap():
             return None
         asked = time.monotonic()
         self._turn, waited = self._cache.wait(self._cookie, self._programs.timeout)
-        if self._turn is None or not waited:
+        if self._turn is None:
+            raise ExhaustedError(
+                f"other calls have been reading the same rules for {self._programs.timeout:g} s",
+                hint="try again",
+            )
+        if not waited:
             return None
         self._look()
         shared = self._turn.found if self._turn.began >= asked else None

@@ -109,6 +109,24 @@ def test_a_burst_of_readings_of_nftables_runs_nft_seldom(bed: Bed, tmp_path: Pat
     assert not observer.dumps._turns, "nothing is kept when nobody waits"
 
 
+def test_a_reading_that_gets_no_turn_is_refused(bed: Bed) -> None:
+    """To read beside the others would take as much memory once more."""
+    netns = bed.netns("nft")
+    netns.run("nft", "add table ip kube-proxy")
+    observer = Observer(programs=Programs(timeout=0.1))
+    turn, waited = observer.dumps.wait(netns.read(lambda one: one.netfilter.netns_cookie) or 0, 1)
+    assert turn is not None
+    assert not waited
+    with observer.observe(netns.namespace()) as observation:
+        (ruleset,) = observation.snapshot.rulesets
+    assert isinstance(ruleset, Unavailable)
+    assert ruleset.reason == "other calls have been reading the same rules for 0.1 s; try again"
+    observer.dumps.end(turn, 0.0, None)
+    with Observer(dumps=observer.dumps).observe(netns.namespace()) as observation:
+        (ruleset,) = observation.snapshot.rulesets
+    assert isinstance(ruleset, NftRuleset)
+
+
 def test_the_missing_nft_program_is_said(bed: Bed) -> None:
     netns = bed.netns("nft")
     netns.run("nft", "add table ip kube-proxy")
