@@ -70,12 +70,22 @@ def _lost(
         if len(own) > 1:
             text = f"Node {sight.node} has no route to any of its own {len(own)} pods"
             cause = f"no route {sight.node} own {version}"
-            yield from (replace(one, text=text, cause=cause) for one in own)
+            remedy = "restore the pods' routes, or the bridge's address that makes them one"
+            command = at("ip route show", sight.node)
+            yield from (
+                replace(one, text=text, cause=cause, remedy=remedy, command=command) for one in own
+            )
         others = {node for node, of in there if of == version and node != sight.node}
         if len(others) > 1 and set(whole) == others:
             text = f"Node {sight.node} has no route to the pods of any other node"
             cause = f"no route {sight.node} others {version}"
-            yield from (replace(one, text=text, cause=cause) for o in whole.values() for one in o)
+            remedy = "restore the node's default route, which DHCP gives it"
+            command = at("ip route show default", sight.node)
+            yield from (
+                replace(one, text=text, cause=cause, remedy=remedy, command=command)
+                for o in whole.values()
+                for one in o
+            )
         else:
             whole = {}
         for (node, of), found in lost.items():

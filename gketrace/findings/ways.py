@@ -7,6 +7,7 @@ are one finding.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from ipaddress import ip_address
 from typing import Final
@@ -97,8 +98,7 @@ def _by_rule(world: World, stop: Stop) -> Finding | None:
             f"A rule inside {stop.netns} drops: {place}",
             [stop.proof],
             remedy="look at who wrote rules in the pod: a mesh's sidecar, an init container",
-            command=f"gketrace rules pod/{stop.outcome.netns.pod.partition('/')[2]} "
-            f"-n {stop.outcome.netns.pod.partition('/')[0]}",
+            command=_show_chain(stop),
             subjects=[f"pod {stop.outcome.netns.pod}", *stop.subjects[:1]],
             nodes=[stop.node],
             cause=f"rules in {stop.outcome.netns.pod}",
@@ -133,19 +133,25 @@ def _by_rule(world: World, stop: Stop) -> Finding | None:
 
 def _drop(stop: Stop, verb: str) -> Finding:
     rule = stop.citation
-    delete = "gketrace rules " + stop.node
-    if rule.chain and rule.backend.startswith("iptables"):
-        delete += f" --chain {rule.chain}"
     return finding(
         "GKT-303",
         f"On node {stop.node} {stop.what} {verb}",
         [stop.proof],
         remedy="find who made the rule, and whether it has to be there",
-        command=delete,
+        command=_show_chain(stop),
         subjects=stop.subjects,
         nodes=[stop.node],
         cause=f"rule {stop.node} {stop.netns} {rule.table} {rule.chain} {rule.text}",
     )
+
+
+def _show_chain(stop: Stop) -> str:
+    """Draws the chain that stopped it, in the namespace that it is in."""
+    rule, pod = stop.citation, stop.outcome.netns.pod
+    where = f"pod/{pod.partition('/')[2]} -n {pod.partition('/')[0]}" if pod else stop.node
+    only = f" --table {shlex.quote(rule.table)}" if rule.table else ""
+    only += f" --chain {shlex.quote(rule.chain)}" if rule.chain else ""
+    return f"gketrace rules {where}{only}"
 
 
 def _by_policy(stop: Stop) -> Finding:
@@ -158,7 +164,7 @@ def _by_policy(stop: Stop) -> Finding:
         f"{stop.what}",
         [stop.proof],
         remedy="add a rule that accepts it, or set the policy to ACCEPT",
-        command=f"gketrace rules {stop.node} --chain {rule.chain}",
+        command=_show_chain(stop),
         subjects=stop.subjects,
         nodes=[stop.node],
         cause=f"policy {stop.node} {stop.netns} {rule.table} {rule.chain}",
@@ -314,6 +320,8 @@ def _unreachable(world: World, stop: Stop) -> Finding | None:
     if _ROUTE_KINDS.search(text):
         return _route(stop, "GKT-306", f"ends in the route {text!r}")
     if "no route" in stop.outcome.detail.lower() or "no route" in text.lower():
+        if stop.outcome.packet.dst in world.pod_by_address and _looked_into(world, stop):
+            return None  # routes.py says it, of all pods
         return _route(stop, "GKT-305", "finds no route")
     return _route(stop, "GKT-306", stop.outcome.detail)
 

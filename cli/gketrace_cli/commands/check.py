@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from gketrace_cli.checking.whole import Checked
 
 __all__ = ["CheckOutput", "Least", "check", "explain"]
+
+
+_GAPS: Final = 5
+"""What was not seen, of which text names so many; ``wide`` names all."""
 
 
 class CheckOutput(str, Enum):
@@ -185,8 +189,12 @@ def _show(
     gaps = missing_of(checked)
     if gaps:
         page.blank()
-        for gap in gaps:
+        shown = gaps if page.wide else gaps[:_GAPS]
+        for gap in shown:
             page.line(page.short(f"Not seen: {gap}"), "yellow", hang=3)
+        if len(gaps) > len(shown):
+            more = f"Not seen: {len(gaps) - len(shown)} more like these; -o wide tells them all."
+            page.line(more, "yellow", hang=3)
     draw_findings(page, checked.findings)
     page.blank()
     for note in _notes(checked):
