@@ -32,6 +32,11 @@ class EventKind(IntEnum):
 _SEEN_REPLY: Final = int(CtStatus.SEEN_REPLY)
 """A flag's own operators are slow, and this is asked for each event."""
 _OVER: Final = sum(1 << STATE_NAMES.index(name) for name in ("TIME_WAIT", "CLOSE"))
+_SHAKEN: Final = sum(
+    1 << STATE_NAMES.index(name)
+    for name in ("ESTABLISHED", "FIN_WAIT", "CLOSE_WAIT", "LAST_ACK", "TIME_WAIT")
+)
+"""TCP's states that only a client which has an answer brings about."""
 _SURE: Final = 2.0
 """Seconds that an entry must have had left, by our own count, to say that it was removed early:
 events come late, and timeouts are whole seconds."""
@@ -64,6 +69,7 @@ class Seen:
         "began",
         "changed",
         "counted",
+        "end_seen",
         "ended",
         "key",
         "left",
@@ -73,6 +79,7 @@ class Seen:
         "over_at",
         "place",
         "record",
+        "shaken_at",
         "since",
         "states",
         "taken",
@@ -89,7 +96,7 @@ class Seen:
         since: float | None = None,
     ) -> None:
         """`began`: when its beginning was read, None if it was not; `since`: what is surely before
-        that."""
+        its beginning, None if nothing is known to be."""
         self.place = place
         self.key = key
         self.taken = key[1]
@@ -97,12 +104,17 @@ class Seen:
         self.record = record
         self.states = 1 << record.state
         self.began = record.started / 1e9 if record.has & HAS_STARTED else began
-        self.since = self.began if since is None or self.began is None else min(since, self.began)
+        known = [time for time in (since, self.began) if time is not None]
+        self.since = min(known, default=None)
         self.changed = at
         self.ended: float | None = None
         self.left: float | None = None
         self.over_at = at if 1 << record.state & _OVER else None
         """Since when no more packets of it are expected; None: they are."""
+        self.end_seen = False
+        """An event has said so: else `over_at` is when it was found."""
+        self.shaken_at = at if 1 << record.state & _SHAKEN else None
+        """Since when the client is known to have its answer; None: it is not."""
         self.lossy = False
         self.old = False
         """It was over when the following began."""
@@ -113,16 +125,19 @@ class Seen:
     def replied(self) -> bool:
         return bool(self.record.status & _SEEN_REPLY)
 
-    def update(self, record: Record, at: float) -> None:
+    def update(self, record: Record, at: float, *, told: bool = True) -> None:
+        """`told`: by an event, not by a reading of the table."""
         self.states |= 1 << record.state
         if not record.has & HAS_COUNTERS and self.record.has & HAS_COUNTERS:
             record = with_counters(record, self.record)
         self.record = record
         self.changed = at
+        if self.shaken_at is None and 1 << record.state & _SHAKEN:
+            self.shaken_at = at
         if not 1 << record.state & _OVER:
             self.over_at = None
         elif self.over_at is None:
-            self.over_at = at
+            self.over_at, self.end_seen = at, told
 
     def end(self, record: Record, at: float) -> None:
         """DESTROY.  Kernels before 5.10 leave the state and the time left out of that event."""
@@ -136,10 +151,10 @@ class Seen:
         if not record.state:
             record = record._replace(state=before.state)
         self.counted = bool(record.has & HAS_COUNTERS)
-        over_at = self.over_at
+        over_at, end_seen = self.over_at, self.end_seen
         self.update(record, at)
         self.ended = at
-        self.over_at = at if over_at is None else over_at
+        self.over_at, self.end_seen = (at, True) if over_at is None else (over_at, end_seen)
 
     def vanish(self, at: float) -> None:
         """It is not there any more, and no event of its end came."""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from ipaddress import ip_address
+
+from gketrace.connections import Place
 from gketrace.follow.entries import Seen
+from gketrace.packet import IPAddress
 
 __all__ = ["Flow"]
 
@@ -49,8 +54,12 @@ class Flow:
 
     @property
     def earliest(self) -> float:
-        """It surely did not begin before."""
-        return min(one.since if one.since is not None else one.changed for one in self.seen)
+        """It surely did not begin before.  What a reading of the table says of that is vague: it
+        counts only where nothing else is known."""
+        begun = [one for one in self.seen if one.began is not None]
+        return min(
+            one.since if one.since is not None else one.changed for one in begun or self.seen
+        )
 
     @property
     def over_at(self) -> float | None:
@@ -64,6 +73,15 @@ class Flow:
     @property
     def replied(self) -> bool:
         return any(one.replied for one in self.seen)
+
+    def lacks(self, place: Place, owner: Callable[[IPAddress], str]) -> bool:
+        """Whether an entry of the place may be part of it that is not, or not to its end: one of
+        its addresses is the place's node's."""
+        mine = [one for one in self.seen if one.place == place]
+        if mine:
+            return any(one.ended is None for one in mine)
+        ends = {end for one in self.seen for key in (one.taken, one.let_out) for end in key[:2]}
+        return any(owner(ip_address(end)) == place.node for end in ends)
 
     def rival(self, other: Seen) -> Seen | None:
         """An entry of the same place with one of the other's tuples, which are unique in a table:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Final
 
 from gketrace.connections import TupleKey, inverted_key
 from gketrace.follow.entries import Seen
 from gketrace.follow.flow import Flow
 
 __all__ = ["Generations"]
+
+_CLOCKS: Final = 1.0
+"""Seconds by which two clocks may differ that nobody has corrected."""
 
 
 class Generations:
@@ -28,20 +32,26 @@ class Generations:
         """Whether a flow has this tuple, either way."""
         return _either_way(key) in self._by_key
 
-    def place(self, one: Seen, at: float, fresh: Flow) -> tuple[Flow, list[Flow]]:
+    def place(
+        self, one: Seen, at: float, fresh: Flow, *, late: bool = False
+    ) -> tuple[Flow, list[Flow]]:
         """Puts an entry to its connection, or to `fresh`; also those that it showed to be the same
-        one, and that are no more."""
+        one, and that are no more.  `late`: when it began is not known, and all is that others have
+        seen until it was read."""
         around = self._around(one)
         self._give_way(one, around)
         found = [flow for flow in around if self._fits(flow, one)]
+        if late:
+            found = [flow for flow in found if self._alike(flow, one, at)]
         flow = self._choose(found, one, at) if found else fresh
         self._add(flow, one)
         gone = []
-        for other in found:
+        # Those that began at about the same time are rather one than others.
+        for other in sorted(found, key=lambda other: abs(_age(other) - _age(flow))):
             # The one that stays may be the other one: then the chosen one is no more.
             if other is flow or other.merged is not None:
                 continue
-            if self._same_time(flow, other):
+            if self._same_time(flow, other) and not self._backwards(one, flow, other):
                 flow, less = self._merge(flow, other)
                 gone.append(less)
         if len(found) < len(around):
@@ -83,6 +93,24 @@ class Generations:
         over = flow.over_at
         return over is None or one.since is None or one.since <= over + self._skew
 
+    def _alike(self, flow: Flow, one: Seen, at: float) -> bool:
+        """Whether an entry, as it was read at `at`, can be of this connection.
+
+        Packets that end one pass all of its places, and so do answers.  Where one was lost on the
+        way this says no of what is one: then it is told in two parts, which is no false path.
+        """
+        sure = not any(seen.lossy for seen in flow.seen)
+        before = at - self._skew
+        if flow.over_at is None:
+            if one.over_at is not None and one.over_at <= at and sure:
+                return False
+        elif one.over_at is None and flow.over_at < before:
+            return False
+        shaken = [seen.shaken_at for seen in flow.seen if seen.shaken_at is not None]
+        if shaken and min(shaken) < before and not one.replied:
+            return False
+        return flow.replied or not sure or one.shaken_at is None or one.shaken_at > at
+
     def _same_time(self, one: Flow, other: Flow) -> bool:
         """Whether two connections that an entry has shown to be on one way are one."""
         if any(other.rival(seen) is not None for seen in one.seen):
@@ -90,6 +118,17 @@ class Generations:
         first, second = sorted((one, other), key=_age)
         over = first.over_at
         return over is None or second.earliest <= over + self._skew
+
+    def _backwards(self, one: Seen, flow: Flow, other: Flow) -> bool:
+        """Whether what the entry lets out had begun before what it takes in: then they are not one,
+        however their tuples meet in it."""
+        if one.taken == one.let_out:
+            return False
+        before = [seen for seen in (*flow.seen, *other.seen) if seen.let_out == one.taken]
+        behind = [seen for seen in (*flow.seen, *other.seen) if seen.taken == one.let_out]
+        sent = [seen.since for seen in before if seen.began is not None and seen.since is not None]
+        came = [seen.began for seen in behind if seen.began is not None]
+        return bool(sent and came) and min(came) < min(sent) - _CLOCKS
 
     def _give_way(self, one: Seen, around: Iterable[Flow]) -> None:
         """Moves an entry that was put to the connection that this one began with, for want of

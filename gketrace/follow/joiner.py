@@ -3,6 +3,7 @@
 Within one place events come in order, perhaps some twice, perhaps some not at all; between places
 in any order.  What puts entries together is their tuples.  A tuple is used again, so an entry
 belongs to that connection of its tuple which was there when the entry began.
+What came after a loss is `gketrace.follow.losses`' matter.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from gketrace.conntrack_records import HAS_COUNTERS, Record
 from gketrace.follow.entries import POLLED, EntryKey, EventKind, Seen
 from gketrace.follow.flow import Flow
 from gketrace.follow.generations import Generations
+from gketrace.follow.losses import Losses
 from gketrace.follow.model import Followed, Limits, Phase, Step
 from gketrace.follow.places import Here
 from gketrace.follow.recording import records_of, step_of
@@ -40,11 +42,14 @@ class Joiner:
         self._owner = owner
         self._limits: Final = limits or Limits()
         self._places: dict[Place, Here] = {}
+        self._losses = Losses(self._places, self._limits, owner)
         self._flows: dict[int, Flow] = {}
         self._generations = Generations(self._limits.skew)
         self._over = Remembered(self._limits.remembered)
         self._due: list[tuple[float, int, Flow]] = []
         self._next = 1
+        self._done = 0
+        """Connections that were told and are not dropped yet."""
         self._ties = count()
         self._steps: list[Step] | None = [] if steps else None
         self._told: list[Followed] = []
@@ -100,22 +105,14 @@ class Joiner:
 
     def begin_reading(self, place: Place) -> None:
         """From here on until `read_whole` all entries of the place come as EXISTING."""
-        self._here(place).met = set()
-
-    def lose(self, place: Place) -> None:
-        """Events of the place were lost: what is open there may have changed or ended."""
         here = self._here(place)
-        here.complete = False
-        here.recovering = True
-        here.met = set()
-        for one in here.live.values():
-            one.lossy = True
+        here.met, here.complete = set(), False
 
-    def leave(self, place: Place) -> None:
-        """The place is not followed any more."""
-        here = self._places.pop(place, None)
-        for one in here.live.values() if here is not None else ():
-            one.lossy = True
+    def lose(self, place: Place, *, widened: bool = False) -> None:
+        """Events of the place were lost: what is open there may have changed or ended.  `widened`:
+        what comes from there now may be of more connections than before."""
+        self._here(place)
+        self._losses.add(place, widened=widened)
 
     def count(self, place: Place, records: Iterable[Record]) -> None:
         """Packets and bytes, as read from the table after the events that were fed."""
@@ -133,6 +130,8 @@ class Joiner:
     def told(self, now: float) -> list[Followed]:
         """What is news by `now`."""
         self._over.forget(now)
+        self._losses.now = now
+        self._place_found()
         while self._due and self._due[0][0] <= now:
             when, _, flow = heapq.heappop(self._due)
             if flow.merged is not None or flow.due != when:
@@ -140,10 +139,12 @@ class Joiner:
             flow.due = None
             if not flow.done:
                 self._consider(flow, now)
-            elif now >= flow.told_at + self._limits.late:
-                self._drop(flow, now)
-            else:
+            elif now < flow.told_at + self._limits.late:
                 self._wait(flow, flow.told_at + self._limits.late)
+            elif self._stays(flow, now):
+                self._wait(flow, now + self._limits.late)
+            else:
+                self._drop(flow, now)
         while len(self._flows) > self._limits.flows:
             oldest = min(self._flows.values(), key=lambda flow: flow.changed)
             self.forgotten += 1
@@ -152,8 +153,12 @@ class Joiner:
         return news
 
     def heard_all(self, until: float) -> bool:
-        """Whether no place that is followed has more to say of what was before `until`."""
-        return all(here.recovering or here.heard >= until for here in self._places.values())
+        """Whether no place that is followed has more to say of what was before `until`; one that
+        lost events is waited for as long as connections wait for it."""
+        return all(
+            here.heard >= until if place not in self._losses else not self._losses.awaits(here)
+            for place, here in self._places.items()
+        )
 
     def heard_until(self, place: Place) -> float | None:
         """By its clock; None: it was not heard, or not since events of it were lost."""
@@ -165,11 +170,12 @@ class Joiner:
         return frozenset(
             place
             for place, here in self._places.items()
-            if not here.recovering and here.heard < until
+            if place in self._losses or here.heard < until
         )
 
     def finish(self, now: float) -> list[Followed]:
         """The records of all that is not over, after those that are."""
+        self._place_found(all_of_it=True)
         for flow in list(self._flows.values()):
             self._tell(flow, Phase.CLOSED if flow.over_at is not None else Phase.STILL_OPEN, now)
         news, self._told = self._told, []
@@ -185,6 +191,11 @@ class Joiner:
         if self._steps is not None:
             self._steps = []
         return found
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a connection waits for a place that lost events, from the loss."""
+        return self._limits.recover_at_most
 
     @property
     def open(self) -> int:
@@ -234,19 +245,14 @@ class Joiner:
                 self._over.remove(key, record)
             elif self._over.has(key, record):
                 return None
-            began = at if kind == EventKind.NEW else None
-            known = Seen(key[0], key, let_out, record, at, began, here.after)
-            known.old = (
-                kind == EventKind.EXISTING and not here.recovering and known.over_at is not None
-            )
+            known = self._first(here, key, let_out, kind, record, at)
             here.live[key] = known
-            self._place(known, at)
         elif kind == EventKind.NEW:
             # A second time, or after a reading of the table that had it already.
             if known.began is None:
-                known.began = at
+                known.began, known.since = at, here.after
         else:
-            known.update(record, at)
+            known.update(record, at, told=kind != EventKind.EXISTING)
             self._changed(known, at)
         return known
 
@@ -267,17 +273,41 @@ class Joiner:
             known.end(record, at)
             self._changed(known, at)
         elif not told:
-            known = Seen(key[0], key, let_out, record, at, None)
+            known = self._first(here, key, let_out, EventKind.DESTROY, record, at)
             known.end(record, at)
-            self._place(known, at)
         return known
 
-    def _place(self, one: Seen, at: float) -> None:
-        flow, gone = self._generations.place(one, at, Flow(self._next))
+    def _first(
+        self, here: Here, key: EntryKey, let_out: TupleKey, kind: int, record: Record, at: float
+    ) -> Seen:
+        """One that was not known."""
+        if kind == EventKind.NEW:
+            one = Seen(key[0], key, let_out, record, at, at, here.after)
+        elif here.recovering:
+            one = Seen(key[0], key, let_out, record, at, None, here.known_until)
+            here.unplaced.append((one, kind, at))
+            return one
+        else:
+            one = Seen(key[0], key, let_out, record, at, None)
+            one.old = kind == EventKind.EXISTING and one.over_at is not None
+            one.end_seen = kind == EventKind.UPDATE and one.over_at is not None
+        self._place(one, at)
+        return one
+
+    def _place_found(self, *, all_of_it: bool = False) -> None:
+        """What came without its beginning after a loss."""
+        for one, kind, at in self._losses.found(all_of_it=all_of_it):
+            self._place(one, at, late=one.began is None)
+            if self._steps is not None:
+                self._keep_step(one, kind, at)
+
+    def _place(self, one: Seen, at: float, *, late: bool = False) -> None:
+        flow, gone = self._generations.place(one, at, Flow(self._next), late=late)
         if flow.number == self._next:
             self._flows[flow.number] = flow
             self._next += 1
         for other in gone:
+            self._done -= other.done
             self._flows.pop(other.number, None)
         self._look(flow, at)
 
@@ -315,10 +345,10 @@ class Joiner:
             last = max(one.over_at or 0.0 for one in flow.seen)
             waited = now - over_at
             whole = flow.over and not any(map(self._counters_due, flow.seen))
-            heard = self.heard_all(over_at + limits.skew)
+            heard = self._heard_of(flow, over_at + limits.skew)
             settled = now >= last + limits.settle and (whole or waited >= limits.settle_at_most)
             if (heard and settled) or waited >= limits.behind_at_most:
-                self.unheard += not heard
+                self.unheard += not heard or self._losses.more_of(flow)
                 self._tell(flow, Phase.CLOSED, now)
             else:
                 until = last + limits.settle
@@ -338,18 +368,34 @@ class Joiner:
             else:
                 self._wait(flow, until)
 
+    def _heard_of(self, flow: Flow, until: float) -> bool:
+        """Whether all has come that it waits for."""
+        for place, here in self._places.items():
+            if here.heard < until and place not in self._losses:
+                return False
+        return not self._losses.hold(flow)
+
     def _tell(self, flow: Flow, phase: Phase, now: float) -> None:
         """Its record; from then on it is only remembered."""
+        self._done += 1
         flow.done, flow.told_at = True, now
         del self._flows[flow.number]
         if not all(one.old for one in flow.seen):
             self._told += self._records(flow, phase, now)
         self._wait(flow, now + self._limits.late)
 
+    def _stays(self, flow: Flow, now: float) -> bool:
+        """Whether what was told is remembered for what a place that lost events may have of it."""
+        limits = self._limits
+        if self._done > limits.flows or now >= flow.told_at + limits.remember_for:
+            return False
+        return self._losses.more_of(flow)
+
     def _drop(self, flow: Flow, now: float) -> None:
         """Keeps of it only what its last events are known by."""
         until = now + self._limits.remember_for
         self._generations.drop(flow)
+        self._done -= 1
         for one in flow.seen:
             here = self._places.get(one.place)
             if one.ended is None and here is not None and here.live.get(one.key) is one:

@@ -41,6 +41,8 @@ class Limits:
     """… and at most, when a place has missed the end, or its counters are not to be had."""
     behind_at_most: float = 60.0
     """… and when a place is behind with its events."""
+    recover_at_most: float = 30.0
+    """… and when a place has lost events and its table has not been read again, from the loss."""
     late: float = 5.0
     """How long after its record a connection still takes in what comes of it."""
     opened_after: float = 1.0
@@ -63,7 +65,7 @@ class Followed:
     began: float | None
     """None: before it was followed."""
     ended: float | None
-    """None: it is not over."""
+    """None: it is not over, or its end was not seen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

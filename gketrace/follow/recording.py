@@ -49,7 +49,7 @@ def records_of(
         connection = replace(connection, halves=halves)
         sights = tuple(one.sight() for one in seen)
         begun = [one.began for one in seen if one.began is not None]
-        over = [one.over_at for one in seen if one.over_at is not None]
+        over = [one.over_at for one in seen if one.over_at is not None and one.end_seen]
         found.append(
             Followed(
                 number=flow.number,

@@ -155,6 +155,12 @@ class Intake:
                 why = "its agent is late with its events"
             self._say(f"{place} is {late:.0f} s behind: {why}")
 
+    def behind(self, until: float) -> frozenset[Place]:
+        """Places that have more to say of what was before `until`, our time; of those that are not
+        followed now nothing is expected."""
+        away = {place for place, feed in self._feeds.items() if feed.away is not None}
+        return self._joiner.behind(self.now(until)) - away
+
     def now(self, ours: float) -> float:
         """Our time by the nodes' clocks."""
         return ours - self._delay()
@@ -173,6 +179,7 @@ class Intake:
 
     def _begin(self, place: Place, feed: _Feed, arrived: Arrived) -> None:
         self._streams.settle(place, arrived.turn)
+        widened = arrived.turn > feed.turn
         feed.turn, feed.statuses = arrived.turn, 0
         feed.lost, feed.resyncs = (0, 0), 0
         if feed.away is None:
@@ -185,20 +192,22 @@ class Intake:
             "ended there in between was not seen"
         )
         feed.away = None
-        self._joiner.lose(place)
+        self._joiner.lose(place, widened=widened)
 
     def _end(self, place: Place, feed: _Feed, arrived: Arrived) -> None:
         feed.statuses = 0
         if feed.away is None:
             feed.away, feed.why = arrived.at, arrived.error
-            self._say(f"{place} is not followed any more: {arrived.error}; trying again")
+            self._say(
+                f"{place} is not followed any more, and is called again; what has to do with it "
+                f"waits for it, {self._joiner.patience:.0f} s at most: {arrived.error}"
+            )
             self._joiner.lose(place)
 
     def _status(
         self, place: Place, feed: _Feed, status: pb.FollowConntrackStatus, at: float
     ) -> None:
         feed.statuses += 1
-        self._joiner.heard(place, at, counts=status.accounting)
         lost = (status.lost, status.overruns)
         if lost != feed.lost:
             number = status.lost - feed.lost[0]
@@ -206,6 +215,10 @@ class Intake:
             feed.lost = lost
             self._joiner.lose(place)
             self._say(f"{place}: its kernel dropped {number} events: they came too fast")
+        # After a loss: what was heard before is what was surely known then.  The first status says
+        # nothing yet, as the reading of the table comes after it.
+        if feed.statuses > 1:
+            self._joiner.heard(place, at, counts=status.accounting)
         if feed.statuses == 2 or status.resyncs != feed.resyncs:
             feed.resyncs = status.resyncs
             self._joiner.read_whole(place, at)

@@ -322,7 +322,7 @@ class _Follow:
     def _wait(self, stopped: float) -> None:
         """For the events of what was under way then, and for counters."""
         said, came, before = False, stopped, self._intake.taken
-        while not self._show.over and not self._joiner.heard_all(self._intake.now(stopped)):
+        while not self._show.over and (behind := self._intake.behind(stopped)):
             now = time.time()
             if self._intake.taken != before:
                 came, before = now, self._intake.taken
@@ -332,7 +332,6 @@ class _Follow:
                 self._show.say("waiting for the nodes' last events; Ctrl-C goes on without them")
             late = waited > _LAST_AT_MOST or now - came > _LAST_SECONDS
             if late or self._hurry.is_set():
-                behind = self._joiner.behind(self._intake.now(stopped))
                 self._tally.behind = tuple(sorted(str(place) for place in behind))
                 break
             self._take(0.1)

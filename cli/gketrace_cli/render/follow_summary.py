@@ -63,7 +63,7 @@ def summary_lines(
     if tally.forgotten:
         page.line(f"Given up for want of memory before their end: {tally.forgotten:,}", "yellow")
     if tally.unheard:
-        text = f"Told without what a node that was behind had still to say: {tally.unheard:,}"
+        text = f"Told without what a node that was behind or away had still to say: {tally.unheard:,}"
         page.line(text, "yellow")
     if tally.failures:
         page.blank()
