@@ -23,7 +23,7 @@ class Finish:
         self._event: Final = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def fileno(self) -> int:
-        """poll(2) it for input: the capture is to end."""
+        """poll(2) it for input: the capture is to end, or its client has gone."""
         return self._event
 
     def ask(self) -> None:
@@ -52,6 +52,13 @@ class Finishes:
             with self._lock:
                 del self._open[made.id]
                 made.close()
+
+    def wake(self, capture_id: str) -> None:
+        """Lets a capture look whether its client is still there; it may have ended."""
+        with self._lock:
+            found = self._open.get(capture_id)
+            if found is not None:
+                found.ask()
 
     def finish(self, capture_id: str, user: str) -> None:
         """Raises `ForbiddenError`, whose text does not say whether somebody else has that id."""

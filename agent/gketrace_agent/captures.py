@@ -122,6 +122,7 @@ class _Capture:
         """For `finish` alone."""
         self._asked.register(finish, select.POLLIN)
         self._finishing = False
+        self._in_pods = False
 
     def _granted(self, what: str, asked: float, most: float) -> float:
         if asked < 0:
@@ -164,6 +165,7 @@ class _Capture:
             where = f"{place.namespace.ref} {place.request.interface}"
             raise type(error)(f"{where}: {error.message}", hint=error.hint) from None
         self._taps.append(tap)
+        self._in_pods |= place.namespace.ref.kind is not NetnsKind.HOST
         self._poll.register(tap.ring, select.POLLIN)
 
     def close(self) -> None:
@@ -184,6 +186,8 @@ class _Capture:
         look_at = now + _LOOK_EVERY
         while any(not tap.over for tap in self._taps):
             waits = [statistics_at, deadline, *(tap.until for tap in self._taps if tap.until)]
+            if self._in_pods:
+                waits.append(look_at)
             ready = self._poll.poll(max(min(waits) - time.monotonic(), 0) * 1000)
             if not self._active():
                 return

@@ -397,6 +397,8 @@ class AgentService(agent_pb2_grpc.AgentServicer):
                         excluded=() if request.include_own else left_out,
                     )
                 )
+            finish = stack.enter_context(FINISHES.open(CALLER.get().user))
+            context.add_callback(lambda: FINISHES.wake(finish.id))
             replies = stack.enter_context(
                 closing(
                     capture_packets(
@@ -405,7 +407,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
                         node=self._config.node,
                         limits=self._config.captures,
                         paths=self._config.paths,
-                        finish=stack.enter_context(FINISHES.open(CALLER.get().user)),
+                        finish=finish,
                         active=context.is_active,
                     )
                 )

@@ -477,7 +477,7 @@ def test_a_namespace_that_vanishes(
         def vanish() -> None:
             subprocess.run(["ip", "netns", "delete", pod.name], check=True)
 
-        done = run(fleet, request(tap("lo", target=target)), vanish)
+        done = run(fleet, request(tap("lo", target=target), statistics_seconds=10), vanish)
         wait_until(lambda: CAPTURES.read().open == 0)
         assert CAPTURES.read().ring_bytes == 0
     assert done.end.reason == "namespace-gone"
@@ -549,6 +549,16 @@ def test_a_stop_before_the_start(fleet: Fleet) -> None:
         events = list(stream.events())
     assert isinstance(events[0], Started)
     assert isinstance(events[-1], TapsEnded)
+
+
+def test_a_client_that_goes_is_noticed_at_once(fleet: Fleet) -> None:
+    """Not only when there is something to tell it."""
+    channel = grpc.insecure_channel(fleet.agent(NODE).address.replace("unix://", "unix:"))
+    asked = request(tap(text="tcp port 9"), quiet_statistics_seconds=10)
+    next(agent_pb2_grpc.AgentStub(channel).Capture(asked))
+    assert CAPTURES.read().open == 1
+    channel.close()
+    wait_until(lambda: CAPTURES.read().open == 0, 8)
 
 
 def test_only_who_began_a_capture_may_finish_it(fleet: Fleet) -> None:
