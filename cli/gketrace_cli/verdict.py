@@ -323,9 +323,11 @@ def _failure(path: Path) -> str:
 
 def _where(path: Path) -> str:
     """The place of a failure: `` on node m69d``.  Empty where the packet was sent there, and where
-    its destination refuses it."""
-    there, how = path.outcome.netns, path.outcome.disposition
-    if how not in FAILURE or how is Disposition.REFUSED or not there.node:
+    the sender refuses an answer."""
+    there = path.outcome.netns
+    if path.outcome.disposition not in FAILURE or not there.node:
+        return ""
+    if "the sender expects" in path.outcome.detail:
         return ""
     if path.hops and path.hops[0].netns == there:
         return ""

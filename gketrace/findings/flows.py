@@ -85,7 +85,8 @@ def _stale(world: World, sight: Sight, one: Expected, entry: ConntrackEntry) -> 
     else:
         why = f"goes on towards {end}, which no pod has any more"
     name = protocol_name(entry.orig.protocol)
-    delete = f"-p {name} --orig-src {entry.orig.src} --orig-dst {entry.orig.dst}"
+    # All that lead to the endpoint that is gone, and none of those that live.
+    delete = f"-p {name} --orig-dst {entry.orig.dst} --reply-src {entry.reply.src}"
     return finding(
         "GKT-201" if udp else "GKT-202",
         f"A {name.upper()} connection of {entry.orig.src} to Service {one.service.key} on node "
@@ -129,7 +130,7 @@ def older_than_rules(world: World) -> Iterator[Finding]:
                 remedy="let the program connect anew, or delete the entry",
                 command=at(
                     f"conntrack -D -p {protocol_name(orig.protocol)} --orig-src {orig.src} "
-                    f"--orig-dst {orig.dst}",
+                    f"--orig-port-src {orig.sport} --orig-dst {orig.dst}",
                     sight.node,
                 ),
                 subjects=[f"pod {pod.key}", f"node {sight.node}"],

@@ -7,7 +7,7 @@ go, the pods' wires and the objects say.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
@@ -288,7 +288,7 @@ def local_routes(world: World) -> Iterator[Finding]:
             by = " (made by the GCE guest agent)" if route.protocol == 66 else ""
             yield finding(
                 "GKT-310",
-                f"A local route of node {sight.node}{by} covers {len(hidden)} pods: the node takes "
+                f"A local route of node {sight.node}{by} covers {_pods(hidden)}: the node takes "
                 "their packets for its own",
                 [cited(_route_citation(route), sight.node)],
                 remedy="remove it; for the guest agent, set ip_aliases = false there",
@@ -297,6 +297,10 @@ def local_routes(world: World) -> Iterator[Finding]:
                 nodes=[sight.node],
                 cause=f"route {sight.node} {route.text}",
             )
+
+
+def _pods(pods: Sequence[Pod]) -> str:
+    return f"pod {pods[0].key}" if len(pods) == 1 else f"{len(pods)} pods"
 
 
 def _taken_in(sight: Sight, address: IPAddress) -> bool:

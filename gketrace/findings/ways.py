@@ -202,6 +202,8 @@ def _refused(world: World, stop: Stop) -> Finding | None:
         return None
     if packet.dst in set(_cluster_ips(world)) or (stop.way.service and _at_the_door(stop)):
         return _not_translated(world, stop)
+    if stop.outcome.netns.kind is NetnsKind.HOST and packet.dst in world.pod_by_address:
+        return _taken_in(world, stop)
     if _looked_into(world, stop):
         return None  # listeners.py says it
     where = f"{packet.dst}:{packet.dport}"
@@ -230,6 +232,25 @@ def _looked_into(world: World, stop: Stop) -> bool:
     sight = world.sights.get(stop.node)
     shot = sight.snapshot(stop.outcome.netns) if sight is not None else None
     return shot is not None and not isinstance(shot, Unavailable)
+
+
+def _taken_in(world: World, stop: Stop) -> Finding | None:
+    """The node takes a packet to a pod of its own for one to itself."""
+    routes = [s.citation for s in stop.steps if s.kind is StepKind.ROUTE and s.citation]
+    if not routes:
+        return None
+    pod = world.pod_by_address[stop.outcome.packet.dst]
+    return finding(
+        "GKT-310",
+        f"A local route of node {stop.node} takes what is sent to pod {pod.key} "
+        f"({stop.outcome.packet.dst}) for the node's own",
+        [cited(routes[-1], stop.node, stop.netns), stop.proof],
+        remedy="remove it; for the guest agent, set ip_aliases = false there",
+        command=at(f"ip route get {stop.outcome.packet.dst}", stop.node),
+        subjects=[f"node {stop.node}", f"pod {pod.key}"],
+        nodes=[stop.node],
+        cause=f"route {stop.node} {routes[-1].text}",
+    )
 
 
 def _cluster_ips(world: World) -> Iterator[IPAddress]:

@@ -565,6 +565,16 @@ def test_a_door_without_rules_is_no_matter_of_listeners() -> None:
     assert "the node takes it for itself" in found[0].text
 
 
+def test_a_node_that_takes_a_pod_s_packets_is_no_matter_of_listeners() -> None:
+    bench = Bench("ptp")
+    local_route(bench)
+    found = list(ways.failing_ways(replace(bench.world(), sights={})))
+    assert "GKT-310" in {one.code for one in found}
+    assert not {"GKT-105", "GKT-106"} & {one.code for one in found}
+    whole = [one for one in bench.found(trace=True) if one.code == "GKT-310"]
+    assert len(whole) == 1
+
+
 def test_what_is_not_masqueraded_is_one_finding() -> None:
     bench = Bench("bridge")
     bench.rules("2jdh", lambda text: re.sub(r"(?m)^.*-A KUBE-POSTROUTING .*MASQ.*\n", "", text))
