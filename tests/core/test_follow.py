@@ -458,6 +458,19 @@ def test_what_was_over_before_is_no_news() -> None:
     assert joiner.finish(90.0) == []
 
 
+def test_what_expires_while_the_table_is_read_for_the_first_time_is_no_news() -> None:
+    joiner = Joiner(owner=owner)
+    for place, taken, let_out in from_node(C, 40000, A, B):
+        over = record(taken, let_out, "TIME_WAIT", id=1)
+        if place == A:
+            joiner.feed(place, 1.0, bytes([EXISTING]), [over])
+        joiner.feed(place, 1.0, bytes([DESTROY]), [replace_timeout(over, 0)])
+        joiner.read_whole(place, 2.0)
+        joiner.heard(place, 10.0)
+    assert joiner.told(10.0) == []
+    assert joiner.finish(10.0) == []
+
+
 def test_a_reading_after_a_loss_tells_what_ended_meanwhile() -> None:
     joiner = Joiner(owner=owner)
     _, taken, let_out = node_port("203.0.113.9", 40000, A, A)[0]
