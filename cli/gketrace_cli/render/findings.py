@@ -67,6 +67,8 @@ def _evidence_text(proof: Evidence) -> str:
     place = ""
     if cited.source is Source.RULE and cited.position:
         place = f"{cited.table} {cited.chain}:{cited.position} "
+    elif cited.source is Source.POLICY and cited.table:
+        place = f"policy of {cited.table} "
     text = f"{place}{cited.text}"
     if place and cited.packets is not None:
         text += f" {counters(cited)}"
