@@ -543,6 +543,19 @@ def test_a_stop_awaits_statistics_of_an_agent_that_cannot_be_told(
     assert isinstance(done.events[-1], Statistics)
 
 
+def test_a_stop_that_the_agent_refuses(
+    fleet: Fleet, wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when it is over a bound."""
+
+    def refuse(*_: object) -> None:
+        raise ExhaustedError("the agent is busy")
+
+    monkeypatch.setattr(FINISHES, "finish", refuse)
+    done = _stopped(fleet, wire)
+    assert isinstance(done.events[-1], Statistics)
+
+
 def test_a_stop_before_the_start(fleet: Fleet) -> None:
     with CaptureStream(fleet, {NODE: request(tap(), statistics_seconds=10)}) as stream:
         stream.stop()

@@ -147,6 +147,14 @@ class _Call:
     """The call that ends it, once it is made."""
 
     @property
+    def told(self) -> bool:
+        """Whether the agent was told to finish, and did not refuse."""
+        finish = self.finish
+        return finish is not None and not (
+            finish.done() and finish.code() is not grpc.StatusCode.OK
+        )
+
+    @property
     def live(self) -> tuple[Tap, ...]:
         return tuple(tap for tap in self.taps if tap.index not in self.ended)
 
@@ -182,10 +190,11 @@ class CaptureStream:
         self._threads: list[threading.Thread] = []
         self._stopped = 0.0
         self._stop_by = 0.0
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
+        self._woken, self._wake = os.pipe()
         """A signal's handler may write to it, and take no lock.  It is open as long as there is
         somebody to call `stop`."""
-        weakref.finalize(self, os.close, self._wake)
+        for end in (self._woken, self._wake):
+            weakref.finalize(self, os.close, end)
         self._closing = False
         self._finisher = threading.Thread(target=self._finish, name="capture-end", daemon=True)
 
@@ -209,12 +218,12 @@ class CaptureStream:
         """Lets `events` end when all has come that was captured until now.  May be called by a
         signal's handler.
 
-        Agents are told to finish.  From one that does not know that call, statistics are awaited
-        before which all has come.
+        Agents are told to finish.  From one that does not know that call, or refuses it, statistics
+        are awaited before which all has come.
         """
         self._stopped = time.monotonic()
         self._stop_by = self._stopped + _GRACE
-        os.eventfd_write(self._wake, 1)
+        os.write(self._wake, b"\0")
 
     def close(self) -> None:
         """Ends all calls now.  May be called twice."""
@@ -227,7 +236,7 @@ class CaptureStream:
                 continue
         self._threads.clear()
         self._closing = True
-        os.eventfd_write(self._wake, 1)
+        os.write(self._wake, b"\0")
         if self._finisher.is_alive():
             self._finisher.join()
 
@@ -250,7 +259,7 @@ class CaptureStream:
             if call is None:
                 continue
             yield from self._event(call, reply)
-            if self._stop_by and call.finish is not None:
+            if self._stop_by and call.told:
                 # Rings are shut: what comes now has an end.
                 self._stop_by = max(self._stop_by, time.monotonic() + _GRACE)
             if self._stop_by and time.monotonic() > self._stop_by:
@@ -264,13 +273,12 @@ class CaptureStream:
         """Tells agents to end their captures, once `stop` has been called.  In its own thread: it
         must not be done in a signal's handler, and events go on meanwhile."""
         while True:
-            os.eventfd_read(self._wake)
+            os.read(self._woken, 1)
             if self._closing:
                 return
             for call in tuple(self._calls.values()):
                 if call.capture_id and call.finish is None:
                     request = pb.FinishCaptureRequest(capture_id=call.capture_id)
-                    # Whether it works shows in what comes, or does not come, then.
                     call.finish = call.stub.FinishCapture.future(request, timeout=_GRACE)
 
     def _open(self, node: str, request: pb.CaptureRequest) -> None:
@@ -318,7 +326,7 @@ class CaptureStream:
             call.latency = reply.started.latency_seconds
             call.capture_id = reply.started.capture_id
             if self._stopped:
-                os.eventfd_write(self._wake, 1)
+                os.write(self._wake, b"\0")
             yield Started(
                 node=node, taps=call.taps, reply=reply.started, received_ns=time.time_ns()
             )
@@ -337,12 +345,12 @@ class CaptureStream:
 
     def _statistics(self, call: _Call, message: pb.CaptureStatistics) -> Statistics:
         received_ns = time.time_ns()
-        if call.capture_id:
-            pass  # its end comes, when it is told to
-        elif self._stopped and (call.stopped or call.has_all(self._stopped, message.monotonic_ns)):
+        if not self._stopped or call.told:
+            pass
+        elif call.stopped or call.has_all(self._stopped, message.monotonic_ns):
             call.replies.cancel()
             del self._calls[call.node]
-        elif self._stopped:
+        else:
             # Made before `stop`, perhaps; the second one is not.
             call.stopped = True
         numbers = (
