@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -13,6 +15,7 @@ from gketrace_cli.options import Options
 if TYPE_CHECKING:
     from gketrace.objects import Pod
     from gketrace.trace import Missing, Walk
+    from gketrace_cli.render.layout import Page
     from gketrace_cli.ruletree import Owner, RuleText, RuleTree
     from gketrace_cli.session import Session
 
@@ -73,14 +76,32 @@ def rules(
         session.fleet.agent(node)
         session.progress.say(f"asking the agent of node {node}")
         whose, gaps = _owners(session)
+        about = _About(options=options, node=node, pod=pod, query=query, whose=whose, gaps=gaps)
         if packet:
             walk, title, notes = _walk(session, node, pod, packet, source)
             session.progress.clear()
-            _show_walk(options, node, pod, query, walk, title, whose, gaps, notes)
+            _show_walk(about, walk, title, notes)
         else:
-            tree, notes = _tree(session, node, pod, chain or "", table or "", whose)
+            tree, notes = _tree(session, about, chain or "", table or "")
             session.progress.clear()
-            _show_tree(options, node, pod, query, tree, whose, gaps, notes)
+            _show_tree(about, tree, notes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _About:
+    """Whose rules were asked for, and how."""
+
+    options: Options
+    node: str
+    pod: Pod | None
+    query: dict[str, str | None]
+    whose: dict[str, Owner]
+    gaps: tuple[Missing, ...]
+
+    @property
+    def place(self) -> str:
+        at = f"node {self.node}"
+        return at if self.pod is None else f"pod {self.pod.key} on {at}"
 
 
 def _whose_rules(session: Session, name: str) -> tuple[str, Pod | None]:
@@ -121,18 +142,12 @@ def _target(pod: Pod | None) -> Any:
     return pb.Target(host=True) if pod is None or pod.host_network else pod_target(pod)
 
 
-def _tree(
-    session: Session,
-    node: str,
-    pod: Pod | None,
-    chain: str,
-    table: str,
-    whose: dict[str, Owner],
-) -> tuple[RuleTree, list[str]]:
+def _tree(session: Session, about: _About, chain: str, table: str) -> tuple[RuleTree, list[str]]:
     """Raises: `NotFoundError` for a table or chain that is not there, `GketraceError`."""
     from gketrace_cli.names import close_names
     from gketrace_cli.ruletree import make_tree, select_chain
 
+    node, pod, whose = about.node, about.pod, about.whose
     notes: list[str] = []
     info = session.fleet.agent(node).info
     count = 0 if info is None or pod is not None else sum(one.rules for one in info.rulesets)
@@ -271,79 +286,67 @@ def _destination(session: Session, text: str) -> tuple[Any, int | None, Any]:
     return ip_address(service.cluster_ips[0]), ports[0].port, protocol_number(ports[0].protocol)
 
 
-def _place(node: str, pod: Pod | None) -> str:
-    return f"node {node}" if pod is None else f"pod {pod.key} on node {node}"
-
-
-def _show_tree(
-    options: Options,
-    node: str,
-    pod: Pod | None,
-    query: dict[str, str | None],
-    tree: RuleTree,
-    whose: dict[str, Owner],
-    gaps: tuple[Missing, ...],
-    notes: list[str],
-) -> None:
-    from gketrace_cli.render.documents import dump
-    from gketrace_cli.render.layout import Page, write
-    from gketrace_cli.render.rules import draw_rules, rules_document
+def _show_tree(about: _About, tree: RuleTree, notes: Sequence[str]) -> None:
+    from gketrace_cli.render.rules import draw_rules
     from gketrace_cli.ruletree import RuleTree
 
-    tree = RuleTree(tables=tree.tables, missing=tree.missing + gaps)
-    if options.format.machine:
-        document = rules_document(
-            node=node,
-            pod=pod.key if pod is not None else "",
-            query=query,
-            tree=tree,
-            walk=None,
-            whose=whose,
-            missing=tree.missing,
-            notes=notes,
-        )
-        write(dump(document, options.format))
-    else:
-        page = Page.of(options)
-        draw_rules(page, _place(node, pod), tree, chain=query["chain"] or "", notes=notes)
-        write(page.text())
+    tree = RuleTree(tables=tree.tables, missing=tree.missing + about.gaps)
+    chain = about.query["chain"] or ""
+    _write(
+        about,
+        lambda page: draw_rules(page, about.place, tree, chain=chain, notes=notes),
+        tree=tree,
+        walk=None,
+        missing=tree.missing,
+        notes=notes,
+    )
     raise typer.Exit(int(ExitCode.PARTIAL if tree.missing else ExitCode.OK))
 
 
-def _show_walk(
-    options: Options,
-    node: str,
-    pod: Pod | None,
-    query: dict[str, str | None],
-    walk: Walk,
-    title: str,
-    whose: dict[str, Owner],
-    gaps: tuple[Missing, ...],
-    notes: list[str],
-) -> None:
-    from dataclasses import replace
-
+def _show_walk(about: _About, walk: Walk, title: str, notes: Sequence[str]) -> None:
     from gketrace.trace import Disposition
-    from gketrace_cli.render.documents import dump
-    from gketrace_cli.render.layout import Page, write
-    from gketrace_cli.render.rules import draw_walk, rules_document
+    from gketrace_cli.render.rules import draw_walk
 
-    walk = replace(walk, missing=walk.missing + gaps)
-    if options.format.machine:
-        document = rules_document(
-            node=node,
-            pod=pod.key if pod is not None else "",
-            query=query,
-            tree=None,
-            walk=walk,
-            whose=whose,
-            missing=walk.missing,
-            notes=notes,
-        )
-        write(dump(document, options.format))
-    else:
-        page = Page.of(options)
-        draw_walk(page, _place(node, pod), title, walk, whose, notes=notes)
-        write(page.text())
+    walk = replace(walk, missing=walk.missing + about.gaps)
+    _write(
+        about,
+        lambda page: draw_walk(page, about.place, title, walk, about.whose, notes=notes),
+        tree=None,
+        walk=walk,
+        missing=walk.missing,
+        notes=notes,
+    )
     unknown = any(leaf.outcome.disposition is Disposition.UNKNOWN for leaf in walk.leaves())
     raise typer.Exit(int(ExitCode.PARTIAL if unknown or walk.missing else ExitCode.OK))
+
+
+def _write(
+    about: _About,
+    draw: Callable[[Page], None],
+    *,
+    tree: RuleTree | None,
+    walk: Walk | None,
+    missing: tuple[Missing, ...],
+    notes: Sequence[str],
+) -> None:
+    """As a document of either, or as `draw` draws it."""
+    from gketrace_cli.render.documents import dump
+    from gketrace_cli.render.layout import Page, write
+    from gketrace_cli.render.rules import rules_document
+
+    if about.options.format.machine:
+        document = rules_document(
+            node=about.node,
+            pod=about.pod.key if about.pod is not None else "",
+            query=about.query,
+            tree=tree,
+            walk=walk,
+            whose=about.whose,
+            missing=missing,
+            notes=notes,
+        )
+        write(dump(document, about.options.format))
+        return
+    page = Page.of(about.options)
+    draw(page)
+    write(page.text())
