@@ -289,7 +289,7 @@ class Joiner:
             return one
         else:
             one = Seen(key[0], key, let_out, record, at, None)
-            # One that is removed before the table was read was there before: else it would be known.
+            # What is removed before the table was read was there before: else it would be known.
             gone = kind == EventKind.DESTROY and not here.complete
             one.old = gone or (kind == EventKind.EXISTING and one.over_at is not None)
             one.end_seen = kind == EventKind.UPDATE and one.over_at is not None

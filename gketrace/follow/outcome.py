@@ -20,6 +20,8 @@ __all__ = ["FAILED", "UNANSWERED_AFTER", "Judgement", "Outcome", "judge"]
 UNANSWERED_AFTER: Final = 3.0
 """Seconds without an answer that make a connection unanswered: the second SYN is sent after one
 second, the third after three (RFC 6298)."""
+_EXACT: Final = 0.05
+"""Seconds: what times of events are known to, at best."""
 _TRACKED_STATES: Final = frozenset({Protocol.TCP, Protocol.SCTP, Protocol.DCCP})
 _CLOSING: Final = frozenset(
     {"FIN_WAIT", "CLOSE_WAIT", "LAST_ACK", "TIME_WAIT", "SHUTDOWN_SENT", "SHUTDOWN_ACK_SENT"}
@@ -145,7 +147,11 @@ def _unanswered(
         one = early[0]
         lasted = ""
         if one.began is not None and one.ended is not None:
-            lasted = f" {1000 * max(one.ended - one.began, 0):.0f} ms after it was made"
+            after = max(one.ended - one.began, 0)
+            took = (
+                f"{1000 * after:.0f} ms" if after >= _EXACT else f"less than {1000 * _EXACT:.0f} ms"
+            )
+            lasted = f" {took} after it was made"
         because = (
             f"its entry on {one.place} was removed{lasted}, {one.left:.0f} s before its time: "
             "conntrack does so for a RST that is the first answer"

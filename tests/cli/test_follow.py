@@ -14,6 +14,7 @@ import pytest
 from gketrace.connections import Place
 from gketrace.errors import ExitCode, UsageError
 from gketrace.follow.joiner import Joiner
+from gketrace.follow.outcome import Outcome
 from gketrace.objects import Endpoint, Pod
 from gketrace_cli.addressbook import AddressBook
 from gketrace_cli.agents import Fleet
@@ -126,6 +127,18 @@ def test_the_summary_counts_and_judges() -> None:
     tally.gaps.append(Gap(where="a", why="gone", begin=1.0, end=None))
     assert tally.code(missing=False) is ExitCode.PARTIAL
     assert verdict("Service x", tally, 3.0, ()).endswith("not everything was seen.")
+
+
+def test_a_summary_of_some_connections_does_not_speak_of_all() -> None:
+    tally = Tally(only=Chosen(failed=True, states=frozenset({"refused"})).options)
+    text = verdict("Service x", tally, 3.0, ())
+    assert text.startswith("Service x: no failed connection was seen in 3 s; others than --state")
+    tally.connections = tally.failed = 2
+    tally.outcomes[Outcome.REFUSED] = 2
+    assert verdict("Service x", tally, 3.0, ()) == (
+        "Service x: 2 connections failed in 3 s (2 refused); "
+        "others than --state and --failed ask for are not counted."
+    )
     assert percentiles([3.0, 1.0, 2.0]) == {50: 2.0, 90: 3.0, 99: 3.0}
 
 

@@ -76,7 +76,7 @@ class _Follow:
         )
         self._streams = Streams(session.fleet, self._refresh)
         self._intake = Intake(self._joiner, self._streams, self._show.say)
-        self._tally = Tally()
+        self._tally = Tally(only=request.chosen.options)
         self._began = time.time()
         self._records = Records(
             request,

@@ -79,6 +79,8 @@ class Times:
 class Tally:
     """Mutable."""
 
+    only: tuple[str, ...] = ()
+    """Options that leave connections out, which are not counted then."""
     connections: int = 0
     failed: int = 0
     not_opened_yet: int = 0

@@ -135,6 +135,17 @@ class Chosen:
     """Conntrack's states, upper case, or outcomes as `Outcome` has them."""
     failed: bool = False
 
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Those of the command line that leave some out."""
+        given = {
+            "--from": self.sources,
+            "--to": self.targets,
+            "--state": self.states,
+            "--failed": self.failed,
+        }
+        return tuple(name for name, value in given.items() if value)
+
     def takes_alone(self, first: Tuple5) -> bool:
         """One that failed before any node had an entry of it: no endpoint was picked."""
         chosen = not self.sources or any(first.src in n for s in self.sources for n in s.networks)

@@ -254,6 +254,7 @@ def summary_document(
             "unwritten": tally.unwritten,
             "forgotten": tally.forgotten,
             "unheard": tally.unheard,
+            "only": list(tally.only),
             "missing": missing_document(missing),
             "notes": list(tally.notes),
         },

@@ -18,8 +18,10 @@ __all__ = ["summary_lines", "verdict"]
 def verdict(title: str, tally: Tally, seconds: float, missing: Sequence[Missing]) -> str:
     """The first line."""
     count, failed = tally.connections, tally.failed
+    only_failed = "--failed" in tally.only
     if not count:
-        text = f"{title}: no connection was seen in {seconds:.0f} s"
+        what = "no failed connection" if only_failed else "no connection"
+        text = f"{title}: {what} was seen in {seconds:.0f} s"
     elif not failed:
         ones = "1 connection" if count == 1 else f"{count:,} connections"
         text = f"{title}: {ones} in {seconds:.0f} s, none failed"
@@ -29,7 +31,10 @@ def verdict(title: str, tally: Tally, seconds: float, missing: Sequence[Missing]
             for outcome, number in tally.outcomes.most_common()
             if outcome in FAILED
         )
-        text = f"{title}: {failed:,} of {count:,} connections failed in {seconds:.0f} s ({kinds})"
+        of = f"{'' if only_failed else f' of {count:,}'} connection{'' if count == 1 else 's'}"
+        text = f"{title}: {failed:,}{of} failed in {seconds:.0f} s ({kinds})"
+    if tally.only:
+        text += f"; others than {' and '.join(tally.only)} ask for are not counted"
     if missing or tally.blind:
         text += "; not everything was seen"
     return text + "."
@@ -63,7 +68,9 @@ def summary_lines(
     if tally.forgotten:
         page.line(f"Given up for want of memory before their end: {tally.forgotten:,}", "yellow")
     if tally.unheard:
-        text = f"Told without what a node that was behind or away had still to say: {tally.unheard:,}"
+        text = (
+            f"Told without what a node that was behind or away had still to say: {tally.unheard:,}"
+        )
         page.line(text, "yellow")
     if tally.failures:
         page.blank()
