@@ -12,7 +12,8 @@ Standard library only and no input or output; importable by anybody.
 ``trace``        the answer's model: Trace → Path → Hop → Step, each step with its citation
 ``stitch``       walks of several nodes joined into paths, there and back; ``crossing``: from one
                  node to the next
-``connections``  entries of many nodes joined into connections; ``follow``: the same, live
+``connections``  entries of many nodes joined into connections, by their ``tuple_keys``;
+                 ``follow``: the same, live
 ``capture``      captured packets, joined through NAT
 ``findings``     what is wrong, by code
 ``access``       who may ask an agent for what, by name

@@ -15,15 +15,22 @@ state disagrees with the others (`Connection.doubts`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from ipaddress import IPv4Address, IPv6Address
-from typing import Final, TypeAlias
+from typing import Final
 
 from gketrace.conntrack import ConntrackEntry, CtStatus
 from gketrace.conntrack_records import Record, entry_from_record
-from gketrace.packet import PORT_PROTOCOLS, IPAddress, Protocol, Tuple5
+from gketrace.packet import IPAddress, Tuple5
+from gketrace.tuple_keys import (
+    TupleKey,
+    entry_keys,
+    inverted_key,
+    key_address,
+    key_tuple,
+    record_keys,
+)
 
 __all__ = [
     "Connection",
@@ -38,9 +45,6 @@ __all__ = [
     "record_keys",
 ]
 
-TupleKey: TypeAlias = tuple[bytes, bytes, int, int, int, int]
-"""Source, destination, protocol, source port, destination port, ICMP type: what is on the wire."""
-_ICMP: Final = frozenset({Protocol.ICMP, Protocol.ICMPV6})
 _OPEN: Final = frozenset({"ESTABLISHED", "FIN_WAIT", "CLOSE_WAIT"})
 _OVER: Final = frozenset({"CLOSE", "TIME_WAIT", "LAST_ACK"})
 _BEGINNING: Final = frozenset({"SYN_SENT", "SYN_SENT2"})
@@ -167,7 +171,7 @@ class _Entries:
 
     def _add(self, place: Place, seen: ConntrackEntry | Record) -> None:
         number = len(self.halves)
-        taken, let_out = record_keys(seen) if isinstance(seen, Record) else _entry_keys(seen)
+        taken, let_out = record_keys(seen) if isinstance(seen, Record) else entry_keys(seen)
         self.halves.append((place, seen))
         self.keys.append((taken, let_out))
         if taken == let_out:
@@ -228,7 +232,7 @@ def join_connections(
 
     def node_of(address: bytes) -> str:
         if address not in owners:
-            owners[address] = owner(_address(address))
+            owners[address] = owner(key_address(address))
         return owners[address]
 
     made: list[Connection] = []
@@ -374,7 +378,7 @@ def _unseen(
     nodes = {entries.halves[number][0].node for number in around if not _pod(entries, number)}
     wanted = dict.fromkeys((node_of(key[0]), node_of(key[1])))
     return [
-        Unseen(node=node, tuple5=_tuple(key))
+        Unseen(node=node, tuple5=key_tuple(key))
         for node in wanted
         if node and node in whole and node not in nodes
     ]
@@ -401,80 +405,8 @@ def _may_stay_inside(entries: _Entries, key: TupleKey, node_of: Callable[[bytes]
 
 
 def _loopback(raw: bytes) -> bool:
-    return raw[0] == 127 if len(raw) == 4 else _address(raw).is_loopback
+    return raw[0] == 127 if len(raw) == 4 else key_address(raw).is_loopback
 
 
 def _pod(entries: _Entries, number: int) -> bool:
     return bool(entries.halves[number][0].pod)
-
-
-_REPLY: Final[Mapping[tuple[int, int], int]] = {
-    (protocol, kind): answer
-    for protocol, pairs in (
-        (Protocol.ICMP, ((8, 0), (13, 14), (15, 16), (17, 18))),
-        (Protocol.ICMPV6, ((128, 129), (139, 140))),
-    )
-    for one, other in pairs
-    for kind, answer in ((one, other), (other, one))
-}
-
-
-def inverted_key(key: TupleKey) -> TupleKey:
-    """The tuple of the answers, as `Tuple5.inverted`."""
-    src, dst, protocol, sport, dport, kind = key
-    if protocol in _ICMP:
-        return dst, src, protocol, sport, dport, _REPLY.get((protocol, kind), kind)
-    return dst, src, protocol, dport, sport, kind
-
-
-def record_keys(seen: Record) -> tuple[TupleKey, TupleKey]:
-    """What it takes in, what it lets out."""
-    size = 4 if seen.family == 4 else 16
-    protocol = seen.protocol
-    taken = (
-        seen.orig_src[:size],
-        seen.orig_dst[:size],
-        protocol,
-        seen.orig_sport,
-        seen.orig_dport,
-        seen.orig_icmp_type,
-    )
-    reply = (
-        seen.reply_src[:size],
-        seen.reply_dst[:size],
-        protocol,
-        seen.reply_sport,
-        seen.reply_dport,
-        seen.reply_icmp_type,
-    )
-    return taken, inverted_key(reply)
-
-
-def _entry_keys(seen: ConntrackEntry) -> tuple[TupleKey, TupleKey]:
-    keys = seen.gre_keys or (0, 0, 0, 0)
-    gre = seen.orig.protocol == Protocol.GRE
-    orig = _half_key(seen.orig, keys[:2] if gre else None)
-    return orig, inverted_key(_half_key(seen.reply, keys[2:] if gre else None))
-
-
-def _half_key(half: Tuple5, keys: tuple[int, ...] | None) -> TupleKey:
-    sport, dport = keys or (half.sport or 0, half.dport or 0)
-    src, dst = half.src.packed, half.dst.packed
-    return src, dst, half.protocol, sport, dport, half.icmp_type or 0
-
-
-def _address(raw: bytes) -> IPAddress:
-    return IPv4Address(raw) if len(raw) == 4 else IPv6Address(raw)
-
-
-def _tuple(key: TupleKey) -> Tuple5:
-    src, dst, protocol, sport, dport, kind = key
-    icmp, ports = protocol in _ICMP, protocol in PORT_PROTOCOLS
-    return Tuple5(
-        src=_address(src),
-        dst=_address(dst),
-        protocol=protocol,
-        sport=sport if ports or icmp else None,
-        dport=dport if ports else None,
-        icmp_type=kind if icmp else None,
-    )

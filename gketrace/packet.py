@@ -17,6 +17,7 @@ from gketrace.errors import UsageError
 from gketrace.quick import quick
 
 __all__ = [
+    "ICMP_REPLY",
     "PORT_PROTOCOLS",
     "IPAddress",
     "Packet",
@@ -122,7 +123,7 @@ class Tuple5:
                 self,
                 src=self.dst,
                 dst=self.src,
-                icmp_type=None if kind is None else _ICMP_REPLY.get((self.protocol, kind), kind),
+                icmp_type=None if kind is None else ICMP_REPLY.get((self.protocol, kind), kind),
             )
         # Not `replace`, which takes three times as long: a walk inverts dozens.
         return Tuple5(
@@ -139,7 +140,7 @@ class Tuple5:
         return _flow_text(self.src, self.sport, self.dst, self.dport, self.protocol)
 
 
-_ICMP_REPLY: Final[dict[tuple[int, int], int]] = {
+ICMP_REPLY: Final[dict[tuple[int, int], int]] = {
     (Protocol.ICMP, 8): 0,
     (Protocol.ICMP, 0): 8,
     (Protocol.ICMP, 13): 14,
@@ -153,6 +154,7 @@ _ICMP_REPLY: Final[dict[tuple[int, int], int]] = {
     (Protocol.ICMPV6, 139): 140,
     (Protocol.ICMPV6, 140): 139,
 }
+"""The type of the answer (invmap of nf_conntrack_proto_icmp.c and nf_conntrack_proto_icmpv6.c)."""
 
 
 @quick
