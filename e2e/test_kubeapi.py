@@ -20,7 +20,6 @@ PODS = "/api/v1/namespaces/default/pods"
 MAPS = "/api/v1/namespaces/default/configmaps"
 REVIEW = "/apis/authentication.k8s.io/v1/tokenreviews"
 ACCESS = "/apis/authorization.k8s.io/v1/subjectaccessreviews"
-AUDIENCE = "https://kubernetes.default.svc.cluster.local"
 
 
 def fixture(stem: str) -> list[dict[str, Any]]:

@@ -6,14 +6,13 @@ import time
 from dataclasses import dataclass
 
 from gketrace.packet import Packet
-from gketrace.simulate.arrival import Arrival, find_arrival
 from gketrace.simulate.here import AbsentPod, walk_from
 from gketrace.trace import Flow, Walk
 from gketrace_agent.namespaces import OpenTarget
 from gketrace_agent.observe.snapshot import Observation, Observer
 from gketrace_agent.observe.view import LiveNodeView
 
-__all__ = ["Arrival", "Walked", "find_arrival", "walk_here"]
+__all__ = ["Walked", "walk_here"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ import pytest
 
 from gketrace.errors import UnsupportedError
 from gketrace.packet import Packet
+from gketrace.simulate.arrival import find_arrival
 from gketrace.snapshot import (
     Link,
     LinkPeer,
@@ -24,7 +25,6 @@ from gketrace.snapshot import (
     Unavailable,
 )
 from gketrace.trace import Disposition, NetnsKind, NetnsRef, Source, Walk
-from gketrace_agent.walks import find_arrival
 from gketrace_proto import codec
 from gketrace_proto.v1alpha1 import agent_pb2, agent_pb2_grpc
 from tests.agent.pods import FakePod, fake_pod, wait_until
