@@ -13,6 +13,7 @@
     changes.py      mangle, and the updates of sets
     nat.py          dnat, snat, masquerade, redirect
     statements.py   one rule's statements, one after the other
+    ways.py         what may come of one: verdicts, branches, what is not known
     run.py          traverse(): jumps, goto, verdicts, policies
 
 Each expression writes a register in the kernel (net/netfilter/nft_*.c); one that cannot do so sets

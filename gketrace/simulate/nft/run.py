@@ -6,7 +6,8 @@ from gketrace.errors import ParseError
 from gketrace.ruleset.model import BaseChain, Rule
 from gketrace.ruleset.nft import NftChain, NftRule, NftRuleset
 from gketrace.simulate.nft.scene import NftEnvironment
-from gketrace.simulate.nft.statements import Way, carried, run_rule
+from gketrace.simulate.nft.statements import run_rule
+from gketrace.simulate.nft.ways import Way, carried
 from gketrace.simulate.recall import Recall
 from gketrace.simulate.running import Frame, Run
 from gketrace.simulate.state import Alternative, PacketState, Verdict, VerdictKind

@@ -7,49 +7,37 @@ before stays changed), or let the next one run.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any, Final, TypeAlias
+from typing import Final
 
 from gketrace.conntrack import CtState
 from gketrace.packet import Protocol
-from gketrace.quick import quick
 from gketrace.ruleset.nft import NftRule, NftRuleset, NftSet
-from gketrace.ruleset.nft_text import statement_text
-from gketrace.simulate.evolve import copier, evolve
+from gketrace.simulate.evolve import evolve
 from gketrace.simulate.nft.changes import Unclear, change_set, mangle
 from gketrace.simulate.nft.expressions import evaluate, types_of
 from gketrace.simulate.nft.lookup import find_data
 from gketrace.simulate.nft.matching import match
 from gketrace.simulate.nft.nat import nat_ways
 from gketrace.simulate.nft.scene import NftEnvironment, Scene
-from gketrace.simulate.nft.values import BREAK, Branch, NotKnown, Value, times
+from gketrace.simulate.nft.values import BREAK, NotKnown, Value
+from gketrace.simulate.nft.ways import (
+    Json,
+    Way,
+    along,
+    decide,
+    either,
+    not_modelled,
+    queue,
+    single,
+    stop,
+    verdict,
+    without_doubles,
+)
 from gketrace.simulate.state import CERTAIN, PacketState, VerdictKind
-from gketrace.simulate.targets.base import Effect
 from gketrace.simulate.watched import Rebase, note_instead, noted
 from gketrace.trace import StepAction
 
-__all__ = ["Way", "carried", "run_rule"]
-
-Json: TypeAlias = Any
-
-
-@quick
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
-    """One way through one rule."""
-
-    state: PacketState
-    chance: Fraction | None = CERTAIN
-    drawn: str = ""
-    unknown: tuple[str, ...] = ()
-    """What is not known on this way: it is one of several."""
-    notes: tuple[str, ...] = ()
-    """Evidence, and what the rule did beside its verdict."""
-    broken: bool = False
-    """The rule has not matched."""
-    effect: Effect | None = None
-    """The verdict; None: on to the next rule."""
+__all__ = ["run_rule"]
 
 
 def run_rule(
@@ -67,54 +55,15 @@ def run_rule(
         open_ = further
         if not open_:
             break
-    return _without_doubles(open_ + done)
-
-
-_way_of: Final = copier(Way, "state", "effect")
-_effect_of: Final = copier(Effect, "state")
-
-
-def carried(ways: list[Way], rebase: Rebase) -> list[Way]:
-    """What `run_rule` gave for a watched state, for the one that it is carried over to."""
-    found: list[Way] = []
-    for way in ways:
-        effect = way.effect
-        if effect is not None:
-            effect = _effect_of(effect, rebase.state(effect.state))
-        found.append(_way_of(way, rebase.state(way.state), effect))
-    return found
-
-
-def _without_doubles(ways: list[Way]) -> list[Way]:
-    """Ways on which the rule has not matched and changed the same are one way.
-
-    Where that is all of them, nothing was drawn and nothing is unknown.
-    """
-    if len(ways) == 1:
-        return ways
-    groups: dict[PacketState, list[Way]] = {}
-    for way in ways:
-        if way.broken:
-            groups.setdefault(way.state, []).append(way)
-    if len(ways) == len(groups):
-        return ways
-    if len(groups) == 1 and all(way.broken for way in ways):
-        return [Way(state=ways[0].state, broken=True)]
-    found = [way for way in ways if not way.broken]
-    for group in groups.values():
-        chances = [way.chance for way in group if way.chance is not None]
-        chance = sum(chances, Fraction(0)) if len(chances) == len(group) else None
-        unknown = tuple(dict.fromkeys(why for way in group for why in way.unknown))
-        found.append(evolve(group[0], chance=chance, unknown=unknown))
-    return found
+    return without_doubles(open_ + done)
 
 
 def _run(statement: Json, way: Way, scene: Scene) -> list[Way]:
-    kind, body = _single(statement)
+    kind, body = single(statement)
     run = _STATEMENTS.get(kind)
     try:
         if run is None:
-            return _not_modelled(statement, way, f"the statement {kind or statement!r}")
+            return not_modelled(statement, way, f"the statement {kind or statement!r}")
         before = noted(way.state) if kind in _TESTS and _is_first(way) else None
         if before is None:
             return run(kind, body, way, scene)
@@ -124,10 +73,10 @@ def _run(statement: Json, way: Way, scene: Scene) -> list[Way]:
             note_instead(way.state, before, _Breaks(run, kind, body, scene))
         return ways
     except Unclear as why:
-        return [_stop(way, str(why))]
+        return [stop(way, str(why))]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         # JSON of another shape than this version knows, or a constant of an unknown type.
-        return _not_modelled(statement, way, str(error) or type(error).__name__)
+        return not_modelled(statement, way, str(error) or type(error).__name__)
 
 
 _TESTS: Final = frozenset(("match", "vmap"))
@@ -164,104 +113,18 @@ class _Breaks:
             return False
 
 
-def _single(statement: Json) -> tuple[str, Json]:
-    if isinstance(statement, dict) and len(statement) == 1:
-        ((kind, body),) = statement.items()
-        return str(kind), body
-    return "", statement
-
-
-# -- what may come of a statement -------------------------------------------------------------
-
-
-def _branch(way: Way, branch: Branch, **changes: Any) -> Way:
-    """`way` as it goes on with one branch of an expression."""
-    if branch.chance is CERTAIN and not branch.note and not branch.drawn:
-        return evolve(way, **changes) if changes else way
-    notes = (*way.notes, branch.note) if branch.note and branch.note not in way.notes else way.notes
-    unknown, drawn = way.unknown, branch.drawn or way.drawn
-    if branch.chance is None:
-        unknown, drawn = (*unknown, branch.drawn or "a value that is not known"), way.drawn
-    return evolve(
-        way,
-        chance=times(way.chance, branch.chance),
-        drawn=drawn,
-        notes=notes,
-        unknown=unknown,
-        **changes,
-    )
-
-
-def _either(way: Way, reason: str) -> list[Way]:
-    """It matches or does not; nobody knows."""
-    unsure = evolve(way, chance=None, unknown=(*way.unknown, reason))
-    return [unsure, evolve(unsure, broken=True)]
-
-
-def _stop(way: Way, why: str) -> Way:
-    """What becomes of the packet is not known."""
-    effect = Effect(
-        action=StepAction.UNKNOWN, state=way.state, verdict=VerdictKind.UNKNOWN, note=why
-    )
-    return evolve(way, effect=effect)
-
-
-def _not_modelled(statement: Json, way: Way, why: str) -> list[Way]:
-    """A statement that may match, decide, or do nothing."""
-    reason = f"{statement_text(statement)}: {why}"
-    unsure = evolve(way, chance=None, unknown=(*way.unknown, reason))
-    if _single(statement)[0] in ("match", "limit", "quota", "vmap"):
-        return [unsure, evolve(unsure, broken=True)]
-    return [unsure, evolve(unsure, broken=True), _stop(unsure, f"{reason} is not understood")]
-
-
-def _verdict(way: Way, kind: VerdictKind, action: StepAction, **more: Any) -> Way:
-    effect = Effect(action=action, state=way.state, verdict=kind, **more)
-    return evolve(way, effect=effect)
-
-
-def _decide(kind: str, body: Json, way: Way) -> Way:
-    """A verdict statement, or the data of a verdict map."""
-    if kind == "accept":
-        return _verdict(way, VerdictKind.ACCEPT, StepAction.ACCEPT)
-    if kind == "drop":
-        return _verdict(way, VerdictKind.DROP, StepAction.DROP)
-    if kind == "return":
-        effect = Effect(action=StepAction.RETURN, state=way.state, returns=True)
-        return evolve(way, effect=effect)
-    if kind in ("jump", "goto"):
-        action = StepAction.JUMP if kind == "jump" else StepAction.GOTO
-        effect = Effect(
-            action=action, state=way.state, jump=str(body["target"]), goto=kind == "goto"
-        )
-        return evolve(way, effect=effect)
-    if kind == "queue":
-        return _queue(kind, body, way)
-    if kind != "continue":
-        raise ValueError(f"no such verdict: {kind}")
-    return way
-
-
-def _queue(kind: str, body: Json, way: Way) -> Way:
-    note = "handed to a program in user space; what it decides is not known"
-    return _verdict(way, VerdictKind.QUEUE, StepAction.UNKNOWN, note=note)
-
-
-# -- statements -------------------------------------------------------------------------------
-
-
 def _run_verdict(kind: str, body: Json, way: Way, scene: Scene) -> list[Way]:
-    return [_decide(kind, body, way)]
+    return [decide(kind, body, way)]
 
 
 def _run_match(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
     ways: list[Way] = []
     for branch in match(body, scene):
         if isinstance(branch.value, NotKnown):
-            ways += _either(_branch(way, branch), branch.value.reason)
+            ways += either(along(way, branch), branch.value.reason)
         else:
             ways.append(
-                _branch(way, branch, broken=True) if branch.value is BREAK else _branch(way, branch)
+                along(way, branch, broken=True) if branch.value is BREAK else along(way, branch)
             )
     return ways
 
@@ -279,15 +142,15 @@ def _run_vmap(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
     ways: list[Way] = []
     for branch in find_data(body, scene, keys, types_of(body["key"], scene), read):
         if branch.value is BREAK:
-            ways.append(_branch(way, branch, broken=True))
+            ways.append(along(way, branch, broken=True))
         elif isinstance(branch.value, int):
-            kind, target = _single(chosen[branch.value])
-            ways.append(_decide(kind, target, _branch(way, branch)))
+            kind, target = single(chosen[branch.value])
+            ways.append(decide(kind, target, along(way, branch)))
         elif isinstance(branch.value, NotKnown):
-            unsure = evolve(_branch(way, branch), chance=None)
+            unsure = evolve(along(way, branch), chance=None)
             reason = branch.value.reason
-            ways += _either(unsure, reason)[1:]
-            ways.append(_stop(evolve(unsure, unknown=(*unsure.unknown, reason)), reason))
+            ways += either(unsure, reason)[1:]
+            ways.append(stop(evolve(unsure, unknown=(*unsure.unknown, reason)), reason))
     return ways
 
 
@@ -295,14 +158,14 @@ def _run_mangle(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
     key = body["key"]
     ways: list[Way] = []
     for branch in evaluate(body["value"], scene, types_of(key, scene)):
-        onward = _branch(way, branch)
+        onward = along(way, branch)
         if branch.value is BREAK:
             ways.append(evolve(onward, broken=True))
             continue
         try:
             state = mangle(key, branch.value, scene)
         except Unclear as why:
-            ways.append(_stop(onward, str(why)))
+            ways.append(stop(onward, str(why)))
             continue
         if state is None:
             ways.append(evolve(onward, broken=True))
@@ -320,7 +183,7 @@ def _run_set(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
     declared = scene.ruleset.set(name)
     ways: list[Way] = []
     for branch in evaluate(element, scene, declared.types if declared is not None else ()):
-        onward = _branch(way, branch)
+        onward = along(way, branch)
         if branch.value is BREAK:
             ways.append(evolve(onward, broken=True))
             continue
@@ -330,7 +193,7 @@ def _run_set(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
             # The packet is what it was; only later look-ups would see the difference.
             onward = evolve(onward, notes=(*onward.notes, str(why)))
         gate = next((k for s in body.get("stmt", ()) for k in s if k in _GATES), "")
-        ways += _either(onward, f"the {gate} of the element") if gate else [onward]
+        ways += either(onward, f"the {gate} of the element") if gate else [onward]
     return ways
 
 
@@ -340,15 +203,15 @@ _GATES: Final = frozenset(("limit", "quota", "ct count"))
 def _run_nat(kind: str, body: Json, way: Way, scene: Scene) -> list[Way]:
     ways: list[Way] = []
     for found in nat_ways(kind, body, scene):
-        onward = _branch(way, found.branch)
+        onward = along(way, found.branch)
         if found.branch.value is BREAK:
             ways.append(evolve(onward, broken=True))
         elif isinstance(found.branch.value, NotKnown):
-            ways.append(_stop(onward, found.branch.value.reason))
+            ways.append(stop(onward, found.branch.value.reason))
         elif found.request is None:
             ways.append(onward)
         else:
-            ways.append(_verdict(onward, VerdictKind.ACCEPT, StepAction.ACCEPT, nat=found.request))
+            ways.append(verdict(onward, VerdictKind.ACCEPT, StepAction.ACCEPT, nat=found.request))
     return ways
 
 
@@ -392,7 +255,7 @@ def _run_reject(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
         if (kind == "icmpv6") is not six:
             return [evolve(way, broken=True)]
         answer = _REJECTS.get((kind, code), f"{kind} {code}")
-    return [_verdict(way, VerdictKind.REJECT, StepAction.REJECT, reject_with=answer)]
+    return [verdict(way, VerdictKind.REJECT, StepAction.REJECT, reject_with=answer)]
 
 
 def _run_notrack(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
@@ -413,9 +276,9 @@ def _run_passing(kind: str, body: Json, way: Way, scene: Scene) -> list[Way]:
             passed
             for branch in found
             for passed in (
-                _either(_branch(way, branch), branch.value.reason)
+                either(along(way, branch), branch.value.reason)
                 if isinstance(branch.value, NotKnown)
-                else [_branch(way, branch, broken=branch.value is BREAK)]
+                else [along(way, branch, broken=branch.value is BREAK)]
             )
         ]
     return [way]
@@ -423,7 +286,7 @@ def _run_passing(kind: str, body: Json, way: Way, scene: Scene) -> list[Way]:
 
 def _run_gate(kind: str, body: Json, way: Way, scene: Scene) -> list[Way]:
     """limit, quota, connlimit: state that changes with every packet."""
-    return _either(way, f"how much the {kind} has left")
+    return either(way, f"how much the {kind} has left")
 
 
 def _run_tproxy(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
@@ -432,7 +295,7 @@ def _run_tproxy(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
         return [evolve(way, broken=True)]
     if {"ip": 4, "ip6": 6}.get(body.get("family", ""), scene.packet.family) != scene.packet.family:
         return [evolve(way, broken=True)]
-    return _either(way, "whether a transparent socket takes the packet")
+    return either(way, "whether a transparent socket takes the packet")
 
 
 def _run_synproxy(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
@@ -440,17 +303,17 @@ def _run_synproxy(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
     if scene.packet.protocol != Protocol.TCP:
         return [evolve(way, broken=True)]
     note = "the kernel answers the handshake in the receiver's place"
-    taken = _verdict(way, VerdictKind.STOLEN, StepAction.UNKNOWN, note=note)
+    taken = verdict(way, VerdictKind.STOLEN, StepAction.UNKNOWN, note=note)
     return [taken]
 
 
 def _run_flow(_: str, body: Json, way: Way, scene: Scene) -> list[Way]:
     """nft_flow_offload_eval(): breaks until the connection is established."""
-    return _either(way, "whether the connection can be offloaded")
+    return either(way, "whether the connection can be offloaded")
 
 
 def _run_queue(kind: str, body: Json, way: Way, scene: Scene) -> list[Way]:
-    return [_queue(kind, body, way)]
+    return [queue(way)]
 
 
 _STATEMENTS: Final[Mapping[str, Callable[[str, Json, Way, Scene], list[Way]]]] = {
