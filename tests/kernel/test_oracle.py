@@ -56,6 +56,7 @@ def test_random_rules_do_what_the_simulator_says(runs: Runs) -> None:
 
 def test_few_random_rule_sets_are_refused(runs: Runs) -> None:
     assert runs.made.refused <= runs.made.sets
+    assert runs.made.refused_rules < 0.1 * runs.made.nft_rules
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)

@@ -11,12 +11,15 @@ from tests.kernel.oracle.generate_nft_actions import ACTIONS
 from tests.kernel.oracle.generate_nft_conditions import CONDITIONS
 from tests.kernel.oracle.nft_parts import NAT_HOOKS
 
-__all__ = ["probe_nft", "restore"]
+__all__ = ["is_rule", "probe_nft", "restore"]
 
 _RULE = re.compile(r"    (?!type |elements )")
-
-
 _LINE = re.compile(r"/dev/stdin:(\d+):")
+
+
+def is_rule(line: str) -> bool:
+    """Whether it is one of a chain's rules, as the generator indents them."""
+    return _RULE.match(line) is not None
 
 
 def restore(bed: Bed, lines: list[str]) -> list[str]:
@@ -27,7 +30,7 @@ def restore(bed: Bed, lines: list[str]) -> list[str]:
             bed.command(["nft", "-f", "/dev/stdin"], text="\n".join(lines) + "\n")
         except RuntimeError as error:
             bad = {int(n) - 1 for n in _LINE.findall(str(error))}
-            rules = sorted(n for n in bad if _RULE.match(lines[n]))
+            rules = sorted(n for n in bad if is_rule(lines[n]))
             if not rules:
                 raise
             # One bad rule makes nft complain of others behind it: only the first is sure.

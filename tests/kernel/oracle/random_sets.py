@@ -11,7 +11,7 @@ from tests.kernel.oracle.bed import Bed
 from tests.kernel.oracle.fixed_sets import FIXED, FixedSet
 from tests.kernel.oracle.generate import HOOKS, IPSETS, NFACCT, Generator, probe_kernel
 from tests.kernel.oracle.generate_nft import TABLE, NftGenerator
-from tests.kernel.oracle.nft_load import probe_nft, restore
+from tests.kernel.oracle.nft_load import is_rule, probe_nft, restore
 from tests.kernel.oracle.record import Record
 from tests.kernel.oracle.run import Tally, rig, run_cases
 from tests.kernel.oracle.view import WalkFunction
@@ -37,8 +37,10 @@ class RandomRun:
     records: list[Record] | None = None
     refused: int = 0
     """Rule sets that iptables-restore refused: they are counted, not judged."""
+    nft_rules: int = 0
+    """Single rules that were made for nft."""
     refused_rules: int = 0
-    """Single rules that nft refused: they were left out."""
+    """Of them those that nft refused: they were left out."""
 
     def run(self, count: int) -> None:
         """`count` cases, in turns through all backends and both families."""
@@ -110,7 +112,9 @@ class RandomRun:
         rng = random.Random(f"{self.seed}/{number}")
         mac = bed.peer_mac("eth0")
         maker = NftGenerator(rng=rng, family=family, absent=self.absent_nft, mac=mac)
-        self.refused_rules += len(restore(bed, maker.lines()))
+        lines = maker.lines()
+        self.nft_rules += sum(map(is_rule, lines))
+        self.refused_rules += len(restore(bed, lines))
         try:
             bed.command(["nft", "-j", "list", "table", maker.table_family, TABLE])
         except RuntimeError:
