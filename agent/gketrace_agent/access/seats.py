@@ -1,15 +1,16 @@
 """Who asks the API server now: so many at once, the others in turn, and nobody waits for ever.
 
 A crowd that sends tokens which it made up must keep out neither who was let in lately nor who comes
-for the first time.  So some seats are kept for who is known; the others are given in turn to each
-that waits, however many questions it has; and when too many wait, one of whoever has most of them
-is turned away.
+for the first time.  So some seats are kept for who is known; the others are given first to whoever
+has asked least lately, and when too many wait, one of whoever has asked most is turned away.  A
+crowd has to make a new connection for each of its lies.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
+import time
+from collections import Counter
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,56 +22,48 @@ __all__ = ["Seats"]
 
 _SECONDS: Final = 4.0
 """That one waits for a seat."""
+_LATELY: Final = 10.0
+"""Seconds for which it is remembered who asked how often."""
+_REMEMBERED: Final = 4096
+"""Who asked, at most; then all is forgotten."""
 
 
 @dataclass(slots=True, eq=False)
 class _Waiter:
-    who: Hashable
+    asked: int
+    """Which question of theirs it is, lately."""
     called: threading.Event = field(default_factory=threading.Event)
     seated: bool = False
 
 
 class _Room:
-    """Those who wait, in turn by who they are."""
+    """Those who wait, in the order in which they came."""
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._queues: dict[Hashable, deque[_Waiter]] = {}
-        """In the order in which they come next."""
-        self._count = 0
+        self._waiters: list[_Waiter] = []
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._waiters)
 
     def enter(self, waiter: _Waiter) -> _Waiter | None:
-        """None, or who is turned away for it: the last of whoever has most, itself perhaps."""
-        queue = self._queues.setdefault(waiter.who, deque())
-        queue.append(waiter)
-        self._count += 1
-        if self._count <= self._size:
+        """None, or who is turned away for it: of those who asked most the last, itself perhaps."""
+        self._waiters.append(waiter)
+        if len(self._waiters) <= self._size:
             return None
-        # Of two with as many, the later one.
-        longest = max(reversed(self._queues.values()), key=len)
-        out = longest[-1]
+        out = max(reversed(self._waiters), key=lambda one: one.asked)
         self.leave(out)
         return out
 
     def leave(self, waiter: _Waiter) -> None:
         """Does nothing when it is gone already."""
-        queue = self._queues.get(waiter.who)
-        if queue is not None and waiter in queue:
-            queue.remove(waiter)
-            self._count -= 1
-            if not queue:
-                del self._queues[waiter.who]
+        if waiter in self._waiters:
+            self._waiters.remove(waiter)
 
     def next(self) -> _Waiter:
-        who, queue = next(iter(self._queues.items()))
-        waiter = queue.popleft()
-        self._count -= 1
-        del self._queues[who]
-        if queue:
-            self._queues[who] = queue  # behind the others
+        """Of those who asked least the first."""
+        waiter = min(self._waiters, key=lambda one: one.asked)
+        self._waiters.remove(waiter)
         return waiter
 
 
@@ -84,15 +77,17 @@ class Seats:
         self._seconds = seconds
         self._lock = threading.Lock()
         self._taken = 0
+        self._asked: Counter[Hashable] = Counter()
+        self._since = time.monotonic()
         self._known = _Room(waiting)
         self._others = _Room(waiting)
 
     @contextmanager
     def take(self, who: Hashable, *, known: bool) -> Iterator[None]:
         """A seat while it lasts.  Raises `ExhaustedError`: too many wait, or for too long."""
-        waiter = _Waiter(who)
         room = self._known if known else self._others
         with self._lock:
+            waiter = _Waiter(self._count(who))
             out = room.enter(waiter)
             self._call()
         if out is not None:
@@ -110,6 +105,14 @@ class Seats:
             with self._lock:
                 self._taken -= 1
                 self._call()
+
+    def _count(self, who: Hashable) -> int:
+        now = time.monotonic()
+        if now - self._since > _LATELY or len(self._asked) >= _REMEMBERED:
+            self._since = now
+            self._asked.clear()
+        self._asked[who] += 1
+        return self._asked[who]
 
     def _call(self) -> None:
         """Those whose turn it is."""
