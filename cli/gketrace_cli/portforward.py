@@ -28,7 +28,6 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Final
 
 from gketrace.errors import GketraceError, UnavailableError
@@ -98,12 +97,7 @@ class PortForwards:
     def __enter__(self) -> PortForwards:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def open(self, targets: Sequence[Target]) -> tuple[Way, ...]:

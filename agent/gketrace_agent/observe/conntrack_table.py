@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from gketrace.conntrack import ConntrackEntry
 from gketrace_agent.kernel.conntrack_delete import Deletion, delete_entries
@@ -21,9 +21,6 @@ from gketrace_agent.kernel.netlink import NETLINK_NETFILTER, NetlinkSocket
 from gketrace_agent.kernel.netns import NetnsHandle, run_in_netns
 from gketrace_agent.observe.conntrack_filter import ConntrackFilters
 from gketrace_agent.observe.conntrack_follow import Follower
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 __all__ = ["ConntrackSettings", "ConntrackTable", "open_conntrack"]
 
@@ -120,12 +117,7 @@ class ConntrackTable:
     def __enter__(self) -> ConntrackTable:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

@@ -14,7 +14,6 @@ import errno
 import socket
 import struct
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Final, NamedTuple
 
 from gketrace.errors import TimeoutExceeded
@@ -131,12 +130,7 @@ class RuleDump:
     def __enter__(self) -> RuleDump:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._socket.close()
 
     def rules(self, head: bytes) -> list[bytes]:
