@@ -331,6 +331,7 @@ def lossy(seed: int) -> tuple[random.Random, Script, tuple[Place, float, float]]
 
 
 @example(seed=2296515)  # a tuple is used again in the very moment of the loss
+@example(seed=1534)  # the table has a later connection's entry of the same tuples
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 1 << 32))
 def test_what_is_lost_makes_no_second_record(seed: int) -> None:
@@ -339,7 +340,7 @@ def test_what_is_lost_makes_no_second_record(seed: int) -> None:
     rng, script, lost = lossy(seed)
     found = [
         frozenset((half.place, half.entry.id or 0) for half in one.connection.halves)
-        for one in play(script, rng=rng, delay=0.1, lost=lost, until=3000.0)
+        for one in play(script, rng=rng, delay=rng.choice((0.1, 1.5)), lost=lost, until=3000.0)
         if one.phase in RECORDS
     ]
     assert sorted(found, key=_by_name) == script.parts()
