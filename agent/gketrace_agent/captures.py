@@ -49,7 +49,8 @@ _GATHER_SHARE: Final = 0.4
 _STEPS: Final = (0.01, 0.04)
 """Seconds between looks at how many there are."""
 _MOST_BLOCKS: Final = 16
-"""Of one message."""
+"""Of one message.  What is larger is mapped by itself (`kernel.memory`): that costs more than to
+have fewer messages saves."""
 _HELD_UP: Final = 0.05
 """Seconds for a message, from which on the client is what holds up the capture."""
 
