@@ -173,10 +173,13 @@ class Joiner:
             if place in self._losses or here.heard < until
         )
 
-    def finish(self, now: float) -> list[Followed]:
-        """The records of all that is not over, after those that are."""
+    def finish(self, now: float, until: float | None = None) -> list[Followed]:
+        """The records of all that is not over, after those that are.  `until`: when the following
+        ended; of what began later not all places may have told."""
         self._place_found(all_of_it=True)
         for flow in list(self._flows.values()):
+            if until is not None and flow.earliest > until + self._limits.skew:
+                continue
             self._tell(flow, Phase.CLOSED if flow.over_at is not None else Phase.STILL_OPEN, now)
         news, self._told = self._told, []
         return news

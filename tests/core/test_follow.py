@@ -459,6 +459,15 @@ def test_what_was_over_before_is_no_news() -> None:
     assert joiner.finish(90.0) == []
 
 
+def test_what_begins_after_the_end_is_not_told_by_halves() -> None:
+    joiner = Joiner(owner=owner)
+    for at, port in ((5.0, 40000), (7.0, 40001)):
+        _, taken, let_out = node_port("203.0.113.9", port, A, B)[0]
+        joiner.feed(A, at, bytes([NEW]), [record(taken, let_out, "ESTABLISHED", id=port)])
+    (one,) = joiner.finish(8.0, 6.0)
+    assert one.began == 5.0
+
+
 def test_what_expires_while_the_table_is_read_for_the_first_time_is_no_news() -> None:
     joiner = Joiner(owner=owner)
     for place, taken, let_out in from_node(C, 40000, A, B):

@@ -298,7 +298,8 @@ class _Follow:
         self._wait(stopped)
         now = time.time()
         unseen = self._intake.unseen_nodes(self._gaps)
-        for followed in self._joiner.finish(self._intake.now(now)):
+        ended = self._intake.now(stopped)
+        for followed in self._joiner.finish(self._intake.now(now), ended):
             self._records.take(followed, now, unseen)
         self._records.finish(now + _RULES_SECONDS, self._run_side, self._hurry)
         self._records.alone(self._knows, self._heard, time.time())
