@@ -45,6 +45,8 @@ _ORIGINAL_WORD: Final = 10
 _ROW: Final = np.array([4 << 16 | _EPB_FLAGS, 0, 0, 0, _EPB, 0, 0, 0, 0, 0, 0], np.uint32)
 _PIECE: Final = 640 << 10
 """Bytes that are laid out at a time, if one packet is not more."""
+_MERGED: Final = 8 << 20
+"""The same for packets of several batches, which cost more to tell apart than caches save."""
 _CLASS: Final = 32
 """Data is copied in multiples of so many bytes.  What is copied too much is less than the next
 tail and head, which are written over it."""
@@ -106,9 +108,10 @@ class PacketBlocks:
         columns = _columns(chunk, numbers)
         order = chunk.order
         ends = np.cumsum(columns.lengths if order is None else columns.lengths[order])
+        most = _PIECE if order is None else _MERGED
         first = begin = 0
         while first < len(ends):
-            end = max(int(np.searchsorted(ends, begin + _PIECE, side="right")), first + 1)
+            end = max(int(np.searchsorted(ends, begin + most, side="right")), first + 1)
             edges = np.zeros(end - first + 1, np.int64)
             np.subtract(ends[first:end], begin, out=edges[1:])
             yield self._piece(chunk, columns, first, end, edges)
@@ -192,7 +195,7 @@ class _Part:
     mine: Array | slice
     """Which of its packets, in their order."""
     rows: Array | slice
-    """Where they are in the piece."""
+    """Where they are in the piece; a slice: the piece has no others."""
 
 
 def _parts(chunk: Chunk, which: Array | slice) -> list[_Part]:
@@ -200,6 +203,14 @@ def _parts(chunk: Chunk, which: Array | slice) -> list[_Part]:
         return [_Part(chunk.batches[0], which, slice(None))]
     parts: list[_Part] = []
     begin = 0
+    if len(which) == len(chunk):
+        places = np.empty_like(which)
+        places[which] = np.arange(len(which))
+        for batch in chunk.batches:
+            end = begin + len(batch)
+            parts.append(_Part(batch, slice(None), places[begin:end]))
+            begin = end
+        return parts
     for batch in chunk.batches:
         end = begin + len(batch)
         rows = np.flatnonzero((which >= begin) & (which < end))
@@ -266,7 +277,7 @@ def _copy_data(part: _Part, out: Array, data: Array) -> None:
     source, starts, sizes = batch.buffer, batch.starts[part.mine], batch.sizes[part.mine]
     places = data[part.rows] + batch.head_size if batch.head_size else data[part.rows]
     width = (int(sizes.max(initial=0)) + _CLASS - 1) // _CLASS * _CLASS
-    whole = isinstance(part.mine, slice)
+    whole = isinstance(part.rows, slice)
     if not whole or not 0 < width * len(sizes) <= 2 * int(sizes.sum()) or width > _WIDE:
         _copy_by_size(source, starts, sizes, out, places)
         return

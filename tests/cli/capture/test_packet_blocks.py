@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from gketrace.capture.packets import CapturedPacket, Direction, LinkType, Tap
+from gketrace_cli.capture import packet_blocks
 from gketrace_cli.capture.batch import PacketBatch, batch_from_blocks, batch_from_packets
 from gketrace_cli.capture.merge import Chunk
 from gketrace_cli.capture.pcapng import PcapngWriter
@@ -79,8 +80,10 @@ def random_batch(chance: random.Random, one: Tap, count: int, *, later: int) -> 
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_blocks_are_those_of_single_packets(seed: int) -> None:
+def test_blocks_are_those_of_single_packets(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     chance = random.Random(seed)
+    for bound in ("_PIECE", "_MERGED"):
+        monkeypatch.setattr(packet_blocks, bound, chance.choice((1000, 20_000, 8 << 20)))
     taps: list[Any] = [tap(0), tap(1, snap_length=0), tap(2, ifindex=0, link_type=276)]
     count = chance.choice((1, 2, 40, 300))
     batches = tuple(
