@@ -37,6 +37,8 @@ AGENT_SOCKET = "/run/gketrace/agent.sock"
 AGENT_ARGUMENTS = "GKETRACE_LAB_AGENT_ARGUMENTS"
 """The environment's variable with what the agents of a lab are given besides."""
 _CGROUP = "/sys/fs/cgroup"
+_SECONDS = 60
+"""For what takes a moment: a busy machine starts a container's program in ten."""
 _READ_ONLY = ("net.netfilter.nf_conntrack_count", "net.netfilter.nf_conntrack_max")
 """In the fixture's sysctl.txt, but fixed for the machine as a whole."""
 
@@ -276,7 +278,7 @@ class NodeInit:
     def wait_for_pods(self, pods: Iterable[Pod]) -> None:
         """A connection to each pod's TCP ports from its node, as a kubelet's probe makes: it shows
         that the pod answers, and the bridge learns its MAC."""
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + _SECONDS
         for pod in pods:
             for protocol, port in pod.ports:
                 while protocol == "TCP" and (
@@ -323,7 +325,7 @@ class NodeInit:
                 linux.umount(str(name))
                 name.unlink()
             # A namespace that ends by itself takes its link with it, a moment later.
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + _SECONDS
             while Path("/sys/class/net", pod.veth).exists():
                 if time.monotonic() > deadline:
                     raise LabError(f"pod {key}: its link {pod.veth} stays")
