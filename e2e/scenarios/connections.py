@@ -83,12 +83,13 @@ def _ninth_fails(stage: Stage) -> bool:
 
 def _one_sided(stage: Stage) -> None:
     """NodePort connections of one Service are not masqueraded on the node that they come to: the
-    endpoint's node answers the client itself."""
+    endpoint's node answers the client itself.  Its pod is one that the path's faults, which are
+    web-1's, leave able to answer."""
     from gketrace.kubenames import ChainRole, ServicePort, service_chain
 
     ip = "10.43.240.91"
-    end = "10.40.1.10"
-    stage.service("lopsided", ip, [(end, 8080, "m69d", "web-1")], node_port=30091)
+    end = "10.40.2.10"
+    stage.service("lopsided", ip, [(end, 8080, "33fg", "web-2")], node_port=30091)
     stage.programme("lopsided", ip, [f"{end}:8080"])
     port = ServicePort(namespace="default", service="lopsided", port="http")
     chain = service_chain(ChainRole.SERVICE, port)
