@@ -343,7 +343,8 @@ def walks(one: Following, clients: list[str]) -> dict[str, set[tuple[str, str]]]
 def test_what_is_broken_is_named_where_it_dies(labs: LabFactory) -> None:
     lab = labs("ptp")
     with following(lab, "service", "web-nodeport") as one:
-        with broken(lab, "drop", "veth"), listener_gone(lab, "web-0", 8080):
+        # In this order: a pod is started only when those of its node can be reached.
+        with listener_gone(lab, "web-0", 8080), broken(lab, "drop", "veth"):
             first = fail(lab, 18, 6.0)
         with broken(lab, "forward", "route", "reset"):
             second = fail(lab, 18, 6.0)
