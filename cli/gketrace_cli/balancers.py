@@ -90,6 +90,6 @@ def _json(text: str) -> dict[str, object]:
     """Whatever somebody wrote there: what is not an object says nothing."""
     try:
         value = json.loads(text or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -349,7 +349,7 @@ def _run_plugin(
         token = status.get("token") or ""
         certificate = (status.get("clientCertificateData") or "").encode()
         key = (status.get("clientKeyData") or "").encode()
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         # Without a cause: it would carry the plugin's output, which holds the token.
         raise UnavailableError(f"the credential plugin {name} printed no ExecCredential") from None
     if not token and not (certificate and key):

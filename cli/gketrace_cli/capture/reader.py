@@ -185,7 +185,7 @@ class CaptureReader:
                 return self._enhanced(body)
             elif kind == 3:
                 return self._simple(body)
-        except (struct.error, IndexError, ValueError) as error:
+        except (struct.error, IndexError, ValueError, TypeError) as error:
             raise self._damaged(f"a block of type {kind}: {error}") from None
         return None  # others are to be skipped
 
@@ -196,7 +196,7 @@ class CaptureReader:
         ticks, offset = 1_000_000, 0
         for code, value in self._options(body[8:]):
             if code == 1 and value.startswith(TAP_COMMENT.encode()):
-                told = json.loads(value[len(TAP_COMMENT) :])
+                told = _tap_comment(value[len(TAP_COMMENT) :])
             elif code == 2:
                 name = _text(value)
             elif code == 3:
@@ -300,6 +300,17 @@ class CaptureReader:
 
 def _text(value: bytes) -> str:
     return value.decode(errors="replace")
+
+
+def _tap_comment(value: bytes) -> dict[str, Any]:
+    """What `PcapngWriter` told of a tap.  Raises `ValueError`."""
+    try:
+        told = json.loads(value)
+    except RecursionError:
+        raise ValueError("a comment nested too deep") from None
+    if not isinstance(told, dict):
+        raise ValueError("a tap's comment that tells nothing")
+    return {key: one for key, one in told.items() if isinstance(one, str | int | dict)}
 
 
 def _names(told: Any) -> dict[int, str]:

@@ -421,6 +421,23 @@ def test_a_section_of_an_impossible_length(tmp_path: Path, length: int) -> None:
         list(reader)
 
 
+@pytest.mark.parametrize(
+    "told",
+    ["[" * 20_000, "[]", "7", "{", '{"netns": "mars"}', '{"inode": "x"}', '{"inode": {}}'],
+    ids=["deep", "array", "number", "cut", "netns", "inode", "inode-object"],
+)
+def test_a_taps_comment_that_somebody_else_wrote(tmp_path: Path, told: str) -> None:
+    comment = f"gketrace-tap: {told}".encode()
+    option = struct.pack("<HH", 1, len(comment)) + comment + bytes(-len(comment) % 4)
+    body = struct.pack("<HHI", 1, 0, 0) + option
+    size = len(body) + 12
+    section = struct.pack("<IIIHHqI", 0x0A0D0D0A, 28, 0x1A2B3C4D, 1, 0, -1, 28)
+    path = tmp_path / "x.pcapng"
+    path.write_bytes(section + struct.pack("<II", 1, size) + body + struct.pack("<I", size))
+    with closing(CaptureReader(str(path))) as reader, pytest.raises(GketraceError, match="damaged"):
+        list(reader)
+
+
 def test_reading_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = tap()
     packets = [packet(one, n, 60) for n in range(4)]

@@ -145,6 +145,7 @@ def test_a_container_native_balancer_asks_the_pods() -> None:
         ({_NEG: '{"exposed_ports": {"443": {}}}'}, []),
         ({_NEG: "no json"}, []),
         ({_NEG: "[1]"}, []),
+        pytest.param({_NEG: "[" * 20_000}, [], id="nested too deep"),
         ({_STATUS: '{"network_endpoint_groups": {"80": "k8s1-a"}, "zones": ["b"]}'}, [80]),
         # Of nodes, not of pods: what an internal passthrough balancer with subsetting has.
         ({_NEG: '{"ingress": true}', _STATUS: '{"network_endpoint_groups": {"0": "k8s2-a"}}'}, []),
