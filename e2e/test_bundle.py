@@ -69,6 +69,9 @@ def still(text: str) -> str:
 @pytest.fixture(scope="module")
 def saved(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One bundle of the whole untouched lab, made by the command."""
+    # Connections of tests before this one would end between one bundle and the next.
+    for node in lab.state["nodes"]:
+        lab.exec(f"node/{node}", ["conntrack", "-F"])
     path = tmp_path_factory.mktemp("bundle") / "all.gkt"
     assert run(("bundle", "-A", "-o", str(path), "--kubeconfig", str(lab.kubeconfig))) == 0
     return path
