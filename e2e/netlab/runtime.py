@@ -222,8 +222,10 @@ class Runtime:
         """`stop` ends the pod's containers and sandbox; `start` makes new ones unless all run."""
         if action == "stop":
             self._ask(op="stop", pod=key)
-        elif not self.running(key):
-            self._ask(op="start", pod=key)
+        else:
+            self.refresh()  # a container may have ended by itself
+            if not self.running(key):
+                self._ask(op="start", pod=key)
         self.refresh()
 
     def execute(self, key: str, container: str, argv: list[str]) -> Any:
