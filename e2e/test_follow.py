@@ -134,7 +134,7 @@ def curl_loop(lab: Lab, source: str, doors: list[str], seconds: float) -> list[L
     done = lab.exec(source, argv, timeout=seconds + 60)
     lines = done.stdout.splitlines()
     assert "failed" not in lines, (source, doors, lines[-3:])
-    found = []
+    found: list[Logged] = []
     for number in range(0, len(lines), 2):
         seen = json.loads(lines[number])
         ip, port, status = lines[number + 1].split()
