@@ -10,6 +10,7 @@ import stat
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,29 @@ def network_namespaces() -> set[int]:
     return found
 
 
+@contextmanager
+def reserved(namespaces: set[int]) -> Iterator[set[int]]:
+    """Holds namespaces open, so that no test beside this one makes new ones with their inodes."""
+    with ExitStack() as stack:
+        waiting = set(namespaces)
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and waiting:
+                try:
+                    held = os.open(entry / "ns" / "net", os.O_RDONLY)
+                except (FileNotFoundError, ProcessLookupError, PermissionError):
+                    continue
+                inode = os.fstat(held).st_ino
+                if inode in waiting:
+                    waiting.remove(inode)
+                    stack.callback(os.close, held)
+                else:
+                    os.close(held)
+        assert not waiting, "no process holds them"
+        yield namespaces
+
+
 def assert_nothing_left(name: str, namespaces: set[int]) -> None:
+    """`namespaces` are `reserved`: a process in one of them is one that was left."""
     assert not state_dir(name).exists()
     assert not lab_cgroup(name).path.exists()
     until(lambda: not lab_processes(name))
@@ -112,10 +135,11 @@ def test_down_leaves_nothing(life: Lab) -> None:
     veths = {str(pod["veth"]) for pod in life.state["pods"].values() if pod["veth"]}
     lab_links = veths | {"vpc0", "cbr0", "port-2jdh", "port-router", "client0", "internet"}
     assert not traces_outside(lab_links)
-    started = time.monotonic()
-    life.down()
-    assert time.monotonic() - started < 3
-    assert_nothing_left(NAME, namespaces)
+    with reserved(namespaces):
+        started = time.monotonic()
+        life.down()
+        assert time.monotonic() - started < 3
+        assert_nothing_left(NAME, namespaces)
     assert not traces_outside(lab_links)
     if not any(BASE.parent.glob("gketrace-lab/*")):
         assert not BASE.exists()
@@ -150,9 +174,9 @@ def test_up_again_checks_and_mends(life: Lab) -> None:
 
 def test_up_builds_a_dead_lab_again(life: Lab) -> None:
     life.up()
-    namespaces = held_namespaces(life)
-    os.kill(life.state["supervisor"]["pid"], signal.SIGKILL)
-    until(lambda: not namespaces & network_namespaces())
+    with reserved(held_namespaces(life)) as namespaces:
+        os.kill(life.state["supervisor"]["pid"], signal.SIGKILL)
+        until(lambda: not namespaces & network_namespaces())
     with pytest.raises(LabError, match="has died"):
         running_state(NAME)
     life.up()
@@ -436,10 +460,11 @@ def test_a_pod_goes_and_comes_back(life: Lab, topology: str) -> None:
     life.topology = topology
     life.up()
     before = life.pod("hello")
-    life.stop_pod("hello")
-    links = life.exec("node/2jdh", ["ls", "/sys/class/net"]).stdout
-    assert before["veth"] not in links
-    assert before["netns"] not in network_namespaces()
+    with reserved({before["netns"]}):
+        life.stop_pod("hello")
+        links = life.exec("node/2jdh", ["ls", "/sys/class/net"]).stdout
+        assert before["veth"] not in links
+        assert before["netns"] not in network_namespaces()
     assert life.connect("client", "10.142.0.8", 31830).kind in ("timeout", "unreachable")
     life.start_pod("hello")
     assert life.pod("hello")["pid"] not in (None, before["pid"])

@@ -34,6 +34,11 @@ def wait_until(condition: Callable[[], bool], *, seconds: float = 5.0) -> None:
         time.sleep(0.005)
 
 
+def container_id() -> str:
+    """An id that nobody else has: tests that run beside this one have pods on this machine too."""
+    return os.urandom(32).hex()
+
+
 def netns_inode(pid: int) -> int:
     return os.stat(f"/proc/{pid}/ns/net").st_ino
 

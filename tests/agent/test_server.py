@@ -22,10 +22,10 @@ from gketrace_agent.kernel.hostpaths import HostPaths
 from gketrace_agent.log import start_logging
 from gketrace_agent.server import AgentServer
 from gketrace_proto.v1alpha1 import agent_pb2, agent_pb2_grpc
-from tests.agent.pods import fake_pod, fake_runtime, netns_inode
+from tests.agent.pods import container_id, fake_pod, fake_runtime, netns_inode
 
 HOST = agent_pb2.Target(host=True)
-WEB = "1c" * 32
+WEB = container_id()
 
 
 def _config(path: Path, **changes) -> Config:

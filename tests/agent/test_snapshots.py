@@ -13,9 +13,9 @@ from gketrace_agent.config import Config, Limits, Listen
 from gketrace_agent.server import AgentServer
 from gketrace_proto.codec import snapshot_from_proto
 from gketrace_proto.v1alpha1 import agent_pb2, agent_pb2_grpc
-from tests.agent.pods import fake_pod, netns_inode
+from tests.agent.pods import container_id, fake_pod, netns_inode
 
-WEB = "1c" * 32
+WEB = container_id()
 
 
 @pytest.fixture

@@ -27,12 +27,12 @@ from gketrace.snapshot import (
 from gketrace.trace import Disposition, NetnsKind, NetnsRef, Source, Walk
 from gketrace_proto import codec
 from gketrace_proto.v1alpha1 import agent_pb2, agent_pb2_grpc
-from tests.agent.pods import FakePod, fake_pod, wait_until
+from tests.agent.pods import FakePod, container_id, fake_pod, wait_until
 from tests.agent.test_process import AGENT
 
 WORLD = Path(__file__).parents[1] / "data/worlds/kube-proxy-1.36-iptables-nft/node-2jdh"
-SANDBOX = "5a" * 32
-WEB = "1c" * 32
+SANDBOX = container_id()
+WEB = container_id()
 HOST = agent_pb2.Target(host=True)
 
 

@@ -13,10 +13,10 @@ from gketrace_agent.resolve.directory import PodDirectory
 from gketrace_agent.resolve.model import PodRef
 from gketrace_agent.resolve.resolver import Resolver
 from gketrace_agent.resolve.scan import CgroupScan
-from tests.agent.pods import FakePod, fake_pod, netns_inode
+from tests.agent.pods import FakePod, container_id, fake_pod, netns_inode
 
-WEB = "1c" * 32
-NEXT = "2d" * 32
+WEB = container_id()
+NEXT = container_id()
 
 
 class CountingResolver(Resolver):

@@ -22,15 +22,16 @@ from tests.agent.pods import (
     FakePod,
     FakeRuntime,
     FakeSandbox,
+    container_id,
     fake_pod,
     fake_runtime,
     netns_inode,
 )
 
-SANDBOX = "5a" * 32
-WEB = "1c" * 32
-SIDECAR = "2d" * 32
-OLD = "7e" * 32
+SANDBOX = container_id()
+WEB = container_id()
+SIDECAR = container_id()
+OLD = container_id()
 
 
 @pytest.fixture
@@ -321,7 +322,7 @@ class TestByRuntime:
                 web.stop()
 
         runtime.before = end
-        with pytest.raises(GoneError, match="nothing of its sandbox 5a5a5a5a5a5a is left"):
+        with pytest.raises(GoneError, match=f"nothing of its sandbox {SANDBOX[:12]} is left"):
             by_runtime.resolve(PodRef(namespace="default", name="web"))
 
     def test_a_runtime_that_names_no_process(self, by_runtime: Resolver, box: FakeSandbox) -> None:
