@@ -12,7 +12,7 @@ import typer
 
 from gketrace_cli import __version__
 from gketrace_cli.lazy_group import LazyCommand, lazy_group
-from gketrace_cli.options import Options, with_options
+from gketrace_cli.options import NOT_FROM_AGENTS, NOT_FROM_CLUSTER, Options, with_options
 
 __all__ = ["app"]
 
@@ -22,10 +22,13 @@ EPILOG: Final = (
 )
 
 
-def _at(where: str, short_help: str, cls: str = "") -> LazyCommand:
+def _at(where: str, short_help: str, cls: str = "", unlisted: tuple[str, ...] = ()) -> LazyCommand:
     package = "gketrace_cli.commands."
     return LazyCommand(
-        target=package + where, short_help=short_help, cls=package + cls if cls else ""
+        target=package + where,
+        short_help=short_help,
+        cls=package + cls if cls else "",
+        unlisted=unlisted,
     )
 
 
@@ -39,15 +42,25 @@ _COMMANDS: Final = {
         "List, count, follow or delete conntrack entries.",
         "conntrack:ConntrackCommand",
     ),
-    "diff": _at("diff:diff", "Name what changed between two bundles."),
-    "explain": _at("check:explain", "Tell more about a finding, by its code."),
-    "install": _at("install:install", "Put the agents into the cluster."),
+    "diff": _at(
+        "diff:diff",
+        "Name what changed between two bundles.",
+        unlisted=tuple(
+            name for name in NOT_FROM_CLUSTER if name not in ("namespace", "all_namespaces")
+        ),
+    ),
+    "explain": _at(
+        "check:explain", "Tell more about a finding, by its code.", unlisted=NOT_FROM_CLUSTER
+    ),
+    "install": _at("install:install", "Put the agents into the cluster.", unlisted=NOT_FROM_AGENTS),
     "pod": _at("pod:pod", "Show where a pod is and how it is wired."),
     "rules": _at("rules:rules", "Draw the rules of a node or pod, with counters."),
     "service": _at("service:service", "Follow packets to a Service; --follow: live ones."),
     "status": _at("status:status", "Say which nodes have an agent that answers."),
     "trace": _at("trace:trace", "Follow one packet from any SRC to any DST."),
-    "uninstall": _at("install:uninstall", "Take out what install put in."),
+    "uninstall": _at(
+        "install:uninstall", "Take out what install put in.", unlisted=NOT_FROM_AGENTS
+    ),
 }
 _AUTH: Final = {
     "can-i": _at("auth:can_i", "Say what you and your agents' account may do."),

@@ -21,12 +21,13 @@ class LazyCommand:
     """Where a command's function is, and what the list of commands says of it.
 
     `target` is ``module:function``; `cls`, ``module:class``, parses its command line where typer's
-    own way does not do.
+    own way does not do.  `unlisted`: see `with_options`.
     """
 
     target: str
     short_help: str
     cls: str = ""
+    unlisted: tuple[str, ...] = ()
 
     def load(self, name: str, epilog: str) -> Any:
         """The command as typer makes it (a click command of typer's own copy, or click's)."""
@@ -35,7 +36,7 @@ class LazyCommand:
         )
         cls: type[TyperCommand] = _load(self.cls) if self.cls else TyperCommand
         alone.command(name, cls=cls, epilog=epilog, short_help=self.short_help)(
-            with_options(_load(self.target))
+            with_options(_load(self.target), self.unlisted)
         )
         return typer.main.get_command(alone)
 

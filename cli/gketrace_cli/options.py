@@ -7,13 +7,14 @@ They may stand before or after the command (``gketrace -n shop pod web-0`` and `
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import os
 import re
 import sys
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -25,7 +26,32 @@ from gketrace.access import AGENT_NAMESPACE, DEFAULT_ACCOUNT
 from gketrace.errors import UsageError
 from gketrace_cli.account import Account, parse_account
 
-__all__ = ["Color", "Connect", "Output", "Options", "Verbose", "parse_agents", "with_options"]
+__all__ = [
+    "NOT_FROM_AGENTS",
+    "NOT_FROM_CLUSTER",
+    "Color",
+    "Connect",
+    "Options",
+    "Output",
+    "Verbose",
+    "parse_agents",
+    "with_options",
+]
+
+NOT_FROM_AGENTS: Final = (
+    "agent",
+    "agent_ca",
+    "all_namespaces",
+    "as_serviceaccount",
+    "bundle",
+    "connect",
+    "local",
+    "namespace",
+    "plaintext",
+)
+"""What means nothing to a command that asks the API server alone."""
+NOT_FROM_CLUSTER: Final = (*NOT_FROM_AGENTS, "agent_namespace", "context", "kubeconfig", "timeout")
+"""What means nothing to a command that asks nobody."""
 
 ON_BUNDLES: Final = ("check", "connections", "conntrack", "pod", "rules", "service", "trace")
 """Commands that answer from a bundle as they do from a cluster."""
@@ -209,6 +235,15 @@ class Options:
         if name and not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", name):
             raise UsageError(f"-n {name[:100]!r} cannot be a namespace's name")
 
+    def check_own_namespace(self, command: str) -> None:
+        """Raises: `UsageError` for a namespace where the agents' own is what counts."""
+        if self.namespace is not None or self.all_namespaces:
+            given = "-A" if self.all_namespaces else f"-n {self.namespace}"
+            raise UsageError(
+                f"{given} is not about {command}, which knows the agents' namespace alone",
+                hint="--agent-namespace NAME",
+            )
+
     def check_live(self, done: str) -> None:
         """Raises: `UsageError` on a bundle, of which nothing can be `done`."""
         if self.bundle is not None:
@@ -267,10 +302,13 @@ def parse_agents(texts: list[str]) -> dict[str, str]:
     return agents
 
 
-def with_options(command: Callable[..., None]) -> Callable[..., None]:
+def with_options(
+    command: Callable[..., None], unlisted: Collection[str] = ()
+) -> Callable[..., None]:
     """Gives `command` the common options in place of its parameter ``options``.
 
-    The options before the command arrive as the typer context's object (see `app`).
+    The options before the command arrive as the typer context's object (see `app`).  `unlisted`:
+    those that its help does not list; they are taken all the same, as an alias may have them.
     """
     own = typing.get_type_hints(command, include_extras=True)
     common = typing.get_type_hints(Options, include_extras=True)
@@ -297,9 +335,17 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     for parameter in inspect.signature(command).parameters.values():
         if parameter.name not in ("options", "ctx"):
             parameters.append(parameter.replace(kind=keyword, annotation=own[parameter.name]))
-    parameters += [
-        inspect.Parameter(name, keyword, default=None, annotation=common[name]) for name in names
-    ]
+    for name in names:
+        declared = _hidden(common[name]) if name in unlisted else common[name]
+        parameters.append(inspect.Parameter(name, keyword, default=None, annotation=declared))
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapper
+
+
+def _hidden(declared: Any) -> Any:
+    """An option's annotation, for help that does not list it."""
+    kind, option = typing.get_args(declared)
+    hidden = copy.copy(option)
+    hidden.hidden = True
+    return Annotated[kind, hidden]

@@ -146,3 +146,32 @@ def test_who_may_not(ask: Ask) -> None:
     code, _, err = ask("install", "--apply", "--context", "bob@bare")
     assert code == 4
     assert 'User "bob" cannot get resource "namespaces"' in err
+
+
+@pytest.mark.parametrize("words", [("install", "-n", "shop"), ("uninstall", "-A")])
+def test_the_namespace_is_the_agents(words: tuple[str, ...], ask: Ask) -> None:
+    code, out, err = ask(*words)
+    assert (code, out) == (2, "")
+    assert f"{' '.join(words[1:])} is not about {words[0]}" in err
+    assert "--agent-namespace NAME" in err
+
+
+@pytest.mark.parametrize(
+    ("command", "listed"),
+    [
+        ("install", {"--agent-namespace", "--context", "--timeout"}),
+        ("explain", {"--color", "--output"}),
+    ],
+)
+def test_help_lists_what_counts(
+    command: str, listed: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(one in out for one in listed)
+    assert not any(one in out for one in ("--namespace NAME", "--agent ", "--local", "--bundle"))
+
+
+def test_what_help_does_not_list_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--context", "prod", "-n", "shop", "explain", "GKT-301"]) == 0
+    assert capsys.readouterr().out.startswith("# GKT-301")

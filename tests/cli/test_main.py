@@ -138,7 +138,17 @@ def test_an_error_prints_its_hint(
     assert capsys.readouterr().err == "error: it broke; mend it\n"
 
 
-def test_ctrl_c_is_quiet(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("pod", "a"), ""),
+        (
+            ("capture", "pod/a", "-w", "a.pcapng"),
+            "gketrace: interrupted before a capture began: nothing was captured\n",
+        ),
+    ],
+)
+def test_ctrl_c_before_an_answer(tmp_path: Path, words: tuple[str, ...], said: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         kubeconfig = tmp_path / "kubeconfig"
         kubeconfig.write_text(
@@ -152,16 +162,18 @@ contexts: [{{name: c, context: {{cluster: c, user: u}}}}]
 """
         )
         process = subprocess.Popen(
-            [str(BIN / "gketrace"), "pod", "a", "--kubeconfig", str(kubeconfig)],
+            [str(BIN / "gketrace"), *words, "--kubeconfig", str(kubeconfig)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            cwd=tmp_path,
         )
         connection, _ = silent.accept()  # it is asking, and nobody answers
         with connection:
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=10)
-    assert (process.returncode, out, err) == (130, "", "")
+    assert (process.returncode, out, err) == (130, "", said)
+    assert not list(tmp_path.glob("*.pcapng*"))
 
 
 def test_a_closed_pipe_is_quiet(shared_stage: Stage) -> None:

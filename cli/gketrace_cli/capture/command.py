@@ -94,18 +94,25 @@ def run(wish: Wish, options: Options, form: CaptureOutput, style: LineStyle) -> 
     """Raises `GketraceError`."""
     _check(wish, form)
     unchecked = check_filter(wish.filter, wish.named_interfaces) if wish.dry_run else ""
-    with Session(options) as session:
-        planning = _plan(session, wish)
-        taps = _taps(session, wish, planning)
-        session.progress.clear()
-        if wish.dry_run:
-            return _show_plan(session, wish, options, form, planning, taps, unchecked)
-        for gap in () if planning is None else planning.missing:
-            tell(f"not seen: {gap}")
-        for note in () if planning is None else planning.notes:
-            tell(note)
-        session.reach(list(taps))
-        return _capture(session, wish, options, form, style, taps, planning)
+    begun = False
+    try:
+        with Session(options) as session:
+            planning = _plan(session, wish)
+            taps = _taps(session, wish, planning)
+            session.progress.clear()
+            if wish.dry_run:
+                return _show_plan(session, wish, options, form, planning, taps, unchecked)
+            for gap in () if planning is None else planning.missing:
+                tell(f"not seen: {gap}")
+            for note in () if planning is None else planning.notes:
+                tell(note)
+            session.reach(list(taps))
+            begun = True
+            return _capture(session, wish, options, form, style, taps, planning)
+    except KeyboardInterrupt:
+        if not begun:
+            tell("interrupted before a capture began: nothing was captured")
+        raise
 
 
 def _check(wish: Wish, form: CaptureOutput) -> None:

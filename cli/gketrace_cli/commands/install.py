@@ -38,6 +38,7 @@ def install(
     from gketrace_cli.render.documents import dump
     from gketrace_cli.render.layout import write
 
+    options.check_own_namespace("install")
     namespace = options.agents_in
     objects = manifests(namespace=namespace, image=image)
     if not apply:
@@ -70,6 +71,7 @@ def uninstall(
     from gketrace_cli.installation import manifests, remove
     from gketrace_cli.render.layout import write
 
+    options.check_own_namespace("uninstall")
     namespace = options.agents_in
     if not apply:
         for one in manifests(namespace=namespace):
