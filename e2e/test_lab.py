@@ -26,7 +26,7 @@ from e2e.netlab.state import BASE, lab_cgroup, state_dir
 NAME = f"t{os.getpid()}-life"
 
 
-def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"

@@ -20,7 +20,7 @@ __all__ = ["KubeApi", "Pod", "running_pod", "running_server", "until"]
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def until(what: Callable[[], Any], *, seconds: float = 5.0) -> Any:
+def until(what: Callable[[], Any], *, seconds: float = 30.0) -> Any:
     """Poll ``what`` until it is true, and return it. Raises: AssertionError after ``seconds``."""
     deadline = time.monotonic() + seconds
     while not (value := what()):
@@ -105,7 +105,7 @@ def running_server(state_dir: Path, **config: Any) -> Iterator[KubeApi]:
     )
     try:
         assert process.stdout
-        word, _, kubeconfig = _read_line(process.stdout, 15).partition(" ")
+        word, _, kubeconfig = _read_line(process.stdout, 60).partition(" ")
         assert word == "ready"
         yield KubeApi(process, Path(kubeconfig))
     finally:
@@ -119,7 +119,7 @@ class Pod:
         self._process = process
         self.pid = process.pid
 
-    def line(self, seconds: float = 5.0) -> str:
+    def line(self, seconds: float = 30.0) -> str:
         """The next line that it prints."""
         assert self._process.stdout
         return _read_line(self._process.stdout, seconds)
@@ -141,7 +141,7 @@ def running_pod(servers: Sequence[str]) -> Iterator[Pod]:
     )
     pod = Pod(process)
     try:
-        assert pod.line(10) == "up"
+        assert pod.line() == "up"
         yield pod
     finally:
         _stop(process)

@@ -8,9 +8,10 @@ import signal
 import subprocess
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ CGROUPS = next(
 """The root of the cgroup v2 hierarchy, hybrid or not."""
 
 
-def wait_until(condition: Callable[[], bool], *, seconds: float = 5.0) -> None:
+def wait_until(condition: Callable[[], bool], *, seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -37,6 +38,22 @@ def wait_until(condition: Callable[[], bool], *, seconds: float = 5.0) -> None:
 def container_id() -> str:
     """An id that nobody else has: tests that run beside this one have pods on this machine too."""
     return os.urandom(32).hex()
+
+
+def open_files() -> Counter[str]:
+    """What this process holds open, by what each descriptor leads to; sockets and pipes have a
+    number that no other has.  For `gained`."""
+    found: Counter[str] = Counter()
+    for name in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # closed meanwhile: that of the listing is always
+            found[os.readlink(f"/proc/self/fd/{name}")] += 1
+    return found
+
+
+def gained(before: Counter[str], after: Counter[str]) -> list[str]:
+    """What is there now and was not.  What went away meanwhile does not count: threads of tests
+    before this one may still be letting go of theirs."""
+    return sorted((after - before).elements())
 
 
 def netns_inode(pid: int) -> int:

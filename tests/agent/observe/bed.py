@@ -22,7 +22,7 @@ T = TypeVar("T")
 PATHS = HostPaths()
 
 
-def wait_until(ready: Callable[[], bool], timeout: float = 10.0) -> None:
+def wait_until(ready: Callable[[], bool], timeout: float = 30.0) -> None:
     """Polls `ready` until it is true; fails after `timeout` seconds."""
     end = time.monotonic() + timeout
     while not ready():

@@ -13,7 +13,7 @@ from gketrace_agent.resolve.directory import PodDirectory
 from gketrace_agent.resolve.model import PodRef
 from gketrace_agent.resolve.resolver import Resolver
 from gketrace_agent.resolve.scan import CgroupScan
-from tests.agent.pods import FakePod, container_id, fake_pod, netns_inode
+from tests.agent.pods import FakePod, container_id, fake_pod, gained, netns_inode, open_files
 
 WEB = container_id()
 NEXT = container_id()
@@ -95,7 +95,7 @@ def test_a_pod_of_the_host_network(directory: PodDirectory, web: FakePod) -> Non
 
 def test_nothing_is_held_after_the_call(directory: PodDirectory, web: FakePod) -> None:
     web.add(WEB, own_netns=True)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_files()
     for _ in range(3):
         directory.open([PodRef(uid=web.uid)], timeout=5).__exit__()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert gained(before, open_files()) == []
