@@ -261,12 +261,12 @@ def _other_ca() -> str:
 
 
 def test_silent_server_times_out(api: KubeApi, tmp_path: Path) -> None:
-    api.call("POST", "/lab/fail", {"path": "/api/*", "delay": 3, "times": 1})
+    api.call("POST", "/lab/fail", {"path": "/api/*", "delay": 60, "times": 1})
     with Cluster.open(kubeconfig=str(api.kubeconfig), timeout=0.3) as cluster:
         started = time.monotonic()
         with pytest.raises(TimeoutExceeded, match="did not answer in time; check the network"):
             cluster.nodes()
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 20
 
 
 def test_failing_server(api: KubeApi, cluster: Cluster) -> None:
