@@ -251,7 +251,7 @@ def test_following(stub: agent_pb2_grpc.AgentStub, node: Netns) -> None:
     text = b""
     for reply in call:
         text += reply.text
-        if reply.HasField("status") and reply.status.sent:
+        if reply.HasField("status") and reply.status.sent >= 3:
             break
     call.cancel()
     assert [line.split()[0] for line in text.decode().splitlines()] == ["[NEW]"] * 3
