@@ -401,7 +401,7 @@ class World:
             )
 
     def _wait_for_addresses(self) -> None:
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             shown = subprocess.run(
                 ["ip", "-6", "-o", "addr", "show", "tentative"], capture_output=True, text=True,
@@ -415,7 +415,7 @@ class World:
     def _settle(self) -> None:
         """Waits until routes, links and addresses have stopped changing."""
         before = ""
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             now = "".join(
                 subprocess.run(["ip", *what], capture_output=True, text=True, check=True).stdout
