@@ -49,7 +49,7 @@ LIMITATIONS = Path(__file__).resolve().parents[2] / "docs/limitations.md"
 
 @pytest.fixture(scope="module")
 def bed() -> Iterator[Bed]:
-    with Bed(prefix="gknr") as made:
+    with Bed() as made:
         prepare(made)
         for account in ACCOUNTS:
             made.command(["nfacct", "add", account])

@@ -31,7 +31,7 @@ RANDOM_SETS = 12
 
 @pytest.fixture(scope="module")
 def bed() -> Iterator[Bed]:
-    with Bed(prefix="gkrt") as made:
+    with Bed() as made:
         prepare(made)
         for account in ACCOUNTS:
             made.command(["nfacct", "add", account])

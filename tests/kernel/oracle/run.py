@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import random
 import re
 import time
@@ -28,7 +27,7 @@ from tests.kernel.oracle.fixtures import Case
 from tests.kernel.oracle.generate_nft_conditions import NFT_OPEN
 from tests.kernel.oracle.inject import build
 from tests.kernel.oracle.record import Record, Remembered
-from tests.kernel.oracle.tracing import Story, gather
+from tests.kernel.oracle.tracing import Story, gather, own_keys
 from tests.kernel.oracle.view import DutView, WalkFunction
 
 __all__ = ["Disagreement", "Rig", "Tally", "rig", "run_cases"]
@@ -110,7 +109,7 @@ class Rig:
     """Observes some nouns of the namespace under test again."""
     records: list[Record] | None = None
     """Where to keep what kernel and simulator agreed on; None: nowhere."""
-    keys: Iterator[int] = field(default_factory=lambda: itertools.cycle(_KEYS))
+    keys: Iterator[int] = field(default_factory=lambda: itertools.cycle(own_keys()))
 
     def refresh(self) -> None:
         """Reads again what packets change: lists of xt_recent, ipsets, nft sets."""
@@ -307,11 +306,6 @@ def _is_open(table: str, text: str) -> bool:
         return NFT_OPEN.search(text) is not None
     # In raw, connmark sees the mark of a template, which earlier packets may have set.
     return _OPEN.search(text) is not None or (table == "raw" and "-m connmark" in text)
-
-
-_SHARE = 4096
-_KEYS = range(_SHARE * (os.getpid() % 16) + 1, _SHARE * (os.getpid() % 16 + 1))
-"""The kernel log, in which legacy's trace is, is one for all runs on this machine."""
 
 
 def _fresh(case: Case) -> Case:

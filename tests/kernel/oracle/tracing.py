@@ -8,6 +8,7 @@ for the whole machine, so lines are told apart by the packet's key.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import select
@@ -15,8 +16,10 @@ import socket
 import struct
 import time
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 
-__all__ = ["Event", "LegacyLog", "Story", "TraceSocket", "packet_key"]
+__all__ = ["Event", "LegacyLog", "Story", "TraceSocket", "own_keys", "packet_key"]
 
 _NETLINK_NETFILTER = 12
 _SOL_NETLINK = 270
@@ -71,6 +74,33 @@ class Story:
 
     key: Key
     events: list[Event] = field(default_factory=list)
+
+
+_SHARES, _SHARE = 16, 4096
+
+
+@cache
+def own_keys() -> range:
+    """This process's own part of the keys: the kernel log is one for all runs on this machine.
+
+    It is held by a name in the abstract namespace of unix sockets until the process ends.  Call it
+    in the machine's own network namespace.  Raises RuntimeError when all parts are taken.
+    """
+    for number in range(_SHARES):
+        holding = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            holding.bind(f"\0gketrace-oracle-keys-{number}")
+        except OSError as error:
+            holding.close()
+            if error.errno != errno.EADDRINUSE:
+                raise
+        else:
+            _HELD.append(holding)
+            return range(_SHARE * number + 1, _SHARE * (number + 1))
+    raise RuntimeError(f"{_SHARES} runs of the oracle are on this machine, and share all keys")
+
+
+_HELD: list[socket.socket] = []
 
 
 def packet_key(header: bytes) -> Key | None:
@@ -153,10 +183,18 @@ _ID4 = re.compile(rb" ID=(\d+) ")
 _ID6 = re.compile(rb" FLOWLBL=(\d+) ")
 
 
+_ALL_NAMESPACES = Path("/proc/sys/net/netfilter/nf_log_all_netns")
+
+
 class LegacyLog:
     """``TRACE:`` lines of the kernel log, from now on."""
 
     def __init__(self) -> None:
+        # Without it the kernel logs for no other namespace than the machine's own
+        # (net/netfilter/nf_log_syslog.c, sysctl_nf_log_all_netns).  It stays on: others may be using
+        # it by now.
+        if _ALL_NAMESPACES.read_text().strip() == "0":
+            _ALL_NAMESPACES.write_text("1")
         self._fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
         os.lseek(self._fd, 0, os.SEEK_END)
 
