@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from gketrace.trace import Hook
 from tests.core.simulate.nft_tables import PACKET, go, rules_hit, state_of
 
 WORLD = Path(__file__).resolve().parents[2] / "data" / "worlds" / "kube-proxy-1.36-nftables"
-NAMESPACE = "gknft-ruleset-test"
+NAMESPACE = f"gknft-ruleset-{os.getpid()}"
 
 
 def dump(node: str) -> bytes:

@@ -191,8 +191,8 @@ class LegacyLog:
 
     def __init__(self) -> None:
         # Without it the kernel logs for no other namespace than the machine's own
-        # (net/netfilter/nf_log_syslog.c, sysctl_nf_log_all_netns).  It stays on: others may be using
-        # it by now.
+        # (net/netfilter/nf_log_syslog.c, sysctl_nf_log_all_netns).  It stays on, as others may be
+        # using it by now.
         if _ALL_NAMESPACES.read_text().strip() == "0":
             _ALL_NAMESPACES.write_text("1")
         self._fd = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
