@@ -188,7 +188,7 @@ def ports(path: Path) -> set[int]:
     return set()
 
 
-def wait_until(done: Callable[[], bool], seconds: float = 10) -> None:
+def wait_until(done: Callable[[], bool], seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < end
@@ -261,7 +261,7 @@ LARGE = """
 import socket, sys
 s = socket.socket()
 s.bind(("", int(sys.argv[1])))
-s.settimeout(1)
+s.settimeout(float(sys.argv[2]))
 s.connect(("10.142.0.7", 31830))
 s.sendall(b"hold\\n")
 s.recv(4096)
@@ -366,7 +366,7 @@ FAULTS = {
 def ask(lab: Lab, fault: Fault, port: int) -> bool:
     """Whether the client got its answer."""
     if fault.large:
-        argv = ["python3", "-c", LARGE, str(port)]
+        argv = ["python3", "-c", LARGE, str(port), "20" if fault.works else "1"]
         return lab.exec(CLIENT, argv).returncode == 0
     return curl(lab, "33fg", port, seconds=0.6).returncode == 0
 

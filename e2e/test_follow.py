@@ -70,6 +70,16 @@ class Following:
             assert self.process.poll() is None, self.said
             time.sleep(0.05)
 
+    def wait_failed(self, clients: list[str], seconds: float = 90.0) -> None:
+        """Until each of these clients' connections is known to fail.  Needs ``--events``: a record
+        comes when the kernel forgets its entries."""
+        end = time.monotonic() + seconds
+        while waiting := set(clients) - {
+            one["client"] for one in list(self.documents) if one.get("failed") is True
+        }:
+            assert time.monotonic() < end, (waiting, self.said)
+            time.sleep(0.05)
+
     def end(self) -> None:
         """May be called twice."""
         if self.code is not None:
@@ -350,12 +360,14 @@ def broken(lab: Lab, *what: str) -> Iterator[None]:
             assert done.returncode == 0, (name, done.stderr)
 
 
-def fail(lab: Lab, count: int, seconds: float) -> list[str]:
-    """Opens connections to web-nodeport, all at once; waits; the clients' ends."""
+def fail(lab: Lab, one: Following, count: int) -> list[str]:
+    """Opens connections to web-nodeport, all at once; waits until all are known to fail; the
+    clients' ends."""
     probe = Probe(source="client", address=lab.world.nodes[0].ip, port=30080)
     results = lab.connect_all([probe] * count, timeout=0.5)
-    time.sleep(seconds)
-    return [ends(*result.source) for result in results if result.source]
+    clients = [ends(*result.source) for result in results if result.source]
+    one.wait_failed(clients)
+    return clients
 
 
 def walks(one: Following, clients: list[str]) -> dict[str, set[tuple[str, str]]]:
@@ -371,12 +383,12 @@ def walks(one: Following, clients: list[str]) -> dict[str, set[tuple[str, str]]]
 
 def test_what_is_broken_is_named_where_it_dies(labs: LabFactory) -> None:
     lab = labs("ptp")
-    with following(lab, "service", "web-nodeport") as one:
+    with following(lab, "service", "web-nodeport", "--events") as one:
         # In this order: a pod is started only when those of its node can be reached.
         with listener_gone(lab, "web-0", 8080), broken(lab, "drop", "veth"):
-            first = fail(lab, 18, 6.0)
+            first = fail(lab, one, 18)
         with broken(lab, "forward", "route", "reset"):
-            second = fail(lab, 18, 6.0)
+            second = fail(lab, one, 18)
     assert one.code == 1, one.said
     died = walks(one, first)
     assert {outcome for outcome, _ in died["web-0"]} == {"refused"}

@@ -138,11 +138,11 @@ def test_down_leaves_nothing(life: Lab) -> None:
     with reserved(namespaces):
         started = time.monotonic()
         life.down()
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 20  # nothing waits for its time to be over
         assert_nothing_left(NAME, namespaces)
     assert not traces_outside(lab_links)
-    if not any(BASE.parent.glob("gketrace-lab/*")):
-        assert not BASE.exists()
+    # Labs of tests beside this one come and go; only a folder that stays empty was left.
+    until(lambda: not BASE.exists() or any(BASE.parent.glob("gketrace-lab/*")))
 
 
 def test_down_without_a_lab_is_fine(life: Lab) -> None:

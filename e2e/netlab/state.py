@@ -37,7 +37,7 @@ __all__ = [
 
 BASE = Path("/run/gketrace-lab")
 _DISK = Path("/var/lib/gketrace-lab")
-_KILL_SECONDS = 10.0
+_KILL_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,13 +102,13 @@ def locked(name: str, *, create: bool, seconds: float = 60.0) -> Iterator[bool]:
     folder = state_dir(name)
     deadline = time.monotonic() + seconds
     while True:
-        if create:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
+            if create:
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
             if create:
-                continue  # a `down` removed it in between
+                continue  # a `down` removed it in between, or the last lab's the folder of all
             yield False
             return
         try:
