@@ -155,7 +155,7 @@ def scraped_text(lab: Lab, node: str) -> str:
 
 
 @contextlib.contextmanager
-def prometheus(lab: Lab, timeout: float = 30.0) -> Iterator[Prometheus]:
+def prometheus(lab: Lab, timeout: float = 90.0) -> Iterator[Prometheus]:
     """Runs until the block ends; all three agents have been scraped once when it begins."""
     place = resolve(lab.state, "client")
     with tempfile.TemporaryDirectory() as name, tempfile.TemporaryFile() as log:
@@ -180,7 +180,7 @@ def prometheus(lab: Lab, timeout: float = 30.0) -> Iterator[Prometheus]:
             yield running
         finally:
             process.terminate()
-            process.wait(20)
+            process.wait(60)
 
 
 def figures(running: Prometheus) -> dict[str, Any]:

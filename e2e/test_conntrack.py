@@ -196,7 +196,7 @@ def test_a_reader_that_stalls_is_told_how_much_it_lost(own_lab: Lab) -> None:
             return events + (found[-1] if found else 0)
 
         try:
-            wait_until(lambda: count() == sent, 25)
+            wait_until(lambda: count() == sent, 60)
         finally:
             running.send_signal(signal.SIGINT)
             for reader in readers:
@@ -209,7 +209,7 @@ def test_prometheus_scrapes_three_agents(own_lab: Lab) -> None:
         load(own_lab, 1.0)
         assert run_cli(own_lab, "conntrack", "-C").code == 0
         with prometheus(own_lab) as running:
-            wait_until(lambda: not empty_panels(running), 25)
+            wait_until(lambda: not empty_panels(running), 90)
             names = {
                 re.sub(r"_(bucket|sum|count)$", "", one["metric"]["__name__"])
                 for one in running.query('{job="gketrace-agent"}')
