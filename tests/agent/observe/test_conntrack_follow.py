@@ -65,7 +65,7 @@ class Watch:
             self.errors.append(error)
 
     def wait(self, ready: Callable[[], bool]) -> None:
-        wait_until(lambda: bool(self.errors) or ready(), 15)
+        wait_until(lambda: bool(self.errors) or ready(), 60)
         assert not self.errors, self.errors
 
 

@@ -3,7 +3,9 @@ from __future__ import annotations
 import gc
 import os
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from gketrace_agent.observe.snapshot import NOUNS, Namespace, Observation, Obser
 from gketrace_agent.observe.view import LiveNodeView
 from tests.agent.observe.bed import Bed
 from tests.agent.observe.conftest import World
+from tests.agent.pods import gained, open_files
 
 
 def test_a_snapshot_has_everything_and_nothing_missing(world: World) -> None:
@@ -176,13 +179,15 @@ def test_a_view_observes_once_for_each_namespace(world: World) -> None:
         assert view.missing == ()
 
 
-def counts() -> tuple[int, int, int]:
+def held() -> Counter[str]:
+    """Descriptors, threads and child processes."""
     gc.collect()
-    children = 0
+    found = open_files()
+    found.update(f"{thread.name} {thread.ident}" for thread in threading.enumerate())
     for task in os.listdir("/proc/self/task"):
-        with open(f"/proc/self/task/{task}/children") as file:
-            children += len(file.read().split())
-    return len(os.listdir("/proc/self/fd")), threading.active_count(), children
+        with suppress(FileNotFoundError), open(f"/proc/self/task/{task}/children") as file:
+            found.update(f"child {pid}" for pid in file.read().split())
+    return found
 
 
 def test_two_hundred_snapshots_leak_nothing(bed: Bed) -> None:
@@ -194,9 +199,9 @@ def test_two_hundred_snapshots_leak_nothing(bed: Bed) -> None:
     namespace: Namespace = netns.namespace()
     home = os.stat("/proc/thread-self/ns/net").st_ino
     observer.observe(namespace).close()
-    before = counts()
+    before = held()
     for number in range(200):
         with observer.observe(namespace, fresh=number % 2 == 0) as observation:
             assert len(observation.snapshot.rulesets) == 3
-    assert counts() == before
+    assert gained(before, held()) == []
     assert os.stat("/proc/thread-self/ns/net").st_ino == home
