@@ -289,8 +289,8 @@ _FINE: Final = frozenset({grpc.StatusCode.CANCELLED})
 _BROKEN: Final = frozenset(
     {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.DEADLINE_EXCEEDED}
 )
-_LIMIT: Final = 5.0
-"""Seconds for the first message of an answer."""
+_LIMIT: Final = 30.0
+"""Seconds for the first message of an answer: a machine may be busy with much else."""
 
 
 def ask(data: bytes) -> None:
