@@ -55,6 +55,7 @@ from tests.agent.observe.bed import Bed, Netns, veth, wait_until
 from tests.agent.pods import gained
 
 NODE = "node-a"
+METADATA = "169.254.169.254"
 HOST = target_pb2.Target(host=True)
 LIMITS = CaptureLimits(seconds=20, packets=50_000, bytes=64 << 20, ring_bytes=128 << 20)
 
@@ -73,7 +74,7 @@ class Wire:
         def send() -> None:
             kind = socket.SOCK_RAW
             with socket.socket(socket.AF_INET, kind, socket.IPPROTO_ICMP) as sender:
-                sender.settimeout(0.2)
+                sender.settimeout(0.2 if to == METADATA else 20)  # nobody answers for that one
                 for number in range(count):
                     body = struct.pack("!BBHHH", 8, 0, 0, 77, number) + b"x" * size
                     words = struct.unpack(f"!{len(body) // 2}H", body)
@@ -211,14 +212,22 @@ class Done:
         return self.of(Started)[0].taps[0]
 
 
-def run(fleet: Fleet, asked: pb.CaptureRequest, traffic: Callable[[], None] | None = None) -> Done:
-    """A whole capture; `traffic` once it has started."""
+def run(
+    fleet: Fleet,
+    asked: pb.CaptureRequest,
+    traffic: Callable[[], None] | None = None,
+    *,
+    stop: bool = False,
+) -> Done:
+    """A whole capture; `traffic` once it has started.  `stop`: the capture ends after that."""
     done = Done([])
     with CaptureStream(fleet, {NODE: asked}) as stream:
         for event in stream.events():
             done.events.append(event)
             if isinstance(event, Started) and traffic is not None:
                 traffic()
+                if stop:
+                    stream.stop()
     return done
 
 
@@ -282,7 +291,7 @@ def test_the_packets_are_tcpdumps(
 
     # tcpdump does not empty its ring when told to end.
     with tcpdump(wire.here, file, "-i", interface, "-s", "100", *words, text):
-        done = run(fleet, request(tap(interface, text, snap_length=100), seconds=1.5), traffic)
+        done = run(fleet, request(tap(interface, text, snap_length=100)), traffic, stop=True)
         wait_until(lambda: _packets_of(file) >= len(done.packets))
     with closing(CaptureReader(str(file))) as reader:
         theirs = list(reader)
@@ -296,15 +305,15 @@ def test_the_packets_are_tcpdumps(
         assert ways == {Direction.IN, Direction.OUT}
     if text.startswith("vlan"):
         assert {packet.vlan for packet in done.packets} == {0x6005}
-    assert done.end.reason == "seconds"
+    assert done.end.reason == "finished"
     assert done.statistics.received == len(theirs)
     assert done.statistics.dropped == 0
 
 
 def test_headers_are_the_default_and_directions_are_chosen(fleet: Fleet, wire: Wire) -> None:
     ways = {pb.CAPTURE_DIRECTION_IN: Direction.IN, pb.CAPTURE_DIRECTION_OUT: Direction.OUT}
-    asked = request(*(tap(text="icmp", direction=way) for way in ways), seconds=1)
-    done = run(fleet, asked, lambda: wire.ping(5, size=500))
+    asked = request(*(tap(text="icmp", direction=way) for way in ways))
+    done = run(fleet, asked, lambda: wire.ping(5, size=500), stop=True)
     assert len(done.packets) == 10
     assert {(p.tap.index, p.direction) for p in done.packets} == set(enumerate(ways.values()))
     assert {(len(p.data), p.original_length) for p in done.packets} == {(128, 542)}
@@ -370,14 +379,14 @@ def test_exclusions(fleet: Fleet, wire: Wire) -> None:
     wire.here.ip("route", "replace", "169.254.169.254", "via", "10.9.0.2")
 
     def both() -> None:
-        wire.ping(1, to="169.254.169.254")
+        wire.ping(1, to=METADATA)
         wire.ping(1)
 
-    without = run(fleet, request(tap(text="icmp"), seconds=1), both)
+    without = run(fleet, request(tap(text="icmp")), both, stop=True)
     assert len(without.packets) == 2
     assert without.tap.excluded == exclusions(host=True, ports=(), forwarded=False)
     assert without.tap.filter == "not (host 169.254.169.254 or host fd20:ce::254) and (icmp)"
-    with_them = run(fleet, request(tap(text="icmp"), seconds=1, include_own=True), both)
+    with_them = run(fleet, request(tap(text="icmp"), include_own=True), both, stop=True)
     assert len(with_them.packets) >= 3
     assert with_them.tap.filter == "icmp"
 
@@ -472,7 +481,7 @@ def test_an_interface_that_goes_away(fleet: Fleet, wire: Wire) -> None:
         wire.ping(1)
         wire.here.ip("link", "delete", "gone0")
 
-    asked = request(tap("gone0"), tap(text="icmp"), seconds=2)
+    asked = request(tap("gone0"), tap(text="icmp"), seconds=4)
     done = run(fleet, asked, remove)
     first, second = done.of(TapsEnded)
     assert (first.reason, first.taps[0].interface) == ("interface-gone", "gone0")
@@ -617,7 +626,7 @@ def test_only_who_began_a_capture_may_finish_it(fleet: Fleet) -> None:
 
 
 def test_cooked_packets_name_their_interfaces(fleet: Fleet, wire: Wire) -> None:
-    done = run(fleet, request(tap("any", "icmp"), seconds=1), lambda: wire.ping(1))
+    done = run(fleet, request(tap("any", "icmp")), lambda: wire.ping(1), stop=True)
     names = {
         int(line.split(":")[0]): line.split(":")[1].strip().partition("@")[0]
         for line in wire.here.ip("-o", "link").splitlines()
