@@ -222,7 +222,7 @@ class TestBounds:
 
         def hold(method: str) -> None:
             entered.release()
-            release.wait(10)
+            release.wait(60)
 
         socket_path = tmp_path / "containerd.sock"
         with fake_runtime(socket_path) as runtime:
@@ -236,9 +236,9 @@ class TestBounds:
             with grpc.insecure_channel(f"unix:{path}") as channel:
                 stub = agent_pb2_grpc.AgentStub(channel)
                 first = stub.ResolvePod.future(request, timeout=1)
-                assert entered.acquire(timeout=5)
+                assert entered.acquire(timeout=30)
                 with pytest.raises(grpc.RpcError) as caught:
-                    stub.ResolvePod(request, timeout=1)
+                    stub.ResolvePod(request, timeout=20)
                 assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
                 assert first.code() is grpc.StatusCode.DEADLINE_EXCEEDED
             release.set()

@@ -66,7 +66,7 @@ def test_the_ready_pod_is_taken_and_a_given_address_kept() -> None:
 
 
 def test_nobody_there(world: Stage) -> None:
-    with Fleet(timeout=1) as fleet:
+    with Fleet(timeout=20) as fleet:
         fleet.add_address("2jdh", world.sockets["2jdh"])
         fleet.add_address("gone", "unix:///nonexistent/agent.sock")
         fleet.greet()
