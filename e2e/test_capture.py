@@ -48,8 +48,10 @@ class Running:
         """
         time.sleep(after)
         self.process.send_signal(signal.SIGINT)
-        out, _ = self.process.communicate(timeout=30)
-        return self.process.returncode, out
+        # Not communicate(): that and the thread that reads what is told would wait for each other.
+        assert self.process.stdout is not None
+        out = self.process.stdout.read()
+        return self.process.wait(), out
 
 
 @pytest.fixture
