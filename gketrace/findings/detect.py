@@ -3,70 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Final
+from enum import Enum
+from importlib import import_module
+from typing import Any, Final, TypeAlias
 
-from gketrace.findings import (
-    balancers,
-    flows,
-    kinds,
-    links,
-    listeners,
-    masquerade,
-    proxy,
-    routes,
-    services,
-    tables,
-    ways,
-)
 from gketrace.findings.grouping import grouped
 from gketrace.findings.model import Finding
 from gketrace.findings.world import World
+from gketrace.snapshot import Unavailable
 
-__all__ = ["DETECTORS", "Detector", "find"]
+__all__ = ["DETECTORS", "Detector", "Needs", "find", "load"]
 
-Detector = Callable[[World], Iterable[Finding]]
+Detector: TypeAlias = Callable[[World], Iterable[Finding]]
 
-DETECTORS: Final[tuple[tuple[tuple[str, ...], Detector], ...]] = (
-    (("GKT-101", "GKT-102"), services.no_endpoints),
-    (("GKT-103", "GKT-104"), services.local_policies),
-    (("GKT-105", "GKT-106"), listeners.listeners),
-    (("GKT-107",), services.named_ports),
-    (("GKT-108",), services.source_ranges),
-    (("GKT-109",), services.port_clashes),
-    (("GKT-110", "GKT-111", "GKT-112"), proxy.drift),
-    (("GKT-113", "GKT-118"), proxy.canaries),
-    (("GKT-114", "GKT-116"), proxy.health),
-    (("GKT-115",), proxy.backends),
-    (("GKT-116",), balancers.health_checks),
-    (("GKT-117",), proxy.affinity),
-    (("GKT-201", "GKT-202"), flows.stale),
-    (("GKT-203",), flows.older_than_rules),
-    (("GKT-204", "GKT-205"), tables.room),
-    (("GKT-206",), tables.losses),
-    (("GKT-207",), tables.ports),
-    (("GKT-208",), flows.one_sided),
-    (("GKT-209",), tables.invalid),
-    (("GKT-210",), flows.unreplied),
-    (("GKT-301", "GKT-302", "GKT-303", "GKT-304", "GKT-321"), ways.failing_ways),
-    (("GKT-305", "GKT-306", "GKT-308"), routes.routes),
-    (("GKT-305", "GKT-306"), routes.pod_routes),
-    (("GKT-309",), routes.stale_routes),
-    (("GKT-310",), routes.local_routes),
-    (("GKT-311",), links.duplicates),
-    (("GKT-312",), links.neighbours),
-    (("GKT-313",), links.links_down),
-    (("GKT-314",), links.bridge_switches),
-    (("GKT-315",), links.hairpin),
-    (("GKT-316", "GKT-317"), links.mtus),
-    (("GKT-318",), masquerade.missing),
-    (("GKT-319",), masquerade.too_wide),
-    (("GKT-320",), masquerade.node_local_dns),
-    (("GKT-322",), kinds.pod_rules),
-    (("GKT-323",), kinds.data_planes),
-    (("GKT-324",), kinds.sandboxes),
-    (("GKT-325",), kinds.host_network),
+
+class Needs(Enum):
+    """What a detector cannot do without.
+
+    Where a world has none of it, the detector's module is not even loaded: a good part of what a
+    short answer takes is loading.
+    """
+
+    OBJECTS = "Kubernetes objects"
+    BROKEN_WAYS = "traced ways that end before their target"
+    STRAIGHT_WAYS = "traced ways to addresses that no Service has"
+    CONNECTIONS = "a node's connections"
+    NAMESPACES = "a node's or pod's links, routes, rules, sockets or counters"
+
+
+_BROKEN: Final = (Needs.BROKEN_WAYS,)
+_READ: Final = (Needs.NAMESPACES,)
+_TRACKED: Final = (Needs.CONNECTIONS,)
+_OBJECTS: Final = (Needs.OBJECTS,)
+
+DETECTORS: Final[tuple[tuple[tuple[str, ...], tuple[Needs, ...], str], ...]] = (
+    (("GKT-101", "GKT-102"), _OBJECTS, "services.no_endpoints"),
+    (("GKT-103", "GKT-104"), _OBJECTS, "services.local_policies"),
+    (("GKT-105", "GKT-106"), _READ, "listeners.listeners"),
+    (("GKT-107",), _OBJECTS, "services.named_ports"),
+    (("GKT-108",), _OBJECTS, "services.source_ranges"),
+    (("GKT-109",), _OBJECTS, "services.port_clashes"),
+    (("GKT-110", "GKT-111", "GKT-112"), _READ, "proxy.drift"),
+    (("GKT-113", "GKT-118"), _READ, "proxy.canaries"),
+    (("GKT-114", "GKT-116"), _READ, "proxy.health"),
+    (("GKT-115",), _READ, "proxy.backends"),
+    (("GKT-116",), _BROKEN, "balancers.health_checks"),
+    (("GKT-117",), _READ, "proxy.affinity"),
+    (("GKT-201", "GKT-202"), _TRACKED, "flows.stale"),
+    (("GKT-203",), _TRACKED, "flows.older_than_rules"),
+    (("GKT-204", "GKT-205"), _READ, "tables.room"),
+    (("GKT-206",), _READ, "tables.losses"),
+    (("GKT-207",), _TRACKED, "tables.ports"),
+    (("GKT-208",), _TRACKED, "flows.one_sided"),
+    (("GKT-209",), _READ, "tables.invalid"),
+    (("GKT-210",), _TRACKED, "flows.unreplied"),
+    (("GKT-301", "GKT-302", "GKT-303", "GKT-304", "GKT-321"), _BROKEN, "ways.failing_ways"),
+    (("GKT-305", "GKT-306", "GKT-308"), _READ, "routes.routes"),
+    (("GKT-305", "GKT-306"), _READ, "routes.pod_routes"),
+    (("GKT-309",), _READ, "routes.stale_routes"),
+    (("GKT-310",), _READ, "routes.local_routes"),
+    (("GKT-311",), _READ, "links.duplicates"),
+    (("GKT-312",), _READ, "links.neighbours"),
+    (("GKT-313",), _READ, "links.links_down"),
+    (("GKT-314",), _READ, "links.bridge_switches"),
+    (("GKT-315",), _READ, "links.hairpin"),
+    (("GKT-316", "GKT-317"), _READ, "links.mtus"),
+    (("GKT-318",), (Needs.NAMESPACES, Needs.STRAIGHT_WAYS), "masquerade.missing"),
+    (("GKT-319",), (Needs.STRAIGHT_WAYS,), "masquerade.too_wide"),
+    (("GKT-320",), _READ, "masquerade.node_local_dns"),
+    (("GKT-322",), _READ, "kinds.pod_rules"),
+    (("GKT-323",), _READ, "kinds.data_planes"),
+    (("GKT-324",), _READ, "kinds.sandboxes"),
+    (("GKT-325",), _OBJECTS, "kinds.host_network"),
 )
-"""(the codes that it is the first to give, detector); `ways` gives codes of others, too."""
+"""(the codes that it is the first to give, what it needs one of, module and function); `ways` gives
+codes of others, too."""
 
 
 def find(world: World, *, ignore: Sequence[str] = ()) -> tuple[Finding, ...]:
@@ -74,7 +85,31 @@ def find(world: World, *, ignore: Sequence[str] = ()) -> tuple[Finding, ...]:
 
     `ignore`: codes that are left out.
     """
+    there = _there(world)
     found: list[Finding] = []
-    for _, detector in DETECTORS:
-        found += (one for one in detector(world) if one.code not in ignore)
+    for _, needs, name in DETECTORS:
+        if there.intersection(needs):
+            found += (one for one in load(name)(world) if one.code not in ignore)
     return grouped(found)
+
+
+def load(name: str) -> Detector:
+    """The detector of that module and function."""
+    module, _, function = name.partition(".")
+    detector: Any = getattr(import_module(f"gketrace.findings.{module}"), function)
+    return detector  # type: ignore[no-any-return]
+
+
+def _there(world: World) -> set[Needs]:
+    """What `world` has."""
+    found = {Needs.OBJECTS}
+    if any(way.standing == "broken" for way in world.ways):
+        found.add(Needs.BROKEN_WAYS)
+    if any(way.path.front_door in ("Address", "Pod") for way in world.ways):
+        found.add(Needs.STRAIGHT_WAYS)
+    sights = world.sights.values()
+    if not all(isinstance(sight.entries, Unavailable) for sight in sights):
+        found.add(Needs.CONNECTIONS)
+    if not all(sight.is_blind for sight in sights):
+        found.add(Needs.NAMESPACES)
+    return found

@@ -17,8 +17,6 @@ from gketrace.findings.model import Confidence, Evidence, Finding, evidence
 from gketrace.findings.world import Sight, World
 from gketrace.kubenames import endpoint_text
 from gketrace.packet import IPAddress, Packet, Protocol, Tuple5, protocol_name, protocol_number
-from gketrace.simulate.fib.decision import RouteKind
-from gketrace.simulate.walk import WalkQuery, walk
 from gketrace.snapshot import Unavailable
 from gketrace.trace import Citation, Ingress, Leaf, Source
 
@@ -141,6 +139,8 @@ def older_than_rules(world: World) -> Iterator[Finding]:
 
 def _walk_now(sight: Sight, pod: str, orig: Tuple5) -> tuple[Leaf, ...]:
     """The packet of a new connection, from the pod on."""
+    from gketrace.simulate.walk import WalkQuery, walk
+
     inside = sight.pods[pod]
     if isinstance(inside, Unavailable):
         return ()
@@ -213,6 +213,8 @@ def one_sided(world: World) -> Iterator[Finding]:
 
 def _way_back(other: Sight, entry: ConntrackEntry) -> Iterator[Evidence]:
     """The route that the answer takes."""
+    from gketrace.simulate.fib.decision import RouteKind
+
     for decision in other.fib.output(entry.reply.dst):
         if decision.kind is RouteKind.FORWARD and decision.route is not None:
             yield evidence(Source.ROUTE, decision.route.text, node=other.node)

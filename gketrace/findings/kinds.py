@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from gketrace.findings.making import cited, finding, of_endpoint
 from gketrace.findings.model import Finding, evidence
 from gketrace.findings.world import World
-from gketrace.ruleset.iptables import IptablesRuleset
-from gketrace.ruleset.nft import NftRuleset
 from gketrace.trace import Citation, Source
+
+if TYPE_CHECKING:
+    from gketrace.ruleset.iptables import IptablesRuleset
 
 __all__ = ["data_planes", "host_network", "pod_rules", "sandboxes"]
 
 
 def pod_rules(world: World) -> Iterator[Finding]:
     """GKT-322: rules that act inside a pod: a mesh's, or somebody's by hand."""
+    from gketrace.ruleset.iptables import IptablesRuleset
+    from gketrace.ruleset.nft import NftRuleset
+
     for sight in world.sights.values():
         for key, shot in sight.seen_pods():
             for one in shot.rulesets:

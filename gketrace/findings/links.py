@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from ipaddress import ip_address
 from typing import Final
 
+from gketrace.citing import cite_link
 from gketrace.findings.making import at, cited, finding, rules_like, sysctl
 from gketrace.findings.model import Confidence, Evidence, Finding, Severity, evidence
 from gketrace.findings.world import Sight, World
 from gketrace.packet import IPAddress
 from gketrace.ruleset.iptables import IptablesRuleset
-from gketrace.simulate.namespace import cite_link
 from gketrace.snapshot import Link, NetnsSnapshot, Unavailable
 from gketrace.trace import Citation, Source
 

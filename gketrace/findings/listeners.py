@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from ipaddress import ip_address
 
+from gketrace.citing import cite_socket
 from gketrace.findings.making import cited, finding, of_endpoint
 from gketrace.findings.model import Finding
 from gketrace.findings.world import Sight, World
 from gketrace.objects import Endpoint
 from gketrace.packet import Packet, protocol_number
-from gketrace.simulate.delivery import cite_socket, deliver
 from gketrace.snapshot import NetnsSnapshot, Socket, Unavailable
 from gketrace.trace import Disposition
 
@@ -55,6 +55,8 @@ def _space(world: World, sight: Sight, end: Endpoint) -> NetnsSnapshot | None:
 
 
 def _judge(space: NetnsSnapshot, end: Endpoint, services: list[str]) -> Iterator[Finding]:
+    from gketrace.simulate.delivery import deliver
+
     address = ip_address(end.address)
     packet = Packet(
         src=address,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from gketrace.findings.model import Confidence, Evidence, Finding, Severity, evidence
 from gketrace.findings.registry import code_of
 from gketrace.objects import Endpoint, Pod, Service
-from gketrace.ruleset import Rule
-from gketrace.ruleset.iptables import IptablesRuleset
 from gketrace.snapshot import NetnsSnapshot
 from gketrace.trace import Citation, Source
+
+if TYPE_CHECKING:
+    from gketrace.ruleset import Rule
+    from gketrace.ruleset.iptables import IptablesRuleset
 
 __all__ = [
     "at",

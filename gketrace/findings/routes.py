@@ -13,10 +13,10 @@ from ipaddress import ip_address, ip_network
 
 from gketrace.findings.making import at, cited, finding
 from gketrace.findings.model import Evidence, Finding, Severity
-from gketrace.findings.world import Sight, World
+from gketrace.findings.world import Sight, World, fib_of
 from gketrace.objects import Pod
 from gketrace.packet import IPAddress
-from gketrace.simulate.routing import Fib, RouteDecision, RouteKind
+from gketrace.simulate.fib.decision import RouteDecision, RouteKind
 from gketrace.snapshot import Link, NetnsSnapshot, Route, RouteType, Unavailable
 from gketrace.trace import Citation, Source
 
@@ -319,7 +319,7 @@ def pod_routes(world: World) -> Iterator[Finding]:
             pod = world.pod_by_key.get(key)
             if isinstance(shot.routes, Unavailable) or pod is None:
                 continue
-            fib = Fib(shot)
+            fib = fib_of(shot)
             wanted = [ip_address("203.0.113.10")]
             if node is not None:
                 wanted = [*(ip_address(ip) for ip in node.internal_ips), *wanted]

@@ -10,19 +10,21 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from ipaddress import ip_address
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from gketrace.conntrack import ConntrackEntry
 from gketrace.findings.expected import Expected, expected
-from gketrace.findings.programme import Programme, read_programme
 from gketrace.kubenames import ServicePort as PortName
 from gketrace.objects import Endpoint, Node, Pod, Service
 from gketrace.packet import IPAddress
-from gketrace.simulate.routing import Fib
 from gketrace.snapshot import Maybe, NetnsSnapshot, Unavailable
 from gketrace.trace import Missing, NetnsKind, NetnsRef, Path
 
-__all__ = ["Sight", "TableState", "Way", "World"]
+if TYPE_CHECKING:
+    from gketrace.findings.programme import Programme
+    from gketrace.simulate.routing import Fib
+
+__all__ = ["Sight", "TableState", "Way", "World", "fib_of"]
 
 
 _NOT_READ: Final = Unavailable(reason="not read")
@@ -59,11 +61,13 @@ class Sight:
 
     @cached_property
     def programme(self) -> Programme:
+        from gketrace.findings.programme import read_programme
+
         return read_programme(self.host)
 
     @cached_property
     def fib(self) -> Fib:
-        return Fib(self.host)
+        return fib_of(self.host)
 
     @property
     def by_rules(self) -> bool:
@@ -78,6 +82,17 @@ class Sight:
             found = self.pods.get(netns.pod)
             return found if found is not None else Unavailable(reason=f"{netns} was not read")
         return Unavailable(reason=f"{netns} belongs to no pod that was read")
+
+    @property
+    def is_blind(self) -> bool:
+        """Nothing of the node was read but, at most, its connections."""
+        host = self.host
+        read = (
+            *(host.links, host.addresses, host.routes, host.rules, host.neighbours, host.fdb),
+            *(host.sysctls, host.sockets, *host.rulesets, self.table, self.table_later),
+        )
+        told = self.pods or self.handlers or self.plane or self.plane_reason
+        return not told and all(isinstance(one, Unavailable) for one in read)
 
     def seen_pods(self) -> Iterator[tuple[str, NetnsSnapshot]]:
         """The pods whose namespaces were read."""
@@ -158,3 +173,11 @@ class World:
             alive = pod.phase not in ("Succeeded", "Failed") and not pod.host_network
             if pod.node == node and alive and pod.pod_ips:
                 yield pod
+
+
+def fib_of(space: NetnsSnapshot) -> Fib:
+    """The routing of one namespace."""
+    # Here, as it takes a while to load: many answers look up no route.
+    from gketrace.simulate.routing import Fib
+
+    return Fib(space)

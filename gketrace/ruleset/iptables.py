@@ -23,7 +23,6 @@ from gketrace.ruleset.model import (
     Rule,
     Ruleset,
 )
-from gketrace.ruleset.rule_text import read_rule
 from gketrace.trace import Hook
 
 __all__ = ["Chain", "IptablesRuleset", "Span", "TableIndex"]
@@ -200,6 +199,9 @@ class Chain:
         return None if len(self._lines) <= _LONG else self._select(packet)
 
     def _read(self, position: int) -> Rule:
+        # Here, as it brings all matches and targets with it: many answers read no rule.
+        from gketrace.ruleset.rule_text import read_rule
+
         text = self._store.text
         start = self._lines[position - 1]
         line = text[start : text.index(b"\n", start)].decode("utf-8", "surrogateescape")

@@ -6,10 +6,10 @@ br_nf_post_routing (net/bridge/br_netfilter_hooks.c).
 
 from __future__ import annotations
 
+from gketrace.citing import cite_link
 from gketrace.packet import IPAddress
 from gketrace.simulate.cursor import Context, Cursor, Stage, Way, end, enter_hook, step, unknown
 from gketrace.simulate.evolve import evolve
-from gketrace.simulate.namespace import cite_link
 from gketrace.simulate.ports import choose_port
 from gketrace.simulate.routes import decision_steps, routed_input
 from gketrace.simulate.routing import RouteKind

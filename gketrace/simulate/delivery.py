@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from ipaddress import IPv6Address
 from typing import Final
 
+from gketrace.citing import cite_socket
 from gketrace.packet import PORT_PROTOCOLS, Packet, Protocol, TcpFlags, protocol_name
 from gketrace.simulate.tracking import opened_here
 from gketrace.snapshot import Maybe, NetnsSnapshot, Socket, Unavailable
@@ -31,7 +32,7 @@ from gketrace.trace import (
     StepKind,
 )
 
-__all__ = ["Delivery", "cite_socket", "deliver", "find_socket"]
+__all__ = ["Delivery", "deliver", "find_socket"]
 
 _ECHO: Final = {
     Protocol.ICMP: (8, "net.ipv4.icmp_echo_ignore_all"),
@@ -122,18 +123,6 @@ def find_socket(
         if score > best_score:
             best, best_score, doubt = socket, score, unsure
     return best, doubt
-
-
-def cite_socket(socket: Socket) -> Citation:
-    """The socket, roughly as ``ss -lnp`` prints it."""
-    address = f"[{socket.address}]" if socket.address.version == 6 else str(socket.address)
-    end = f"{address}:{socket.port or '*'}"
-    parts = [protocol_name(socket.protocol), socket.state, end]
-    if socket.interface:
-        parts.append(f"dev {socket.interface}")
-    if socket.process or socket.pid is not None:
-        parts.append(f"{socket.process or '?'} (pid {socket.pid or '?'})")
-    return Citation(source=Source.SOCKET, text=" ".join(part for part in parts if part))
 
 
 def _score(socket: Socket, packet: Packet, in_iface: str) -> tuple[int, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+from gketrace.citing import cite_link
 from gketrace.packet import IPAddress, Packet
 from gketrace.ruleset import BaseChain, Ruleset
 from gketrace.ruleset.model import ChainType
@@ -23,7 +24,7 @@ from gketrace.snapshot import (
 )
 from gketrace.trace import Citation, Hook, NetnsRef, Source
 
-__all__ = ["Namespace", "cite_link"]
+__all__ = ["Namespace"]
 
 
 _LAST: Final = 2**31 - 1
@@ -201,14 +202,3 @@ def _sees(ruleset: Ruleset, chain: BaseChain, family: int) -> bool:
         return True
     of_table = chain.table.partition(" ")[0]
     return of_table == "inet" or of_table == ("ip" if family == 4 else "ip6")
-
-
-def cite_link(link: Link) -> Citation:
-    """The link, roughly as ``ip -d link`` prints it."""
-    peer = ""
-    if link.peer is not None:
-        where = f" in {link.peer.netns}" if link.peer.netns is not None else ""
-        peer = f"@{link.peer.name or f'if{link.peer.ifindex}'}{where}"
-    kind = f" {link.kind}" if link.kind else ""
-    text = f"{link.ifindex}: {link.name}{peer}: <{','.join(link.flags)}> mtu {link.mtu}{kind}"
-    return Citation(source=Source.LINK, text=text)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gketrace.citing import cite_fdb, cite_link, cite_neighbour
 from gketrace.packet import IPAddress
 from gketrace.simulate.cursor import Context
-from gketrace.simulate.namespace import Namespace, cite_link
+from gketrace.simulate.namespace import Namespace
 from gketrace.snapshot import FdbEntry, Link, Neighbour, Unavailable
-from gketrace.trace import Citation, Source
+from gketrace.trace import Citation
 
-__all__ = ["PortChoice", "choose_port", "cite_fdb", "cite_neighbour", "neighbour_of"]
+__all__ = ["PortChoice", "choose_port", "neighbour_of"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,19 +112,3 @@ def _learned(space: Namespace, bridge: Link, mac: str) -> FdbEntry | str | None:
     if len(found) > 1:
         return f"{mac} is on several ports of {bridge.name}, by VLAN"
     return next(iter(found.values()), None)
-
-
-def cite_neighbour(entry: Neighbour, interface: str) -> Citation:
-    """As ``ip neigh`` prints it."""
-    mac = f" lladdr {entry.mac}" if entry.mac else ""
-    router = " router" if entry.router else ""
-    text = f"{entry.address} dev {interface}{mac}{router} {entry.state}"
-    return Citation(source=Source.NEIGHBOUR, text=text)
-
-
-def cite_fdb(entry: FdbEntry, interface: str) -> Citation:
-    """As ``bridge fdb`` prints it, with the age where it is known."""
-    vlan = f" vlan {entry.vlan}" if entry.vlan else ""
-    flags = f" {' '.join(entry.flags)}" if entry.flags else ""
-    age = f", seen {entry.updated:.0f} s ago" if entry.updated is not None else ""
-    return Citation(source=Source.FDB, text=f"{entry.mac} dev {interface}{vlan}{flags}{age}")

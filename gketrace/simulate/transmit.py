@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from gketrace.citing import cite_link
 from gketrace.packet import IPAddress
 from gketrace.simulate.cursor import (
     Context,
@@ -16,7 +17,7 @@ from gketrace.simulate.cursor import (
     unknown,
 )
 from gketrace.simulate.evolve import copier, evolve
-from gketrace.simulate.namespace import Namespace, cite_link
+from gketrace.simulate.namespace import Namespace
 from gketrace.simulate.ports import PortChoice, choose_port, neighbour_of
 from gketrace.simulate.routing import RouteKind
 from gketrace.simulate.state import PacketState

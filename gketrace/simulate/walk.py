@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from gketrace.citing import cite_link
 from gketrace.simulate.bridging import bridge_in, off_prerouting
 from gketrace.simulate.cursor import (
     Context,
@@ -33,7 +34,6 @@ from gketrace.simulate.cursor import (
 )
 from gketrace.simulate.delivery import deliver
 from gketrace.simulate.evolve import copier, evolve
-from gketrace.simulate.namespace import cite_link
 from gketrace.simulate.query import WalkQuery
 from gketrace.simulate.routes import route_input, send
 from gketrace.simulate.routing import RouteKind

@@ -176,6 +176,15 @@ contexts: [{{name: c, context: {{cluster: c, user: u}}}}]
     assert not list(tmp_path.glob("*.pcapng*"))
 
 
+def test_a_good_answer_loads_no_rules_and_no_walk(shared_stage: Stage) -> None:
+    words = shared_stage.arguments("service", "web-nodeport", "--via", "clusterip")
+    done = gketrace(*words, PYTHONPROFILEIMPORTTIME="1")
+    assert done.returncode == 0
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "gketrace.findings.detect" in loaded
+    assert not {one for one in loaded if one.startswith(("gketrace.simulate", "gketrace.ruleset."))}
+
+
 def test_a_closed_pipe_is_quiet(shared_stage: Stage) -> None:
     words = shared_stage.arguments("service", "web-nodeport", "-o", "json")
     with subprocess.Popen(

@@ -8,7 +8,7 @@ import pytest
 
 from e2e.scenarios.__main__ import ALL
 from gketrace.errors import NotFoundError
-from gketrace.findings.detect import DETECTORS
+from gketrace.findings.detect import DETECTORS, load
 from gketrace.findings.registry import CODES, code_of
 
 PAGES = Path(__file__).parents[3] / "docs/findings"
@@ -36,7 +36,8 @@ def test_there_is_no_page_of_another_code() -> None:
 
 
 def test_each_code_has_a_detector() -> None:
-    assert {code for codes, _ in DETECTORS for code in codes} == {code.code for code in CODES}
+    assert {code for codes, *_ in DETECTORS for code in codes} == {code.code for code in CODES}
+    assert all(callable(load(name)) for *_, name in DETECTORS)
 
 
 def test_each_code_has_a_scenario() -> None:
