@@ -107,6 +107,8 @@ def converse(bed: Bed) -> Iterator[tuple[Netns, list[Tuple5]]]:
         netns.ip("addr", "add", f"fd09::{number}/64", "dev", "eth0", "nodad")
     client.ip("route", "add", "10.43.0.0/16", "via", "10.9.0.1")
     node.run("sysctl", "-q", "net.netfilter.nf_conntrack_acct=1")
+    for kind in ("udp", "icmp"):  # half a minute is soon over on a busy machine
+        node.run("sysctl", "-q", f"net.netfilter.nf_conntrack_{kind}_timeout=600")
     for rule in (
         "-t nat -A PREROUTING -d 10.43.0.10 -p tcp --dport 80"
         " -j DNAT --to-destination 10.9.0.1:8080",

@@ -21,7 +21,7 @@ from gketrace_agent.observe.iptables import (
     Programs,
     start_iptables,
 )
-from tests.agent.observe.bed import Bed, Netns
+from tests.agent.observe.bed import Bed, Netns, wait_until
 
 
 def read(
@@ -353,14 +353,18 @@ def test_a_burst_of_readings_of_legacy_makes_few_dumps(
     """One after the other, as each takes memory, and never one that began before it was asked."""
     netns = bed.netns("burst")
     netns.run("iptables-legacy", "-A", "INPUT", "-p", "tcp", "--dport", "80", "-j", "DROP")
-    log, program = tmp_path / "log", tmp_path / "save"
+    log, program, go = tmp_path / "log", tmp_path / "save", tmp_path / "go"
     program.write_text(
-        f'#!/bin/sh\necho begin >> {log}\nsleep 0.3\niptables-legacy-save "$@"\necho end >> {log}\n'
+        f"#!/bin/sh\necho begin >> {log}\nuntil [ -e {go} ]; do sleep 0.01; done\n"
+        f'iptables-legacy-save "$@"\necho end >> {log}\n'
     )
     program.chmod(0o755)
     programs, cache = Programs(legacy=(str(program),)), DumpCache()
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: read(netns, programs, cache, fresh), range(8)))
+        asked = [pool.submit(read, netns, programs, cache, fresh) for _ in range(8)]
+        wait_until(lambda: sum(turn.waiting for turn in [*cache._turns.values()]) == 7)
+        go.touch()
+        found = [one.result() for one in asked]
     said = log.read_text().split()
     assert said == ["begin", "end"] * (len(said) // 2), "two at a time"
     assert 1 <= len(said) // 2 <= 3

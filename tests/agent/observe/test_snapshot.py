@@ -18,7 +18,7 @@ from gketrace_agent.observe.iptables import Programs
 from gketrace_agent.observe.nftables import NftablesDump
 from gketrace_agent.observe.snapshot import NOUNS, Namespace, Observation, Observer
 from gketrace_agent.observe.view import LiveNodeView
-from tests.agent.observe.bed import Bed
+from tests.agent.observe.bed import Bed, wait_until
 from tests.agent.observe.conftest import World
 from tests.agent.pods import gained, open_files
 
@@ -90,23 +90,29 @@ def test_a_burst_of_readings_of_nftables_runs_nft_seldom(bed: Bed, tmp_path: Pat
     and it is never older than their question."""
     netns = bed.netns("nft")
     netns.run("nft", "add table ip kube-proxy; add chain ip kube-proxy services")
-    log, program = tmp_path / "log", tmp_path / "nft"
-    program.write_text(f'#!/bin/sh\necho begin >> {log}\nsleep 0.3\nnft "$@"\necho end >> {log}\n')
+    log, program, go = tmp_path / "log", tmp_path / "nft", tmp_path / "go"
+    program.write_text(
+        f"#!/bin/sh\necho begin >> {log}\nuntil [ -e {go} ]; do sleep 0.01; done\n"
+        f'nft "$@"\necho end >> {log}\n'
+    )
     program.chmod(0o755)
     observer = Observer(programs=Programs(nft=(str(program),)))
 
-    def read(_: int) -> tuple[object, ...]:
+    def read() -> tuple[object, ...]:
         with observer.observe(netns.namespace(), only=frozenset({"rulesets"})) as observation:
             return observation.snapshot.rulesets
 
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(read, range(8)))
+        asked = [pool.submit(read) for _ in range(8)]
+        wait_until(lambda: sum(turn.waiting for turn in [*observer.dumps._turns.values()]) == 7)
+        go.touch()
+        found = [one.result() for one in asked]
     said = log.read_text().split()
     assert said == ["begin", "end"] * (len(said) // 2), "two at a time"
     assert 1 <= len(said) // 2 <= 3
     assert len({id(rulesets[0]) for rulesets in found}) == len(said) // 2
     netns.run("nft", "add chain ip kube-proxy later")
-    (ruleset,) = read(0)
+    (ruleset,) = read()
     assert isinstance(ruleset, NftRuleset)
     assert set(ruleset.chain_names) == {"services", "later"}
     assert not observer.dumps._turns, "nothing is kept when nobody waits"
