@@ -12,9 +12,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from e2e.answers import Case, Desk, Said, compare, meetings
+from e2e.answers import Case, Desk, Said, compare, connect_all, meetings
 from e2e.conftest import LabFactory
-from e2e.netlab import Lab, Probe
+from e2e.netlab import Lab, Probe, Result
 from e2e.netlab.expect import Door, Source, doors, expect, sources
 from e2e.netlab.network import CLIENTS
 
@@ -74,12 +74,18 @@ def differences(lab: Lab, pairs: list[tuple[Source, Door]]) -> list[str]:
     cases = [make_case(source, door) for source, door in pairs]
     with Desk(lab) as desk:
         said = desk.ask(cases)
-    results = lab.connect_all(
+    probes = [
         Probe(source=s.title, address=d.address, port=d.port, protocol=d.protocol) for s, d in pairs
-    )
+    ]
+
+    def judged(number: int, result: Result) -> str | None:
+        return compare(cases[number], said[cases[number]], result)
+
+    results = connect_all(lab, probes, judged)
     found = []
-    for (source, door), case, result in zip(pairs, cases, results, strict=True):
-        wrong = compare(case, said[case], result) or promise(lab, source, door, case, said[case])
+    for number, ((source, door), case) in enumerate(zip(pairs, cases, strict=True)):
+        wrong = judged(number, results[number])
+        wrong = wrong or promise(lab, source, door, case, said[case])
         if wrong:
             found.append(wrong)
     return found
