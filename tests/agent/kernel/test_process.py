@@ -41,7 +41,7 @@ def test_a_process_over_its_time_is_killed_and_reaped() -> None:
     began = time.monotonic()
     (result,) = collect([child], timeout=0.1)
     assert isinstance(result, TimeoutExceeded)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30  # it would sleep for 60
     assert child.process.returncode == -9
     assert not Path(f"/proc/{child.process.pid}").exists()
 
@@ -65,12 +65,15 @@ def test_much_on_stderr_is_cut() -> None:
     assert (done.stdout, len(done.stderr)) == (b"end\n", 1 << 16)
 
 
-def test_large_outputs_come_whole_and_side_by_side() -> None:
-    argv = ["sh", "-c", "head -c 5000000 /dev/zero; sleep 0.2"]
-    began = time.monotonic()
-    results = collect([start(argv, limit=1 << 24) for _ in range(4)], timeout=30)
+def test_large_outputs_come_whole_and_side_by_side(tmp_path: Path) -> None:
+    # Each ends when all have written theirs.
+    script = (
+        f"head -c 5000000 /dev/zero; touch {tmp_path}/$$; "
+        f"until [ $(ls {tmp_path} | wc -l) = 4 ]; do sleep 0.01; done"
+    )
+    argv = ["sh", "-c", script]
+    results = collect([start(argv, limit=1 << 24) for _ in range(4)], timeout=60)
     assert [len(r.stdout) for r in results if isinstance(r, Completed)] == [5_000_000] * 4
-    assert time.monotonic() - began < 4 * 0.2 + 3
 
 
 def test_what_is_not_there_cannot_run() -> None:
