@@ -231,7 +231,8 @@ def test_prometheus_scrapes_three_agents(own_lab: Lab) -> None:
     print(found)
     assert set(found["series"]) == {"2jdh", "33fg", "m69d"}
     assert all(0 < count < 500 for count in found["series"].values())
-    assert all(seconds < 0.5 for seconds in found["agent_seconds"].values())
+    # The best of each, as neighbours on the machine only add to it.
+    assert all(seconds < 0.5 for seconds in found["agent_seconds_best"].values())
 
 
 def test_deletion_of_one_connections_entry(own_lab: Lab) -> None:
