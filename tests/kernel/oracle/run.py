@@ -35,6 +35,9 @@ __all__ = ["Disagreement", "Rig", "Tally", "rig", "run_cases"]
 BATCH = 48
 LEGACY_BATCH = 16
 """Smaller: the kernel log is a ring of a few hundred KiB."""
+_QUIET, _PATIENCE = 0.02, 0.3
+"""Seconds without an event after which a batch, or a case that is told again alone, is over.  Where
+the processors are busy a packet may wait for ksoftirqd."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,7 +242,7 @@ def _run_batch(machine: Rig, world: str, batch: list[Case], tally: Tally) -> lis
     for case, judgement, seen, walk in _judge(machine, batch):
         if judgement.verdict is not Verdict.AGREE or seen is None:
             again = _fresh(case)
-            case, judgement, seen, walk = _judge(machine, [again])[0]
+            case, judgement, seen, walk = _judge(machine, [again], quiet=_PATIENCE)[0]
         tally.cases += 1
         if seen is None:
             tally.lost += 1
@@ -318,7 +321,7 @@ def _fresh(case: Case) -> Case:
 Judged = tuple[Case, Judgement, Observed | None, Walk]
 
 
-def _judge(machine: Rig, batch: list[Case]) -> list[Judged]:
+def _judge(machine: Rig, batch: list[Case], *, quiet: float = _QUIET) -> list[Judged]:
     machine.refresh()
     host = machine.view.shot.netns
     queries = [
@@ -345,7 +348,8 @@ def _judge(machine: Rig, batch: list[Case]) -> list[Judged]:
         machine.bed.trace,
         machine.bed.log if machine.legacy else None,
         len(batch),
-        time.monotonic() + 5,
+        time.monotonic() + 30,
+        quiet,
     )
     judged: list[Judged] = []
     after = Remembered(machine.conntrack)

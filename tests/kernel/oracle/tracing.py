@@ -246,7 +246,7 @@ def gather(
     log: LegacyLog | None,
     done: int,
     deadline: float,
-    quiet: float = 0.02,
+    quiet: float,
 ) -> None:
     """Fills `stories` until `quiet` seconds pass without an event.
 
