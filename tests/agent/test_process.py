@@ -48,8 +48,8 @@ def test_it_serves_until_told_to_stop(tmp_path: Path, number: signal.Signals) ->
             assert stub.GetInfo(agent_pb2.GetInfoRequest(), timeout=20).node == "node-a"
         told = time.monotonic()
         process.send_signal(number)
-        assert process.wait(10) == 0
-        assert time.monotonic() - told < 5
+        assert process.wait(60) == 0
+        assert time.monotonic() - told < 20
         assert not path.exists()
     messages = [json.loads(line)["msg"] for line in log.read_text().splitlines()]
     assert messages == ["listening", "serving", "call", "stopping", "stopped"]
@@ -65,8 +65,8 @@ def test_a_call_that_never_ends_does_not_hold_up_the_end(tmp_path: Path) -> None
             next(following)
             told = time.monotonic()
             process.send_signal(signal.SIGTERM)
-            assert process.wait(10) == 0
-            assert time.monotonic() - told < 5
+            assert process.wait(60) == 0
+            assert time.monotonic() - told < 20
             with pytest.raises(grpc.RpcError):
                 list(following)
 
