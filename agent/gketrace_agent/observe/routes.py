@@ -70,15 +70,43 @@ _IPV6_HZ: Final = 100
 """USER_HZ: the unit of rta_expires in struct rta_cacheinfo."""
 
 
+_KEPT: Final = 4096
+"""Messages whose routes are kept; less than 2 KB each."""
+_known: Final[dict[tuple[int, bytes], tuple[Route | None, dict[int, str]]]] = {}
+"""Family and message → its route, and the interfaces' names that its text has.
+
+A node's routes are read for each packet that is walked, and are nearly always the same bytes: to
+read these again is most of what a walk's reading takes.  What a message says hangs on its bytes
+and those names alone.  Shared by threads: an entry is made whole before it is put in.
+"""
+
+
 def observe_routes(reader: KernelReader, link_name: Callable[[int], str]) -> tuple[Route, ...]:
     """All routes in the kernel's order: IPv4 first.  `link_name` is for the text."""
     found = []
     for family in (socket.AF_INET, socket.AF_INET6):
         for message in reader.messages("routes", dump_routes(reader.rtnl, family)):
-            route = _route(family, message.body, link_name)
+            route = _recalled(family, bytes(message.body), link_name)
             if route is not None:
                 found.append(route)
     return tuple(found)
+
+
+def _recalled(family: int, body: bytes, link_name: Callable[[int], str]) -> Route | None:
+    known = _known.get((family, body))
+    if known is not None and all(link_name(index) == name for index, name in known[1].items()):
+        return known[0]
+    names: dict[int, str] = {}
+
+    def named(index: int) -> str:
+        names[index] = link_name(index)
+        return names[index]
+
+    route = _route(family, body, named)
+    if len(_known) >= _KEPT:
+        _known.clear()
+    _known[family, body] = route, names
+    return route
 
 
 def network(family: int, raw: bytes | None, length: int) -> IPNetwork:

@@ -106,3 +106,29 @@ def test_a_route_has_its_fields(bed: Bed) -> None:
     )
     assert routes["0.0.0.0/0"].type is RouteType.PROHIBIT
     assert routes["0.0.0.0/0"].next_hops == ()
+
+
+def test_what_is_read_again_has_the_names_of_now(bed: Bed) -> None:
+    netns = bed.netns("again")
+    no_ipv6 = "sysctl", "-q", "-w", "net.ipv6.conf.default.disable_ipv6=1"
+    netns.run(*no_ipv6)  # its routes come a moment later
+    netns.batch(
+        "link add eth0 type veth peer name far",
+        "link set eth0 up",
+        "link set far up",
+        "addr add 10.0.0.1/24 dev eth0",
+        "route add 10.1.0.0/16 nexthop via 10.0.0.2 nexthop via 10.0.0.3",
+        "route add unreachable 10.2.0.0/16",
+    )
+    first = read(netns)
+    assert all(one is other for one, other in zip(read(netns), first, strict=True))
+    netns.batch(
+        "link set eth0 name moved",
+        "route change 10.1.0.0/16 nexthop via 10.0.0.2 weight 2 nexthop via 10.0.0.4",
+    )
+    assert [route.text for route in read(netns)] == printed(netns)
+    other = bed.netns("other")  # where the same number is another's
+    other.run(*no_ipv6)
+    other.batch("link add lan0 type veth peer name far0", "link set lan0 up", "link set far0 up")
+    other.batch("addr add 10.0.0.1/24 dev lan0", "route add unreachable 10.2.0.0/16")
+    assert [route.text for route in read(other)] == printed(other)
