@@ -7,6 +7,7 @@ of them; a test fails when the two sides differ.  Conversions by the dataclass's
 - `Enum` member ↔ proto enum value ``PREFIX_MEMBER``
 - ``tuple[T, ...]`` ↔ repeated; ``tuple[int, int]`` ↔ ``PortRange``; ``X | None`` ↔ optional
 - ``tuple[int, ...] | None`` ↔ optional ``ByteList``; ``Mapping[str, str]`` ↔ map
+- a byte in a string that is not UTF-8, as a rule's comment may have, travels as ``\\xff``
 
 An enum value that this side does not know becomes the enum's ``UNKNOWN`` member where it has one
 (a newer peer), else `GketraceError`: nothing is dropped silently.
@@ -29,6 +30,7 @@ import gketrace.trace
 from gketrace import conntrack, packet, snapshot, trace
 from gketrace.errors import GketraceError
 from gketrace.snapshot import NetnsSnapshot, Unavailable
+from gketrace.utf8 import as_utf8
 from gketrace_proto.v1alpha1 import packet_pb2, snapshot_pb2, trace_pb2
 
 __all__ = [
@@ -199,7 +201,10 @@ def _optional(get: _Get) -> _Get:
 
 
 def _put_plain(message: Message, name: str, value: Any) -> None:
-    setattr(message, name, value)
+    try:
+        setattr(message, name, value)
+    except UnicodeEncodeError:
+        setattr(message, name, as_utf8(value))
 
 
 def _put_text(message: Message, name: str, value: Any) -> None:
@@ -207,7 +212,10 @@ def _put_text(message: Message, name: str, value: Any) -> None:
 
 
 def _put_map(message: Message, name: str, value: Any) -> None:
-    getattr(message, name).update(value)
+    try:
+        getattr(message, name).update(value)
+    except UnicodeEncodeError:
+        getattr(message, name).update({as_utf8(k): as_utf8(v) for k, v in value.items()})
 
 
 def _put_message(message: Message, name: str, value: Any) -> None:
@@ -258,7 +266,7 @@ def _tuple_converter(args: tuple[Any, ...], message: type[Message], name: str) -
         return put_many, lambda m, n: tuple(decode(item, part) for part in getattr(m, n))
 
     def put_all(m: Message, n: str, value: Any) -> None:
-        getattr(m, n).extend(value)
+        getattr(m, n).extend(as_utf8(one) if isinstance(one, str) else one for one in value)
 
     return put_all, lambda m, n: tuple(getattr(m, n))
 

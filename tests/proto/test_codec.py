@@ -80,3 +80,10 @@ def test_a_newer_value_without_a_place_for_it_is_an_error() -> None:
     message.branches[0].steps[0].hook = 999
     with pytest.raises(GketraceError, match="hook 999 is newer"):
         codec.decode(Walk, message)
+
+
+def test_bytes_that_are_not_utf_8_travel_escaped() -> None:
+    comment = b'/* caf\xe9 "x" */'.decode("utf-8", "surrogateescape")
+    citation = Citation(source=Source.RULE, text=comment)
+    walked = codec.encode(citation)
+    assert codec.decode(Citation, walked).text == '/* caf\\xe9 "x" */'

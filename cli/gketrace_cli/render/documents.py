@@ -14,6 +14,7 @@ from typing import Any, Final
 from gketrace.conntrack import ConntrackEntry
 from gketrace.packet import Packet, Tuple5, protocol_name
 from gketrace.trace import Citation, Flow, Hop, Missing, Path, Source, Step
+from gketrace.utf8 import as_utf8
 from gketrace_cli.options import Output
 
 __all__ = [
@@ -38,7 +39,24 @@ def envelope(kind: str, body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dump(document: Mapping[str, Any], output: Output) -> str:
-    """The document as text, in `Output.JSON` or `Output.YAML`."""
+    """The document as text, in `Output.JSON` or `Output.YAML`: UTF-8, whatever rules say."""
+    try:
+        text = _dump(document, output)
+        text.encode()
+    except UnicodeEncodeError:
+        return _dump(_as_utf8(document), output)
+    return text
+
+
+def _as_utf8(value: Any) -> Any:
+    if isinstance(value, str):
+        return as_utf8(value)
+    if isinstance(value, Mapping):
+        return {_as_utf8(key): _as_utf8(one) for key, one in value.items()}
+    return [_as_utf8(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _dump(document: Mapping[str, Any], output: Output) -> str:
     if output is Output.YAML:
         import yaml
 
