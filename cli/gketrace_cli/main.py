@@ -13,6 +13,7 @@ from typing import Final
 import typer
 
 from gketrace.errors import ExitCode, GketraceError
+from gketrace_cli.printable import PrintableStream, printable
 
 __all__ = ["main", "run"]
 
@@ -29,6 +30,8 @@ _CommandLineError: Final[type[Exception]] = typer.BadParameter.__mro__[2]
 def main() -> None:
     """Console script ``gketrace`` and ``kubectl-gketrace``."""
     name = os.path.basename(sys.argv[0])
+    plain = sys.stdout, sys.stderr  # held, or their end would close the files
+    sys.stdout, sys.stderr = map(PrintableStream.over, plain)
     code = run(sys.argv[1:], program="kubectl gketrace" if name.startswith("kubectl-") else name)
     # Not sys.exit(): threads that still wait for an agent must not delay the answer's end.
     for stream in (sys.stdout, sys.stderr):
@@ -102,5 +105,5 @@ def _unwritable(error: Exception) -> str | None:
 
 def _complain(text: str, code: int) -> int:
     with contextlib.suppress(OSError):  # nobody reads it, or there is no room for it
-        print(text, file=sys.stderr, flush=True)  # noqa: T201
+        print(printable(text), file=sys.stderr, flush=True)  # noqa: T201
     return int(code)

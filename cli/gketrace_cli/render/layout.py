@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from gketrace_cli.options import Options, Output
+from gketrace_cli.printable import printable
 
 __all__ = ["WIDTH", "Page", "plain_ascii", "write"]
 
@@ -81,10 +82,10 @@ class Page:
     def command(self, label: str, text: str, *, indent: int = 3, column: int = 11) -> None:
         """A command to be pasted: on one line, however long."""
         head = " " * indent + f"{label:<{column}}"
-        self.lines.append(self.paint(head, "dim") + self.paint(text, "bold"))
+        self.lines.append(self.paint(head, "dim") + self.paint(printable(text), "bold"))
 
     def _wrap(self, text: str, first: str, rest: str) -> list[str]:
-        text = " ".join(text.split())
+        text = printable(" ".join(text.split()))
         if self.wide:
             return [first + text]
         return textwrap.wrap(
