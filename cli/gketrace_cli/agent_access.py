@@ -11,12 +11,10 @@ from __future__ import annotations
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
-
-import grpc
+from typing import TYPE_CHECKING, Any, Final
 
 from gketrace import access
 from gketrace.errors import (
@@ -29,6 +27,9 @@ from gketrace.errors import (
 
 from .account import Account
 from .apiserver import ApiServer
+
+if TYPE_CHECKING:
+    import grpc
 
 __all__ = ["AgentAccess", "request_token"]
 
@@ -78,6 +79,8 @@ class _Held:
     lock: threading.Lock = field(default_factory=threading.Lock)
     token: str = ""
     until: float = 0.0
+    failed: GketraceError | None = None
+    failed_at: float = 0.0
 
 
 class AgentAccess:
@@ -132,11 +135,15 @@ class AgentAccess:
 
     def channel(self, node: str, target: str, options: Iterable[tuple[str, Any]]) -> grpc.Channel:
         """TLS, with the certificate's name checked, and a token with each call."""
-        secure = grpc.ssl_channel_credentials(root_certificates=self.ca())
-        calls = grpc.metadata_call_credentials(_Plugin(lambda: self.metadata(node)))
-        name = ("grpc.ssl_target_name_override", access.server_name(self._namespace))
-        return grpc.secure_channel(
-            target, grpc.composite_channel_credentials(secure, calls), options=(*options, name)
+        # Here, as grpc takes long to load: what it needs of the cluster is asked for meanwhile.
+        from gketrace_cli.agent_channel import secure_channel
+
+        return secure_channel(
+            target,
+            ca=self.ca(),
+            name=access.server_name(self._namespace),
+            metadata=lambda: self.metadata(node),
+            options=options,
         )
 
     def prepare(self, nodes: Iterable[str]) -> dict[str, GketraceError]:
@@ -173,21 +180,17 @@ class AgentAccess:
         """What goes with each call to this node's agent.  Raises `GketraceError`."""
         with self._lock:
             held = self._held.setdefault(node, _Held())
+        since = time.monotonic()
         with held.lock:
+            if held.failed is not None and held.failed_at >= since:
+                raise held.failed  # what it waited for, asked for by another thread
             if time.monotonic() >= held.until:
-                held.token = request_token(self._api, self.account, access.audience(node))
+                try:
+                    held.token = request_token(self._api, self.account, access.audience(node))
+                except GketraceError as error:
+                    held.failed, held.failed_at = error, time.monotonic()
+                    raise
                 held.until = time.monotonic() + _TOKEN_SECONDS - _SPARE_SECONDS
             token = held.token
         about = ((access.NAMESPACES_HEADER, self._about),) if self._about else ()
         return (("authorization", f"Bearer {token}"), *about)
-
-
-class _Plugin(grpc.AuthMetadataPlugin):
-    def __init__(self, metadata: Callable[[], tuple[tuple[str, str], ...]]) -> None:
-        self._metadata = metadata
-
-    def __call__(self, context: Any, callback: Any) -> None:
-        try:
-            callback(self._metadata(), None)
-        except GketraceError as error:
-            callback((), error)

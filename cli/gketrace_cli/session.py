@@ -240,10 +240,15 @@ class Session:
         """Runs in a thread of its own; imports grpc while the cluster answers."""
         if self._saved is not None:
             return self._saved.fleet()
-        found = None
+        found: Future[tuple[Pod, ...]] | None = None
+        access: AgentAccess | None = None
+        ca: Future[bytes] | None = None
         if not self.options.local:
             where = self.options.agents_in
             found = background(lambda: self.cluster.pods(where, label_selector=LABEL), "agent-pods")
+            access = self._access()
+            if access is not None:
+                ca = background(access.ca, "agent-ca")
         from gketrace_cli.agents import Fleet
 
         fleet = Fleet(timeout=self.options.seconds)
@@ -251,7 +256,7 @@ class Session:
             if found is None:
                 self._add_local(fleet)
             else:
-                self._add_found(fleet, found)
+                self._add_found(fleet, found, access, ca)
             if len(fleet.nodes) <= _GREET_ALL:
                 fleet.greet()
         except BaseException:
@@ -266,9 +271,17 @@ class Session:
         self._closers.append(local.stop)
         fleet.add_address(local.node, local.address, "--local")
 
-    def _add_found(self, fleet: Fleet, found: Future[tuple[Pod, ...]]) -> None:
-        """The agents named by ``--agent``, then those found as pods."""
-        access = self._access()
+    def _add_found(
+        self,
+        fleet: Fleet,
+        found: Future[tuple[Pod, ...]],
+        access: AgentAccess | None,
+        ca: Future[bytes] | None,
+    ) -> None:
+        """The agents named by ``--agent``, then those found as pods.
+
+        `access` None: in the clear, and without a token; else `ca` is its authority.
+        """
         if self._given:
             nodes = self._nodes.result()
             for name, address in self._given.items():
@@ -295,9 +308,13 @@ class Session:
             from gketrace_cli.portforward import PortForwards
 
             forwards = PortForwards(self.cluster.api)
-        if pods and access is not None:
+        if pods and access is not None and ca is not None:
+            nodes_of_pods = {pod.node for pod in pods if pod.node}
+            if len(nodes_of_pods) <= _GREET_ALL:
+                # While the ways to them are opened.  What fails is met again when they are asked.
+                background(lambda: access.prepare(nodes_of_pods), "agent-tokens")
             try:
-                access.ca()
+                ca.result()
             except GketraceError:
                 if forwards is not None:
                     forwards.close()
