@@ -22,6 +22,7 @@ from gketrace.objects import (
     ServicePort,
 )
 from gketrace.packet import IPAddress, protocol_number
+from gketrace_cli.astray import known_ends
 
 __all__ = [
     "CLIENTS",
@@ -124,6 +125,9 @@ class Question:
     """What was assumed."""
     use_conntrack: bool = True
     """False: as if the connection did not exist yet."""
+    ends: frozenset[tuple[IPAddress, int]] | None = None
+    """The addresses and ports of the Service's EndpointSlices, port 0 for all, ready or not:
+    whoever else takes the packet is no endpoint.  None: not for a Service, or not known."""
 
 
 def select_ports(service: Service, wanted: str) -> tuple[ServicePort, ...]:
@@ -236,6 +240,7 @@ class _Maker:
         self._port = port
         self._protocol = protocol_number(port.protocol)
         self._ready = ready_endpoints(endpoints, port)
+        self._ends = known_ends(endpoints, port)
         self._on = endpoint_nodes(self._ready)
         self._selection = selection
         self._by_name = {node.name: node for node in nodes}
@@ -405,6 +410,7 @@ class _Maker:
             configured_drop=reason,
             asked=asked,
             notes=notes,
+            ends=self._ends,
         )
 
     def _configured(self, door: Door, sender: Sender, where: str) -> tuple[str, bool]:

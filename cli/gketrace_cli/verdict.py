@@ -18,6 +18,7 @@ from gketrace.errors import ExitCode
 from gketrace.findings.model import Severity
 from gketrace.packet import protocol_name
 from gketrace.trace import FAILURE, SUCCESS, Disposition, Missing, Path
+from gketrace_cli.astray import NO_ENDPOINT, is_astray, led_by
 
 if TYPE_CHECKING:
     from gketrace.findings.model import Finding
@@ -29,6 +30,7 @@ __all__ = [
     "Answer",
     "Standing",
     "Verdict",
+    "astray_text",
     "judge_pod",
     "judge_service",
     "judge_trace",
@@ -111,6 +113,8 @@ def path_standing(answer: Answer, path: Path) -> Standing:
         return Standing.CONFIGURED if dropped else Standing.BROKEN
     if disposition not in SUCCESS:
         return Standing.UNKNOWN
+    if is_astray(question, path):
+        return Standing.BROKEN
     if path.reply is None:
         return Standing.FINE
     back = path.reply.outcome.disposition
@@ -165,7 +169,7 @@ def judge_service(name: str, answers: Sequence[Answer], missing: Sequence[Missin
     if broken:
         question, path = broken[0]
         count = f"{by_way[Standing.BROKEN]} of {ways} ways fail; " if ways > 1 else ""
-        text = f"{name} is broken: {count}{_way(question)} is {_failure(path)}"
+        text = f"{name} is broken: {count}{_way(question)} is {_failure(question, path)}"
     elif asked:
         question, path = asked[0]
         text = f"{name} does not answer this way, as configured: {question.configured_drop}"
@@ -240,7 +244,7 @@ def _fresh(answer: Answer, fresh: Answer) -> str:
     )
     lost = [p for p in fresh.paths if path_standing(fresh, p) is not Standing.FINE]
     if lost or not ends:
-        end = _failure(lost[0]) if lost else "UNKNOWN"
+        end = _failure(fresh.question, lost[0]) if lost else "UNKNOWN"
         if len(fresh.paths) > 1:
             return f"of new ones {_percent(lost[0])} would be {end}"
         return f"a new one would be {end}"
@@ -260,7 +264,7 @@ def judge_trace(answer: Answer, missing: Sequence[Missing]) -> Verdict:
     unsure = next((p for _, p, s in judged if s is Standing.UNKNOWN), None)
     if bad is not None:
         share = f" ({_percent(bad)} of new connections)" if len(answer.paths) > 1 else ""
-        text = f"{way} is {_failure(bad)}{share}"
+        text = f"{way} is {_failure(question, bad)}{share}"
         if code is ExitCode.OK:
             code = ExitCode.BROKEN
     elif unsure is not None:
@@ -315,10 +319,19 @@ def _way(question: Question) -> str:
     return f"{question.door.value} {target_text(question)} from {question.sender.text}"
 
 
-def _failure(path: Path) -> str:
+def _failure(question: Question, path: Path) -> str:
+    if is_astray(question, path):
+        return astray_text(path)
     if path.outcome.disposition in SUCCESS and path.reply is not None:
         return _unanswered(path.endpoint, path.reply)
     return outcome_text(path) + _where(path)
+
+
+def astray_text(path: Path) -> str:
+    """``delivered to node/m69d 10.142.0.6:9100, which is no endpoint of the Service, by …``."""
+    rule, node = led_by(path)
+    by = f", by {rule} on node {node}" if rule else ""
+    return f"{outcome_text(path)}, {NO_ENDPOINT}{by}"
 
 
 def _where(path: Path) -> str:

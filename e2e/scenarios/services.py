@@ -13,6 +13,7 @@ __all__ = ["SCENARIOS"]
 _IP: Final = "10.43.240.90"
 _WEB: Final = ServicePort(namespace="default", service="web-nodeport", port="http")
 _WEB_IP: Final = "10.43.240.12"
+_HELLO: Final = "hello-server-579859fb5b-szrwh"
 
 
 def _sometimes(stage: Stage) -> bool:
@@ -151,6 +152,16 @@ def _kubelet_canary(stage: Stage) -> None:
         f"{tool} -t mangle -X KUBE-KUBELET-CANARY",
         f"{tool} -t mangle -N KUBE-KUBELET-CANARY",
     )
+
+
+def _taken(stage: Stage) -> None:
+    for node in NODES:
+        to = f"-d {_WEB_IP} -p tcp -j DNAT --to-destination {stage.pod_ip(_HELLO)}:8080"
+        stage.rule(node, "nat", "OUTPUT", to)
+
+
+def _wrong_pod(stage: Stage) -> bool:
+    return _HELLO in str(stage.lab.connect("node/m69d", _WEB_IP, 80, timeout=0.7).pod)
 
 
 def _both_backends(stage: Stage) -> None:
@@ -343,6 +354,13 @@ SCENARIOS: Final = (
         title="the kubelet's canary is gone",
         fault=_kubelet_canary,
         proof=("no chain KUBE-KUBELET-CANARY in mangle",),
+    ),
+    Scenario(
+        code="GKT-119",
+        title="a rule before kube-proxy's leads to another pod",
+        fault=_taken,
+        proof=("--to-destination 10.40.0.6:8080",),
+        symptom=_wrong_pod,
     ),
     Scenario(
         code="GKT-325",

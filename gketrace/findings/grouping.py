@@ -24,6 +24,8 @@ _EXPLAINS: Final[dict[str, frozenset[str]]] = {
     "GKT-112": frozenset({"GKT-110", "GKT-111", "GKT-113", "GKT-115", "GKT-303", "GKT-318"}),
     "GKT-107": frozenset({"GKT-101"}),
     "GKT-106": frozenset({"GKT-105"}),
+    "GKT-109": frozenset({"GKT-119"}),
+    "GKT-111": frozenset({"GKT-119"}),
     "GKT-117": frozenset({"GKT-111"}),
     "GKT-205": frozenset({"GKT-204"}),
     # Without its route a packet goes back by the default route, and comes again.

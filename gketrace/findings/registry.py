@@ -62,6 +62,7 @@ CODES: Final = (
         (116, _W, "A load balancer's health check cannot succeed"),
         (117, _E, "Session affinity pins clients to a dead endpoint"),
         (118, _I, "The kubelet's canary chain is not there"),
+        (119, _E, "Somebody else takes a Service's connections"),
     ),
     *_codes(
         Family.CONNECTIONS,

@@ -119,6 +119,8 @@ class Way:
     """Why the Service's configuration drops it; empty: it does not."""
     asked: bool = False
     """True: just this way was asked for, so that a drop by configuration matters."""
+    astray: bool = False
+    """True: it arrives, and at somebody who is no endpoint of the Service."""
     stands_for: str = ""
     """A load balancer's health check: the range that its source stands for; else empty."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gketrace.findings.world import Way
+from gketrace_cli.astray import is_astray
 from gketrace_cli.verdict import Answer, path_standing
 
 __all__ = ["ways_of"]
@@ -28,6 +29,7 @@ def ways_of(answers: Iterable[Answer], services: dict[int, str] | str = "") -> t
                     sender_node=sender.node,
                     configured=question.configured_drop,
                     asked=question.asked,
+                    astray=is_astray(question, path),
                 )
             )
     return tuple(found)

@@ -187,6 +187,7 @@ def _to_pod(session: Session, sender: Sender, to: Named) -> Question:
 
 def _to_service(session: Session, sender: Sender, to: Named) -> Question:
     from gketrace.packet import protocol_number
+    from gketrace_cli.astray import known_ends
     from gketrace_cli.commands.service import find_service
     from gketrace_cli.frontdoors import Door, Question, select_ports
 
@@ -212,6 +213,9 @@ def _to_service(session: Session, sender: Sender, to: Named) -> Question:
         protocol=protocol_number(ports[0].protocol),
         port_name=ports[0].name,
         asked=True,
+        ends=known_ends(
+            session.cluster.endpoints(service.namespace, service=service.name), ports[0]
+        ),
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from gketrace.packet import Packet
 from gketrace.trace import SUCCESS, Disposition, NetnsKind, Path, Source, StepKind
+from gketrace_cli.astray import NO_ENDPOINT, is_astray
 from gketrace_cli.frontdoors import Door, Question
 from gketrace_cli.render.layout import Page
 from gketrace_cli.rewrites import Rewrite, host_nodes, rewrites
@@ -182,6 +183,8 @@ def _end(page: Page, answer: Answer, path: Path, changes: tuple[Rewrite, ...]) -
         text += f"; as configured: {answer.question.configured_drop.partition(' and node ')[0]}"
     elif standing is Standing.FINE and path.endpoint:
         text = _endpoint(path)
+    elif is_astray(answer.question, path):
+        text = f"{_endpoint(path)}, {NO_ENDPOINT}"
     elif path.reply is not None and standing is not Standing.FINE:
         text += f"; the answer: {outcome_text(path.reply)}"
         if path.missing:

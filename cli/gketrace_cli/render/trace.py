@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from gketrace.trace import Hop, Missing, NetnsKind, Path, Step, StepAction, StepKind
+from gketrace_cli.astray import is_astray
 from gketrace_cli.frontdoors import Door
 from gketrace_cli.options import Options, Output
 from gketrace_cli.render.brief import cited_form, draw_brief
@@ -20,6 +21,7 @@ from gketrace_cli.verdict import (
     Answer,
     Standing,
     Verdict,
+    astray_text,
     outcome_text,
     path_standing,
     target_text,
@@ -164,6 +166,8 @@ def _ends(answer: Answer) -> list[tuple[str, str]]:
         text = f"{_share(path)}{outcome_text(path)}"
         if standing is Standing.CONFIGURED:
             text = f"{_share(path)}dropped as configured: {question.configured_drop}"
+        elif is_astray(question, path):
+            text = f"{_share(path)}{astray_text(path)}"
         elif path.reply is not None:
             text += f"; the answer: {outcome_text(path.reply)}"
             if path.missing:
@@ -274,6 +278,8 @@ def _draw_end(page: Page, answer: Answer, path: Path) -> None:
         text += f"; source seen: {path.source_seen}"
     if path_standing(answer, path) is Standing.CONFIGURED:
         text += f" (as configured: {answer.question.configured_drop})"
+    if is_astray(answer.question, path):
+        text, style = f"{astray_text(path)}; source seen: {path.source_seen}", "red"
     page.entry("end", text, style, "bold")
     cited = path.outcome.citation
     last = path.hops[-1].steps[-1].citation if path.hops and path.hops[-1].steps else None

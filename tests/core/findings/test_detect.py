@@ -285,6 +285,18 @@ def rule_drops(bench: Bench) -> None:
     _forward(bench, f"-A FORWARD -d {_WEB1}/32 -p tcp -m tcp --dport 8080 -j DROP\n")
 
 
+def taken(bench: Bench) -> None:
+    """A rule before kube-proxy's, as agents of nodes make them, on whichever node is asked."""
+    rule = "-A OUTPUT -d 10.43.240.12/32 -p tcp -j DNAT --to-destination 10.40.0.6:8080"
+    for node in ("2jdh", "m69d", "33fg"):
+        bench.rules(
+            node,
+            lambda text: re.sub(
+                r"(?m)^((?:\[\d+:\d+\] )?-A OUTPUT .*-j KUBE-SERVICES)$", rf"{rule}\n\1", text
+            ),
+        )
+
+
 def calico(bench: Bench) -> None:
     bench.rules(
         "m69d",
@@ -454,6 +466,7 @@ TABLE: tuple[tuple[str, Fault, str, str], ...] = (
     ("GKT-116", no_health_check, "ptp", "spec.healthCheckNodePort"),
     ("GKT-117", pinned, "ptp", "src=10.40.1.20"),
     ("GKT-118", kubelet_canary_gone, "ptp", "KUBE-KUBELET-CANARY"),
+    ("GKT-119", taken, "ptp", "--to-destination 10.40.0.6:8080"),
     ("GKT-201", stale_udp, "ptp", "src=10.40.0.99"),
     ("GKT-202", stale_tcp, "ptp", "src=10.40.1.99"),
     ("GKT-203", older, "ptp", "-d 8.8.8.8/32 -j MASQUERADE"),
@@ -489,7 +502,7 @@ TABLE: tuple[tuple[str, Fault, str, str], ...] = (
     ("GKT-324", gvisor, "ptp", "gvisor"),
     ("GKT-325", host_network, "ptp", "spec.hostNetwork true"),
 )
-TRACED = {"GKT-301", "GKT-302", "GKT-303", "GKT-304", "GKT-319", "GKT-321"}
+TRACED = {"GKT-119", "GKT-301", "GKT-302", "GKT-303", "GKT-304", "GKT-319", "GKT-321"}
 """What a walk tells; the others are found without one."""
 
 

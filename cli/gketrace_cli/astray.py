@@ -1,0 +1,59 @@
+"""Ways to a Service that end at somebody who is no endpoint of it.
+
+Pure.  That a packet is delivered does not say that the Service works: a rule that comes before
+kube-proxy's, a rule that was left behind, or a program of the node may have taken it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from ipaddress import ip_address
+from typing import TYPE_CHECKING
+
+from gketrace.packet import IPAddress
+from gketrace.trace import SUCCESS, Path
+from gketrace_cli.rewrites import rewrites
+
+if TYPE_CHECKING:
+    from gketrace.objects import Endpoint, ServicePort
+    from gketrace_cli.frontdoors import Question
+
+__all__ = ["NO_ENDPOINT", "is_astray", "known_ends", "led_by"]
+
+NO_ENDPOINT = "which is no endpoint of the Service"
+
+
+def known_ends(
+    endpoints: Iterable[Endpoint], port: ServicePort
+) -> frozenset[tuple[IPAddress, int]]:
+    """`Question.ends` of a port: all its endpoints, ready or not."""
+    return frozenset(
+        (ip_address(e.address), e.port)
+        for e in endpoints
+        if (e.port_name, e.protocol) == (port.name, port.protocol) and e.address_type != "FQDN"
+    )
+
+
+def is_astray(question: Question, path: Path) -> bool:
+    """Whether a new connection to a Service arrives at no endpoint of it.
+
+    It is enough that an endpoint's address was the packet's destination on the way: a mesh's
+    sidecar redirects it further.  Existing connections may go on to what was an endpoint.  A
+    ClusterIP that a node has itself and that no rule translates is that of NodeLocal DNS.
+    """
+    ends = question.ends
+    if ends is None or path.outcome.disposition not in SUCCESS or path.pinned_by is not None:
+        return False
+    translated = [one for one in rewrites(path) if one.of_destination]
+    if not translated and question.door.value in ("ClusterIP", "Pod"):
+        return False
+    met = [(question.address, question.port), *((n.after.dst, n.after.dport) for n in translated)]
+    return not any((dst, port) in ends or (dst, 0) in ends for dst, port in met)
+
+
+def led_by(path: Path) -> tuple[str, str]:
+    """(the rule that gave the packet its last destination, its node); empty: none did."""
+    last = next((one for one in reversed(rewrites(path)) if one.of_destination), None)
+    if last is None:
+        return "", ""
+    return (last.rules[-1] if last.rules else last.named_by), last.node

@@ -1,0 +1,64 @@
+"""Who takes a Service's packet, when it is no endpoint: that is not "works"."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from ipaddress import ip_address
+
+import pytest
+
+from gketrace.errors import ExitCode
+from gketrace.trace import Path
+from gketrace_cli.frontdoors import Door, Question, Sender
+from gketrace_cli.verdict import Answer, Standing, judge_service, judge_trace, path_standing
+from tests.cli.test_brief import CLIENT, path, rewriting, rule, to
+
+WEB = (ip_address("10.40.0.6"), 8080)
+LED = path("n1", rule("PREROUTING:1"), *rewriting("PREROUTING:1", to("10.40.9.9")), end="other")
+
+
+def asked(*ends: tuple[object, int], door: Door = Door.NODE_PORT) -> Question:
+    return Question(
+        door=door,
+        sender=Sender(address=CLIENT.src),
+        address=CLIENT.dst,
+        port=31830,
+        protocol=6,
+        ends=frozenset(ends),  # type: ignore[arg-type]
+    )
+
+
+def standing(question: Question, way: Path) -> Standing:
+    return path_standing(Answer(question=question, paths=(way,)), way)
+
+
+def test_the_first_line_names_who_takes_it_and_the_rule() -> None:
+    answer = Answer(question=asked(WEB), paths=(LED,))
+    said = "is delivered to pod/shop/other 10.40.0.6:8080, which is no endpoint of the Service, "
+    said += "by PREROUTING:1 on node n1."
+    for verdict in (judge_service("Service shop/web", [answer], ()), judge_trace(answer, ())):
+        assert verdict.code is ExitCode.BROKEN
+        assert verdict.text.endswith(said)
+
+
+@pytest.mark.parametrize("ends", [(WEB,), ((WEB[0], 0),)], ids=["port", "all ports"])
+def test_an_endpoint_is_none_that_is_astray(ends: tuple[tuple[object, int], ...]) -> None:
+    fine = path("n1", *rewriting("KUBE-SEP-A:2", to("10.40.0.6")), end="web-0")
+    assert standing(asked(*ends), fine) is Standing.FINE
+
+
+def test_a_sidecar_may_redirect_what_came_to_its_endpoint() -> None:
+    inner = replace(to("10.40.0.6"), dport=15006)
+    steps = [*rewriting("KUBE-SEP-A:2", to("10.40.0.6")), *rewriting("ISTIO_IN:1", inner)]
+    assert standing(asked(WEB), path("n1", *steps, end="web-0")) is Standing.FINE
+
+
+def test_a_program_of_the_node_is_no_endpoint_of_a_node_port() -> None:
+    taken = path("n1", rule("KUBE-NODEPORTS:1"), end="n1")
+    assert standing(asked(WEB), taken) is Standing.BROKEN
+    # NodeLocal DNS has the ClusterIP itself.
+    assert standing(asked(WEB, door=Door.CLUSTER_IP), taken) is Standing.FINE
+
+
+def test_where_endpoints_are_not_known_nothing_is_said() -> None:
+    assert standing(replace(asked(), ends=None), LED) is Standing.FINE
