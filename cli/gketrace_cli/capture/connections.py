@@ -1,4 +1,4 @@
-"""Stitched connections for people and as JSON: each printed as one, from tap to tap.
+"""Stitched connections for people: each printed as one, from tap to tap.
 
 ``client → node eth0 → DNAT → veth → pod``, with the time between hops, what was sent again, who
 reset it, ICMP errors, and where a packet was last seen that did not arrive.
@@ -10,17 +10,14 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import Any, Final
+from typing import Final
 
 from gketrace.capture.clock import Clocks
-from gketrace.capture.conversations import Tracked
 from gketrace.capture.packets import Tap
-from gketrace.capture.passages import Flow, Repeat, Station
-from gketrace.capture.plan import Crossing, Rewrite, rule_text
+from gketrace.capture.passages import Flow, Repeat
 from gketrace.capture.segments import tuple5_of
-from gketrace.capture.stitch import IcmpError, Stitched, StitchedConnection
+from gketrace.capture.stitch import Stitched, StitchedConnection
 from gketrace.capture.verdicts import (
-    Death,
     State,
     deaths_of,
     failed,
@@ -30,18 +27,19 @@ from gketrace.capture.verdicts import (
 )
 from gketrace.errors import ExitCode
 from gketrace.packet import IPAddress, Tuple5, protocol_name
-from gketrace.trace import SUCCESS
+from gketrace_cli.capture.connection_words import (
+    death_text,
+    end_text,
+    error_text,
+    foreseen,
+    loop_text,
+    rewrite_text,
+    span,
+    tracked_text,
+)
 from gketrace_cli.render.layout import Page
 
-__all__ = [
-    "cited",
-    "connection_document",
-    "draw_connection",
-    "draw_connections",
-    "exit_code",
-    "packet_comments",
-    "span",
-]
+__all__ = ["draw_connection", "draw_connections", "exit_code"]
 
 _STYLES: Final = {
     State.OPEN: "green",
@@ -49,41 +47,6 @@ _STYLES: Final = {
     State.MIDDLE: "yellow",
     State.PENDING: "yellow",
 }
-_ERRORS: Final = {
-    4: {
-        (3, 0): "network unreachable",
-        (3, 1): "host unreachable",
-        (3, 2): "protocol unreachable",
-        (3, 3): "port unreachable",
-        (3, 4): "fragmentation needed",
-        (3, 9): "network prohibited",
-        (3, 10): "host prohibited",
-        (3, 13): "administratively prohibited",
-        (11, 0): "TTL exceeded",
-        (11, 1): "fragments did not arrive in time",
-    },
-    6: {
-        (1, 0): "no route",
-        (1, 1): "administratively prohibited",
-        (1, 3): "address unreachable",
-        (1, 4): "port unreachable",
-        (1, 5): "source refused by policy",
-        (1, 6): "route refused",
-        (2, 0): "packet too big",
-        (3, 0): "hop limit exceeded",
-        (3, 1): "fragments did not arrive in time",
-    },
-}
-
-
-def span(nanoseconds: float) -> str:
-    """``48 µs``, ``1.2 ms``, ``3 s``."""
-    size = abs(nanoseconds)
-    for unit, scale in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):
-        if size >= scale:
-            value = nanoseconds / scale
-            return f"{value:.3g} {unit}" if abs(value) < 1000 else f"{value:.0f} {unit}"
-    return f"{nanoseconds:.0f} ns"
 
 
 def exit_code(stitched: Stitched) -> ExitCode:
@@ -114,7 +77,7 @@ def draw_connections(
     text = f"{len(connections)} connection{'' if len(connections) == 1 else 's'}"
     page.line(f"{text}: {', '.join(counted)}" if counted else text, "bold")
     for error in stitched.stray_errors:
-        page.line(f"{_error_text(error)}, about {error.about}, which was not captured", "yellow")
+        page.line(f"{error_text(error)}, about {error.about}, which was not captured", "yellow")
 
 
 def draw_connection(
@@ -139,18 +102,18 @@ def draw_connection(
     if answered is not None:
         page.entry("answered", f"in {span(answered)}")
     for tracked in connection.entries:
-        page.entry("tracked", page.short(_tracked_text(tracked)))
+        page.entry("tracked", page.short(tracked_text(tracked)))
     for ending in connection.endings:
         what = "reset" if ending.reset else "closed"
         page.entry(what, page.short(f"by {sender_text(connection, ending)}"))
     for error in connection.errors:
-        page.entry("error", page.short(_error_text(error)), "red")
+        page.entry("error", page.short(error_text(error)), "red")
     for death in deaths_of(connection):
-        page.entry("died" if death.certain else "unseen", page.short(_death(death)), "red")
+        page.entry("died" if death.certain else "unseen", page.short(death_text(death)), "red")
     for flow, way in ((connection.there, "there"), (connection.back, "back")):
         if flow.rounds > 1:
-            page.entry("loop", page.short(_loop(flow, way)), "red")
-    for text in _foreseen(connection):
+            page.entry("loop", page.short(loop_text(flow, way)), "red")
+    for text in foreseen(connection):
         page.entry("trace", page.short(text), "red")
     if not connection.client_known:
         page.entry("unsure", "its beginning was not captured: who asked whom is not known")
@@ -197,7 +160,7 @@ def _rewritten(
     something did."""
     rewrites = connection.rewrites(flow, place)
     if rewrites:
-        return [_rewrite(rewrite) for rewrite in rewrites]
+        return [rewrite_text(rewrite) for rewrite in rewrites]
     for one in flow.stations[place].sightings[:1]:
         if one.number < len(said) and (found := _SAID.findall(said[one.number])):
             return [str(text) for text in found]
@@ -226,35 +189,6 @@ def _since(times: Sequence[int], flow: Flow, place: int, clocks: Clocks | None) 
     return f"{text} ± {span(width)}" if width is not None else "+? (clocks)"
 
 
-def _rewrite(rewrite: Rewrite) -> str:
-    before, after = rewrite.before, rewrite.after
-    parts = []
-    if (before.dst, before.dport) != (after.dst, after.dport):
-        parts.append(f"to {_end(after.dst, after.dport)}")
-    if (before.src, before.sport) != (after.src, after.sport):
-        parts.append(f"from {_end(after.src, after.sport)}")
-    return f"{rewrite.kind} {', '.join(parts)} by {rewrite.by}"
-
-
-def _end(address: IPAddress, port: int | None) -> str:
-    host = f"[{address}]" if address.version == 6 else str(address)
-    return f"{host}:{'*' if port is None else port}"
-
-
-def _tracked_text(tracked: Tracked) -> str:
-    """``by conntrack of node n1: 203.0.113.10:4000 → 10.142.0.7:80 is 10.142.0.7:… → …``."""
-    orig, after = tracked.entry.orig, tracked.entry.reply.inverted()
-    before, behind = (
-        f"{_end_of(half.src, half.sport)} → {_end_of(half.dst, half.dport)}"
-        for half in (orig, after)
-    )
-    return f"by conntrack of node {tracked.node}: {before} is {behind}"
-
-
-def _end_of(address: IPAddress, port: int | None) -> str:
-    return str(address) if port is None else _end(address, port)
-
-
 def _evidence(connection: StitchedConnection) -> str:
     return ", ".join(sorted(evidence.value for evidence in connection.evidence)) or "?"
 
@@ -264,7 +198,7 @@ def _named(half: Tuple5, names: Mapping[IPAddress, str]) -> str:
 
     def end(address: IPAddress, port: int | None) -> str:
         name = names.get(address)
-        text = _end_of(address, port)
+        text = end_text(address, port)
         return f"{text} ({name})" if name else text
 
     ends = f"{end(half.src, half.sport)} → {end(half.dst, half.dport)}"
@@ -281,195 +215,3 @@ def _traffic(flow: Flow) -> str:
             text += f", {count} {repeat.value}{plural}"
     merged = sum(not unit.whole for unit in flow.units)
     return f"{text}, {merged} merged by offloads" if merged else text
-
-
-def _error_text(error: IcmpError) -> str:
-    kinds = _ERRORS[error.family]
-    what = kinds.get((error.type, error.code), f"type {error.type} code {error.code}")
-    name = "ICMP" if error.family == 4 else "ICMPv6"
-    mtu = f" (MTU {error.mtu})" if error.mtu else ""
-    tap, direction, _, _ = error.seen[0]
-    pod = f"{tap.pod}:" if tap.pod else ""
-    place = f"{tap.node} {pod}{tap.interface}"
-    return f"{name} {what}{mtu} from {error.source}, first seen {direction.value} at {place}"
-
-
-def _death(death: Death) -> str:
-    count = len(death.units)
-    what = "1 packet" if count == 1 else f"{count} packets"
-    what += " back" if death.back else ""
-    text = f"{what} last seen {death.station.direction.value} at {_station(death.station)}"
-    if death.next is None:
-        return f"{text}, and never acknowledged" if death.unacknowledged else text
-    if isinstance(death.next, Crossing):
-        spot, direction = str(death.next.spot), death.next.direction.value
-    else:
-        spot, direction = _station(death.next), death.next.direction.value
-    text += f", not {direction} at {spot}"
-    if isinstance(death.next, Crossing):
-        text += f" (hop {death.next.hop} of the plan)"
-    return text if death.certain else f"{text}; the capture ended or lost packets there"
-
-
-def _loop(flow: Flow, way: str) -> str:
-    """Packets that come by the same place again."""
-    unit = max(flow.units, key=lambda unit: unit.rounds)
-    station = flow.stations[max(unit.laps, key=unit.laps.__getitem__)]
-    return (
-        f"a packet {way} came by {_station(station)} {unit.rounds} times, with a smaller TTL each "
-        "time: routes lead in a circle"
-    )
-
-
-def _foreseen(connection: StitchedConnection) -> list[str]:
-    """What the trace says of a way that does not arrive."""
-    route = connection.route
-    if route is None or not failed(state_of(connection)):
-        return []
-    outcome = route.outcome
-    if outcome.disposition in SUCCESS:
-        return []
-    text = f"{outcome.disposition.value} in {outcome.netns} of node {outcome.netns.node}"
-    if outcome.detail:
-        text += f": {outcome.detail}"
-    if outcome.citation is not None:
-        text += f"; {rule_text(outcome.citation)} {outcome.citation.text}"
-    return [text]
-
-
-def _station(station: Station) -> str:
-    tap = station.tap
-    return f"{tap.node} {f'{tap.pod}:' if tap.pod else ''}{tap.interface}"
-
-
-def packet_comments(stitched: Stitched) -> dict[int, str]:
-    """Packet number → what a capture file says about it: connection, hop, and the rule that
-    rewrote it on the way from the tap before."""
-    made: dict[int, str] = {}
-    for index, connection in enumerate(stitched.connections, 1):
-        for flow, back in ((connection.there, False), (connection.back, True)):
-            rewrites = [connection.rewrites(flow, place) for place in range(len(flow.stations))]
-            for unit in flow.units:
-                for passage in unit.passages:
-                    text = f"connection {index}, hop {passage.station + 1} of "
-                    text += f"{len(flow.stations)}{' back' if back else ''}"
-                    for rewrite in rewrites[passage.station]:
-                        text += f"; {cited(rewrite)}"
-                    if unit.repeat is not Repeat.NOTHING:
-                        text += f"; {unit.repeat.value}"
-                    made[passage.number] = text
-        for error in connection.errors:
-            for _, _, _, number in error.seen:
-                made[number] = f"connection {index}: {_error_text(error)}"
-    return made
-
-
-def cited(rewrite: Rewrite) -> str:
-    """``DNAT to 10.40.0.6:8080 by KUBE-SEP-…:2 (-A KUBE-SEP-… -j DNAT …)``."""
-    text = _rewrite(rewrite)
-    return f"{text} ({rewrite.citation.text})" if rewrite.citation is not None else text
-
-
-def connection_document(
-    connection: StitchedConnection, names: Mapping[IPAddress, str], clocks: Clocks | None = None
-) -> dict[str, Any]:
-    """One element of ``connections``."""
-    return {
-        "client": _tuple_document(connection.first, names),
-        "server": _tuple_document(connection.last, names),
-        "protocol": protocol_name(connection.protocol),
-        "state": state_of(connection).value,
-        "failed": failed(state_of(connection)),
-        "beginNs": connection.begin,
-        "endNs": connection.end,
-        "answeredNs": connection.answered_in,
-        "clientKnown": connection.client_known,
-        "contested": connection.contested,
-        "evidence": sorted(evidence.value for evidence in connection.evidence),
-        "conntrack": [
-            {
-                "node": tracked.node,
-                "orig": _tuple_document(tracked.entry.orig, {}),
-                "reply": _tuple_document(tracked.entry.reply, {}),
-            }
-            for tracked in connection.entries
-        ],
-        "there": _flow_document(connection, connection.there, clocks),
-        "back": _flow_document(connection, connection.back, clocks),
-        "endings": [
-            {
-                "kind": "RST" if ending.reset else "FIN",
-                "by": sender_text(connection, ending),
-                "timeNs": ending.time,
-            }
-            for ending in connection.endings
-        ],
-        "errors": [
-            {
-                "text": _error_text(error),
-                "from": error.source,
-                "type": error.type,
-                "code": error.code,
-                "mtu": error.mtu,
-            }
-            for error in connection.errors
-        ],
-        "trace": next(iter(_foreseen(connection)), None),
-        "deaths": [
-            {
-                "back": death.back,
-                "packets": len(death.units),
-                "lastSeen": _station(death.station),
-                "certain": death.certain,
-                "text": _death(death),
-            }
-            for death in deaths_of(connection)
-        ],
-    }
-
-
-def _flow_document(
-    connection: StitchedConnection, flow: Flow, clocks: Clocks | None
-) -> dict[str, Any]:
-    times: list[list[int]] = [[], *hop_times(flow)] if flow.stations else []
-    return {
-        "packets": len(flow.units),
-        "bytes": flow.bytes,
-        "retransmissions": flow.count(Repeat.RETRANSMISSION),
-        "reordered": flow.count(Repeat.REORDERED),
-        "rounds": flow.rounds,
-        "stations": [
-            {
-                "node": station.tap.node,
-                "pod": station.tap.pod or None,
-                "interface": station.tap.interface,
-                "direction": station.direction.value,
-                "tuple": _tuple_document(tuple5_of(station.flow), {}),
-                "packets": station.packets,
-                "sinceNs": round(median(times[place])) if times[place] else None,
-                "sinceBoundNs": _bound(flow, place, clocks),
-                "rewrites": [
-                    {"kind": r.kind, "by": r.by, "rule": r.citation.text if r.citation else None}
-                    for r in connection.rewrites(flow, place)
-                ],
-            }
-            for place, station in enumerate(flow.stations)
-        ],
-    }
-
-
-def _bound(flow: Flow, place: int, clocks: Clocks | None) -> int | None:
-    if place == 0 or clocks is None:
-        return None
-    return clocks.width(flow.stations[place - 1].tap.node, flow.stations[place].tap.node)
-
-
-def _tuple_document(half: Tuple5, names: Mapping[IPAddress, str]) -> dict[str, Any]:
-    return {
-        "src": str(half.src),
-        "sport": half.sport,
-        "srcName": names.get(half.src),
-        "dst": str(half.dst),
-        "dport": half.dport,
-        "dstName": names.get(half.dst),
-    }

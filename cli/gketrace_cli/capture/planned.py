@@ -17,7 +17,8 @@ from gketrace.capture.packets import Tap
 from gketrace.capture.plan import Plan
 from gketrace.errors import ExitCode
 from gketrace.packet import IPAddress
-from gketrace_cli.capture.connections import connection_document, draw_connections, exit_code
+from gketrace_cli.capture.connection_document import connection_document
+from gketrace_cli.capture.connections import draw_connections, exit_code
 from gketrace_cli.capture.files import FileSink
 from gketrace_cli.capture.merge import Chunk
 from gketrace_cli.capture.running import Outcome, Sink, tell

@@ -24,7 +24,7 @@ from gketrace.capture.segments import FlowKey, flow_key, sightings, tuple5_of
 from gketrace.capture.stitch import Stitched, stitch_packets
 from gketrace.packet import Packet
 from gketrace_cli.capture.batch import batch_from_packets
-from gketrace_cli.capture.connections import cited, packet_comments, span
+from gketrace_cli.capture.connection_words import cited, packet_comments, span
 from gketrace_cli.capture.merge import Chunk
 from gketrace_cli.capture.stream import AgentFailed, Batch, Event, Started, Statistics, TapsEnded
 

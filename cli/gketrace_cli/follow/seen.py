@@ -10,7 +10,7 @@ from gketrace.capture.passages import Fate, Repeat, Station
 from gketrace.capture.stitch import StitchedConnection
 from gketrace.capture.verdicts import State, deaths_of, hop_times, sender_text, state_of
 from gketrace.follow.outcome import Judgement, Outcome
-from gketrace_cli.capture.connections import connection_document
+from gketrace_cli.capture.connection_document import connection_document
 from gketrace_cli.follow.packets import SeenPackets
 
 __all__ = [
@@ -127,7 +127,7 @@ def packet_lines(seen: SeenPackets, because: str) -> list[str]:
     """For people, beside the connection's line and `because`, the outcome's."""
     from statistics import median
 
-    from gketrace_cli.capture.connections import span
+    from gketrace_cli.capture.connection_words import span
 
     flow = seen.connection.there
     lines = []

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from gketrace.follow.outcome import FAILED
 from gketrace.trace import Missing
-from gketrace_cli.capture.connections import span
+from gketrace_cli.capture.connection_words import span
 from gketrace_cli.follow.tally import Tally, percentiles
 from gketrace_cli.render.follow import duration_text
 from gketrace_cli.render.layout import Page

@@ -16,12 +16,9 @@ from gketrace.capture.passages import Window
 from gketrace.capture.plan import Route, Wanted, make_plan
 from gketrace.capture.verdicts import State, failed, state_of
 from gketrace.errors import ExitCode
-from gketrace_cli.capture.connections import (
-    connection_document,
-    draw_connections,
-    exit_code,
-    packet_comments,
-)
+from gketrace_cli.capture.connection_document import connection_document
+from gketrace_cli.capture.connection_words import packet_comments
+from gketrace_cli.capture.connections import draw_connections, exit_code
 from gketrace_cli.capture.stitching import Collection, collect_packets
 from gketrace_cli.render.documents import envelope
 from gketrace_cli.render.layout import Page
