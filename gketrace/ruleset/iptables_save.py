@@ -7,6 +7,7 @@ from typing import Final
 
 from gketrace.errors import ParseError
 from gketrace.ruleset.iptables import IptablesRuleset, TableIndex
+from gketrace.ruleset.line_breaks import unbroken
 from gketrace.ruleset.model import Rule
 from gketrace.ruleset.rule_text import read_rule
 
@@ -47,6 +48,7 @@ def parse_iptables_save(
     is none of iptables-save's.
     """
     reader = IptablesSaveReader(backend=backend, family=family)
+    text = unbroken(text)
     reader.feed(text)
     return reader.finish(text, source=source, taken_at=taken_at, empty_ok=empty_ok)
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Final
 
 from gketrace.errors import ExhaustedError, GketraceError
 from gketrace.ruleset.iptables_save import IptablesSaveReader
+from gketrace.ruleset.line_breaks import unbroken
 from gketrace.snapshot import Maybe, Unavailable
 from gketrace_agent.kernel.nfnetlink import NftTable, nft_generation, nft_tables
 from gketrace_agent.kernel.nft_rules import NftText
@@ -333,8 +334,9 @@ class IptablesReading:
                 + (f": {said}" if said else "")
             )
         source = " ".join(result.argv)
+        printed = unbroken(result.stdout)
         if wanted.read is not None:
-            text = merged_text(wanted.read, result.stdout)
+            text = merged_text(wanted.read, printed)
             if not isinstance(text, bytes):
                 return Unavailable(reason=f"{what}: {source} printed no table {text.table}{why}")
             source = f"{_BY_NETLINK[wanted.family]}, and {source} for {reasons(wanted.read)}"
@@ -342,12 +344,12 @@ class IptablesReading:
         return IptablesDump(
             backend=wanted.backend,
             family=wanted.family,
-            text=result.stdout,
+            text=printed,
             source=source,
             seconds=result.seconds,
             taken_at=self._started_at,
             generation=self.generation if wanted.backend == NFT else None,
-            reader=wanted.reader,
+            reader=wanted.reader if printed is result.stdout else None,
         )
 
     def _netlink_dump(self, wanted: _Wanted, text: bytes, source: str) -> Maybe[IptablesDump]:

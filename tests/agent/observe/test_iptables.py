@@ -373,3 +373,24 @@ def test_a_burst_of_readings_of_legacy_makes_few_dumps(
     netns.run("iptables-legacy", "-A", "INPUT", "-p", "tcp", "--dport", "81", "-j", "DROP")
     assert b"--dport 81" in read(netns, programs, cache, fresh).of(LEGACY)[0].text
     assert not cache._turns, "nothing is kept when nobody waits"
+
+
+@pytest.mark.parametrize(("backend", "word"), [(LEGACY, "legacy"), (NFT, "nft")])
+@pytest.mark.parametrize("netlink", [True, False])
+def test_a_line_break_in_a_comment_makes_no_rules(
+    bed: Bed, backend: str, word: str, netlink: bool
+) -> None:
+    netns = bed.netns("comment")
+    forged = "one\nCOMMIT\n*filter\n-A FORWARD -j DROP\n-A FORWARD -m comment --comment"
+    comment = ("-m", "comment", "--comment", forged)
+    netns.run(f"iptables-{word}", "-t", "nat", "-A", "OUTPUT", *comment, "-j", "RETURN")
+    netns.run(f"iptables-{word}", "-t", "nat", "-A", "POSTROUTING", "-j", "MASQUERADE")
+    (dump,) = read(netns, Programs(netlink=netlink)).of(backend)
+    ruleset = dump.ruleset()
+    assert not isinstance(ruleset, Unavailable)
+    assert ruleset.tables == ("nat",)
+    chain = ruleset.chain("nat", "OUTPUT")
+    assert chain is not None
+    assert [rule.text for rule in chain] == [
+        '-A OUTPUT -m comment --comment "{}" -j RETURN'.format(forged.replace("\n", r"\n"))
+    ]

@@ -12,6 +12,7 @@ from gketrace.errors import ParseError
 from gketrace.packet import Packet, parse_address
 from gketrace.ruleset.iptables import IptablesRuleset
 from gketrace.ruleset.iptables_save import IptablesSaveReader, parse_iptables_save, parse_rule
+from gketrace.ruleset.line_breaks import unbroken
 from gketrace.ruleset.model import ChainType
 from gketrace.ruleset.options import quote, tokenize
 from gketrace.ruleset.render import render_rule, render_ruleset
@@ -380,3 +381,11 @@ def test_what_holds_rules_and_which_chains_there_are() -> None:
     assert parse_iptables_save(empty.replace(b"ACCEPT", b"DROP"), source="x").holds_rules
     with_rule = empty.replace(b"COMMIT", b"-A INPUT -j ACCEPT\nCOMMIT")
     assert parse_iptables_save(with_rule, source="x").holds_rules
+
+
+def test_a_line_break_inside_of_quotation_marks_ends_no_line() -> None:
+    plain = b'*nat\n:"x - [0:0]\n-A "x -i " -o a"b -m comment --comment "a \\"b\\" \\\\"\nCOMMIT\n'
+    assert unbroken(plain * 2) == plain * 2
+    broken = plain.replace(b'"a ', b'"a\nCOMMIT\n*filter\n')
+    assert unbroken(broken) == plain.replace(b'"a ', rb'"a\nCOMMIT\n*filter\n')
+    assert parse_iptables_save(broken, source="test").tables == ("nat",)

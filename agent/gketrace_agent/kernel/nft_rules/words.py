@@ -62,10 +62,10 @@ def string(data: bytes) -> str:
 
 
 def quoted(value: str) -> str:
-    """A value as iptables-restore reads it back; no leading blank."""
+    """A value as iptables-restore reads it back, but on one line; no leading blank."""
     if _PLAIN(value):
         return value
-    escaped = _ESCAPED.sub(r"\\\g<0>", value)
+    escaped = _ESCAPED.sub(r"\\\g<0>", value).replace("\n", "\\n")
     return f'"{escaped}"'
 
 
