@@ -83,7 +83,6 @@ class Tally:
     """Options that leave connections out, which are not counted then."""
     connections: int = 0
     failed: int = 0
-    not_opened_yet: int = 0
     outcomes: Counter[Outcome] = field(default_factory=Counter)
     shares: dict[str, Share] = field(default_factory=dict)
     with_odds: int = 0
