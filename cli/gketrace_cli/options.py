@@ -56,6 +56,8 @@ NOT_FROM_CLUSTER: Final = (*NOT_FROM_AGENTS, "agent_namespace", "context", "kube
 ON_BUNDLES: Final = ("check", "connections", "conntrack", "pod", "rules", "service", "trace")
 """Commands that answer from a bundle as they do from a cluster."""
 DEFAULT_TIMEOUT: Final = 10.0
+_MOST: Final[Mapping[type, float]] = {int: 2**53, float: 1e9}
+"""What an option's number may be at most: counts and bytes; seconds."""
 """Seconds for the whole answer of one API or agent call."""
 
 
@@ -283,6 +285,15 @@ class Options:
         return parse_agents(self.agent or [])
 
 
+def _check_numbers(ctx: typer.Context) -> None:
+    """Raises: `UsageError` for one that fits no clock and no message; NaN is in every range."""
+    for option in ctx.command.params:
+        value = ctx.params.get(option.name or "")
+        most = _MOST.get(type(value))
+        if most is not None and not abs(value) <= most:
+            raise UsageError(f"{option.opts[0]} {value}: no number that it can be")
+
+
 def parse_agents(texts: list[str]) -> dict[str, str]:
     """``["n1=10.0.0.1:9090"]`` → ``{"n1": "10.0.0.1:9090"}``.  Raises `UsageError`."""
     agents: dict[str, str] = {}
@@ -322,6 +333,7 @@ def with_options(
         if "ctx" in own:
             values["ctx"] = ctx
         options = given.over(outer)
+        _check_numbers(ctx)
         options.check_namespace()
         options.check_files()
         if options.bundle is not None and ctx.invoked_subcommand is None:

@@ -11,6 +11,7 @@
     nft.py             NftRuleset: an index over nft's JSON; chains are parsed when entered
     nft_json.py        parse_nft_json(text) → NftRuleset of each table
     nft_text.py        that JSON → the syntax of ``nft list ruleset``
+    line_breaks.py     line breaks inside of quotation marks, before lines are read
     cut.py             one table or chain out of a rule set's text
 
 A `Ruleset` is one backend's rules of one address family in one namespace.  The matches and targets

@@ -241,6 +241,13 @@ def test_streams_that_cannot_be_written(streams: str, code: int, said: str) -> N
         (("--kubeconfig", "a" * 5000, "status"), "File name too long\n"),
         (("-n", "\u00fcn\u00ef", "check"), "cannot be a namespace's name\n"),
         (("-n", "a\nb", "check"), "error: -n 'a\\nb' cannot be a namespace's name\n"),
+        (("check", "--watch", "nan"), "error: --watch nan: no number that it can be\n"),
+        (("check", "--watch", "1e300"), "error: --watch 1e+300: no number that it can be\n"),
+        (("pod", "a", "--timeout", "nan"), "error: --timeout nan: no number that it can be\n"),
+        (
+            ("capture", "-s", "9" * 20),
+            f"error: --snapshot-length {'9' * 20}: no number that it can be\n",
+        ),
     ],
 )
 def test_words_that_can_be_nothing(

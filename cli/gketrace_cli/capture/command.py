@@ -87,7 +87,7 @@ class Wish:
     @property
     def snap_length(self) -> int:
         """As requests have it; 0: the agent's choice, headers."""
-        return 0 if self.snap is None else self.snap or _ALL
+        return 0 if self.snap is None else min(self.snap or _ALL, _ALL)
 
 
 def run(wish: Wish, options: Options, form: CaptureOutput, style: LineStyle) -> ExitCode:
