@@ -56,9 +56,9 @@ NOT_FROM_CLUSTER: Final = (*NOT_FROM_AGENTS, "agent_namespace", "context", "kube
 ON_BUNDLES: Final = ("check", "connections", "conntrack", "pod", "rules", "service", "trace")
 """Commands that answer from a bundle as they do from a cluster."""
 DEFAULT_TIMEOUT: Final = 10.0
+"""Seconds for the whole answer of one API or agent call."""
 _MOST: Final[Mapping[type, float]] = {int: 2**53, float: 1e9}
 """What an option's number may be at most: counts and bytes; seconds."""
-"""Seconds for the whole answer of one API or agent call."""
 
 
 class Output(str, Enum):
@@ -288,7 +288,7 @@ class Options:
 def _check_numbers(ctx: typer.Context) -> None:
     """Raises: `UsageError` for one that fits no clock and no message; NaN is in every range."""
     for option in ctx.command.params:
-        value = ctx.params.get(option.name or "")
+        value: Any = ctx.params.get(option.name or "")
         most = _MOST.get(type(value))
         if most is not None and not abs(value) <= most:
             raise UsageError(f"{option.opts[0]} {value}: no number that it can be")
