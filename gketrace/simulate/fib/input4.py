@@ -216,7 +216,9 @@ def _full_check(
     flow.sport, flow.dport = flow.dport, flow.sport
     if flow.mark and not view.conf_or(4, iif, "src_valid_mark"):
         flow.mark = 0
-    cited = view.conf_citations(4, "rp_filter", "all", iif) if mode else ()
+    # The higher of the two counts: it is the one to cite first.
+    counts = ("all", iif) if view.conf(4, "all", "rp_filter") == mode else (iif, "all")
+    cited = view.conf_citations(4, "rp_filter", *counts) if mode else ()
     answers = [
         _reverse(tables, packet, device, mode, outcome, cited) for outcome in tables.lookup(flow)
     ]

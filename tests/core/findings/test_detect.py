@@ -565,6 +565,8 @@ def test_the_reverse_path_filter_is_loosened_where_it_drops() -> None:
     bench = Bench("ptp")
     strict(bench)
     (found,) = (one for one in bench.found(trace=True) if one.code == "GKT-304")
+    # What decides stands first: the interface's 1, not the 0 of "all".
+    assert found.evidence[0].citation.text == "net.ipv4.conf.eth0.rp_filter = 1"
     assert found.command == "sysctl -w net.ipv4.conf.eth0.rp_filter=2  # on node m69d"
 
 
