@@ -93,10 +93,10 @@ def _node_drift(world: World, sight: Sight) -> Iterator[Finding]:
         count = sum(len(ends) for *_, ends in extra)
         yield finding(
             "GKT-111",
-            f"The rules of node {sight.node} still lead to {_number(count)} that "
-            f"{'is' if count == 1 else 'are'} no endpoint of {_names(extra)} any more",
+            f"The rules of node {sight.node} still lead to {_addresses(count)} that "
+            f"{'is' if count == 1 else 'are'} no ready endpoint of {_names(extra)} any more",
             [
-                *(_shown(sight, *one, note="no EndpointSlice has") for one in extra),
+                *(_shown(sight, *one, note="no EndpointSlice has as ready") for one in extra),
                 *_others(world, sight, extra[0]),
             ],
             remedy="if it stays so for more than 10 s, restart kube-proxy on this node",
@@ -126,6 +126,10 @@ def _difference(
 
 def _number(count: int) -> str:
     return "1 endpoint" if count == 1 else f"{count} endpoints"
+
+
+def _addresses(count: int) -> str:
+    return "1 address" if count == 1 else f"{count} addresses"
 
 
 def _names(entries: Iterable[tuple[ServicePort, Expected, int, frozenset[str]]]) -> str:

@@ -39,7 +39,7 @@ def no_endpoints(world: World) -> Iterator[Finding]:
             yield finding(
                 "GKT-102",
                 f"Service {key} has {_count(known, 'endpoint')}{which} and none is ready: "
-                "nodes refuse its connections",
+                f"{_refused(world, empty)}",
                 [of_endpoint(end) for end in known],
                 remedy="find out why the pods are not ready",
                 command=f"kubectl describe pod -n {service.namespace} "
@@ -62,7 +62,7 @@ def no_endpoints(world: World) -> Iterator[Finding]:
             )
         yield finding(
             "GKT-101",
-            f"Service {key} has no endpoints{which}: nodes refuse its connections",
+            f"Service {key} has no endpoints{which}: {_refused(world, empty)}",
             proof,
             remedy=remedy,
             command=command,
@@ -266,6 +266,19 @@ def _first_rule(world: World, node: str, port: int) -> Iterator[Evidence]:
             if f"--dport {port} " in rule.text:
                 yield Evidence(citation=rule.citation, node=node, netns="host")
                 return
+
+
+def _refused(world: World, empty: Iterable[Expected]) -> str:
+    """What nodes make of connections to ports without a usable endpoint, by the rules read."""
+    ports = [name for name, one in world.expected.items() if one in empty]
+    led = [
+        sight.node
+        for sight in world.sights.values()
+        if any(sight.programme.endpoints(name, family) for name in ports for family in (4, 6))
+    ]
+    if not led:
+        return "nodes refuse its connections"
+    return f"rules of {_count(led, 'node')} still lead to some"
 
 
 def _ports(ports: Iterable[Expected]) -> str:

@@ -637,3 +637,17 @@ def test_sockets_are_kept_apart_by_protocol() -> None:
         Socket(family=4, protocol=17, address=ip_address("0.0.0.0"), port=8080, state="UNCONN")
     )
     assert [one.code for one in bench.found()] == ["GKT-105"]
+
+
+def test_what_is_not_ready_is_not_called_absent_or_refused() -> None:
+    """Rules that were not changed yet lead on: nothing is refused, and a slice has the address."""
+    bench = Bench("ptp")
+    bench.endpoints = [
+        replace(e, ready=False, serving=False) if e.service == "hello-server" else e
+        for e in bench.endpoints
+    ]
+    found = {one.code: one for one in bench.found()}
+    assert set(found) == {"GKT-102", "GKT-111"}
+    assert found["GKT-102"].text.endswith("none is ready: rules of 3 nodes still lead to some")
+    assert "lead to 1 address that is no ready endpoint of Service" in found["GKT-111"].text
+    assert "no EndpointSlice has as ready 10.40.0.6:8080" in found["GKT-111"].evidence[0].note
