@@ -213,10 +213,11 @@ def with_live(verdict: Verdict, live: LiveReading) -> Verdict:
         return verdict
     count = len(live.stale)
     are = "live connection is" if count == 1 else "live connections are"
-    code = verdict.code
+    text, code = verdict.text.removesuffix("."), verdict.code
     if code is ExitCode.OK and any(one.breaks for one in live.stale):
         code = ExitCode.BROKEN
-    return Verdict(text=f"{verdict.text}; {count} {are} stale", code=code)
+        text = text.replace(" works: ", " works for new connections only: ", 1)
+    return Verdict(text=f"{text}; {count} {are} stale.", code=code)
 
 
 def _ends(judged: Sequence[tuple[Question, Path, Standing]]) -> str:

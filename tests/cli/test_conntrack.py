@@ -500,7 +500,8 @@ def test_service_says_which_live_connections_are_stale(
     run(world.arguments(*words))
     out = capsys.readouterr().out
     text = " ".join(out.split())
-    assert "; 1 live connection is stale" in text
+    assert "; 1 live connection is stale. " in text
+    assert ".; " not in text
     assert f"node 33fg: {GONE}" in text
     assert "its endpoint 10.40.1.99:5353 is in no EndpointSlice of the Service any more" in text
     schema = json.loads((SCHEMAS / "trace.json").read_text())
@@ -512,11 +513,15 @@ def test_service_says_which_live_connections_are_stale(
 
 
 def test_only_stale_datagrams_are_broken() -> None:
-    fine = Verdict(text="fine", code=ExitCode.OK)
-    for one, code in ((GONE, ExitCode.BROKEN), (NODE_PORT, ExitCode.OK)):
+    fine = Verdict(text="Service a/b works: the way traced leads to c.", code=ExitCode.OK)
+    for one, code, works in (
+        (GONE, ExitCode.BROKEN, "works for new connections only"),
+        (NODE_PORT, ExitCode.OK, "works"),
+    ):
         live = Live(place=Place(node="33fg"), entry=one, standing=Standing.STALE, why="gone")
         judged = with_live(fine, LiveReading(found=(live,)))
-        assert judged == Verdict(text="fine; 1 live connection is stale", code=code)
+        text = f"Service a/b {works}: the way traced leads to c; 1 live connection is stale."
+        assert judged == Verdict(text=text, code=code)
     assert with_live(fine, LiveReading()) is fine
 
 

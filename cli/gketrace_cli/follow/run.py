@@ -125,7 +125,10 @@ class _Follow:
             watched = self._packets is None or self._packets.started
             if not self._ready and watched and self._intake.ready >= len(self._targets):
                 self._ready = True
-                nodes = "the node is" if len(self._targets) == 1 else "all nodes are"
+                count = len(self._targets)
+                nodes = "the node is" if count == 1 else "all nodes are"
+                if self._gaps:  # not all, and which not has been said
+                    nodes = "1 node is" if count == 1 else f"{count} nodes are"
                 self._show.say(f"{nodes} followed from now on")
             if now >= next_count:
                 next_count = now + _COUNT_SECONDS
