@@ -325,16 +325,7 @@ def _unreachable(world: World, stop: Stop) -> Finding | None:
             cause=f"rp_filter {stop.node} {stop.netns}",
         )
     if "forward" in text and stop.citation.source is Source.SYSCTL:
-        return finding(
-            "GKT-301",
-            f"Forwarding is off on {stop.where}: nothing passes it",
-            _all_checks(stop),
-            remedy="switch forwarding on, and find what switches it off",
-            command=at("sysctl -w net.ipv4.ip_forward=1", stop.node, stop.netns),
-            subjects=stop.subjects,
-            nodes=[stop.node],
-            cause=f"forwarding {stop.node} {stop.netns}",
-        )
+        return _not_forwarding(stop)
     rules = [s.citation for s in stop.steps[-4:] if s.citation and _is_rule(s.citation)]
     if rules:
         return _route(stop, "GKT-308", f"is led astray by the policy rule {rules[-1].text!r}")
@@ -345,6 +336,30 @@ def _unreachable(world: World, stop: Stop) -> Finding | None:
             return None  # routes.py says it, of all pods
         return _route(stop, "GKT-305", "finds no route")
     return _route(stop, "GKT-306", stop.outcome.detail)
+
+
+def _not_forwarding(stop: Stop) -> Finding:
+    """Of IPv4, of one interface only, or of IPv6: each is another switch.  Writing to ip_forward
+    the 1 that it has changes no interface (net/ipv4/devinet.c devinet_sysctl_forward())."""
+    proof = _all_checks(stop)
+    name = stop.citation.text.partition(" = ")[0]
+    text, switch = f"Forwarding is off on {stop.where}: nothing passes it", "net.ipv4.ip_forward"
+    if name.startswith("net.ipv6."):
+        text, switch = f"Forwarding of IPv6 is off on {stop.where}: no IPv6 packet passes it", name
+    elif any(one.citation.text == "net.ipv4.ip_forward = 1" for one in proof):
+        device = name.removeprefix("net.ipv4.conf.").removesuffix(".forwarding")
+        text = f"Forwarding is off for {device} of {stop.where}: nothing from there passes it"
+        switch = f"net.ipv4.conf.{device.replace('.', '/')}.forwarding"
+    return finding(
+        "GKT-301",
+        text,
+        proof,
+        remedy="switch forwarding on, and find what switches it off",
+        command=at(f"sysctl -w {switch}=1", stop.node, stop.netns),
+        subjects=stop.subjects,
+        nodes=[stop.node],
+        cause=f"forwarding {stop.node} {stop.netns} {switch}",
+    )
 
 
 def _is_rule(citation: Citation) -> bool:

@@ -651,3 +651,35 @@ def test_what_is_not_ready_is_not_called_absent_or_refused() -> None:
     assert found["GKT-102"].text.endswith("none is ready: rules of 3 nodes still lead to some")
     assert "lead to 1 address that is no ready endpoint of Service" in found["GKT-111"].text
     assert "no EndpointSlice has as ready 10.40.0.6:8080" in found["GKT-111"].evidence[0].note
+
+
+def _one_interface(bench: Bench) -> None:
+    bench.host("m69d").sysctls["net.ipv4.conf.eth0.forwarding"] = "0"
+
+
+@pytest.mark.parametrize(
+    ("fault", "said", "switch"),
+    [
+        (forwarding_off, "Forwarding is off on node m69d: nothing", "net.ipv4.ip_forward"),
+        (_one_interface, "is off for eth0 of node m69d", "net.ipv4.conf.eth0.forwarding"),
+    ],
+    ids=["whole", "interface"],
+)
+def test_the_switch_that_is_off_is_the_one_to_turn_on(fault: Fault, said: str, switch: str) -> None:
+    bench = Bench("ptp")
+    fault(bench)
+    (found,) = (one for one in bench.found(trace=True) if one.code == "GKT-301")
+    assert said in found.text
+    assert found.command == f"sysctl -w {switch}=1  # on node m69d"
+
+
+def test_forwarding_of_ipv6_has_a_switch_of_its_own() -> None:
+    bench = Bench("ptp")
+    forwarding_off(bench)
+    world = bench.world()
+    stop = next(s for s in ways.stops(world.ways) if "forward" in s.citation.text)
+    switch = "net.ipv6.conf.all.forwarding"
+    found = ways.named(world, replace(stop, citation=replace(stop.citation, text=f"{switch} = 0")))
+    assert found is not None
+    assert found.text == "Forwarding of IPv6 is off on node m69d: no IPv6 packet passes it"
+    assert found.command == f"sysctl -w {switch}=1  # on node m69d"
