@@ -115,20 +115,23 @@ class AgentAccess:
     def _read_ca(self) -> bytes:
         if self._ca_file is not None:
             try:
-                return self._ca_file.read_bytes()
+                data = self._ca_file.read_bytes()
             except OSError as error:
                 raise UsageError(f"--agent-ca {self._ca_file}: {error.strerror}") from None
+            if b"BEGIN CERTIFICATE" not in data:
+                raise UsageError(f"--agent-ca {self._ca_file} has no certificate in it")
+            return data
         where = f"ConfigMap {self._namespace}/{access.CA_CONFIGMAP}"
         path = f"/api/v1/namespaces/{urllib.parse.quote(self._namespace, safe='')}/configmaps"
         try:
-            data = self._api.get(f"{path}/{access.CA_CONFIGMAP}").get("data") or {}
+            found = self._api.get(f"{path}/{access.CA_CONFIGMAP}").get("data") or {}
         except NotFoundError:
             raise UnavailableError(
                 f"the agents' certificate authority is not in the cluster ({where})",
                 hint="'gketrace install' puts it there; --agent-ca FILE names it, --plaintext is "
                 "for agents that were started with --insecure",
             ) from None
-        text = str(data.get(access.CA_KEY) or "")
+        text = str(found.get(access.CA_KEY) or "")
         if "BEGIN CERTIFICATE" not in text:
             raise UnavailableError(f"{where} has no certificate in {access.CA_KEY}")
         return text.encode()

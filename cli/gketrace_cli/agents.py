@@ -426,6 +426,12 @@ class Fleet:
             reason = details.rpartition("last error: ")[2] or "no answer"
             for noise in ("UNKNOWN: ", "UNAVAILABLE: "):
                 reason = reason.replace(noise, "")
+            if why := reason.partition("CERTIFICATE_VERIFY_FAILED: ")[2]:
+                return UnavailableError(
+                    f"{reached} is not trusted: {why.removesuffix(': OK')}",
+                    hint="--agent-ca FILE names its certificate's CA; 'gketrace install --apply "
+                    "--renew' makes a new one",
+                )
             return UnavailableError(f"{reached} does not answer: {reason}")
         return error_from_status(status, f"node {node}: {details or status}")
 

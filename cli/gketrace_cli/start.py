@@ -18,6 +18,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
     _fill_standard_streams()
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its errors are told, in one line
     from gketrace_cli.main import main as run
 
     if signal.getsignal(signal.SIGINT) is _leave:

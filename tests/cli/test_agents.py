@@ -8,14 +8,17 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
 
-from gketrace.errors import NotFoundError, TimeoutExceeded, UnavailableError
+from gketrace.errors import NotFoundError, TimeoutExceeded, UnavailableError, UsageError
 from gketrace.objects import Container, ContainerPort, Pod
+from gketrace_cli.account import Account
+from gketrace_cli.agent_access import AgentAccess
 from gketrace_cli.agents import Fleet, agent_port
+from gketrace_cli.apiserver import ApiServer
 from gketrace_cli.local import local_node, start_local_agent
 from gketrace_cli.object_json import parse_node, parse_pod
 from gketrace_cli.podref import pod_ref
@@ -142,3 +145,28 @@ def test_a_mirror_pod_is_named_by_the_uid_that_its_kubelet_knows() -> None:
     assert pod_ref(parse_pod(found)).config_hash == ""
     found["metadata"]["annotations"] = {"kubernetes.io/config.hash": "0123abcd"}
     assert pod_ref(parse_pod(found)).config_hash == "0123abcd"
+
+
+def test_a_ca_file_without_a_certificate(tmp_path: Path) -> None:
+    path = tmp_path / "ca.crt"
+    path.write_bytes(b"\0\xff")
+    api, account = cast(ApiServer, None), Account(namespace="a", name="b")
+    access = AgentAccess(api, namespace="a", account=account, ca_file=path)
+    with pytest.raises(UsageError, match="has no certificate in it"):
+        access.ca()
+
+
+def test_a_certificate_of_another_ca() -> None:
+    class Refused(grpc.RpcError):
+        def code(self) -> grpc.StatusCode:
+            return grpc.StatusCode.UNAVAILABLE
+
+        def details(self) -> str:
+            return (
+                "failed to connect; last error: UNKNOWN: unix:/tmp/x.sock: Tls handshake failed: "
+                "OPENSSL_internal:CERTIFICATE_VERIFY_FAILED: certificate has expired: OK"
+            )
+
+    with Fleet(timeout=1) as fleet:
+        said = str(fleet.explain("n1", Refused(), 1.0))
+    assert "agent of node n1 is not trusted: certificate has expired; --agent-ca FILE" in said
