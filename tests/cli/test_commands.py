@@ -183,6 +183,8 @@ def test_a_pod_by_its_workload_is_the_same_pod(ask: Ask, words: list[str]) -> No
         (["capture", "zzz"], "capture needs a target, and 'zzz' is none"),
         (["check", "--bundle", ""], "--bundle lacks the name of a file"),
         (["check", "--agent-ca", ""], "--agent-ca names no file"),
+        (["capture", " "], "capture needs a target; pod/NAME"),
+        (["check", "--ignore-file", "/"], "cannot read the ignore file /: Is a directory"),
         (["service", "web", "--follow", "-v"], "-v tells a trace hop by hop"),
     ],
 )

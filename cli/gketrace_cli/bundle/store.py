@@ -6,6 +6,7 @@ names, sizes, check sums, shapes.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -75,7 +76,10 @@ def write_bundle(bundle: Bundle, path: str) -> int:
 
 
 def write_members(members: Members, path: str) -> int:
-    target = Path(path).resolve()
+    try:
+        target = Path(path).resolve()
+    except (OSError, RuntimeError):  # the latter is what Python up to 3.12 says of a loop
+        raise UsageError(f"cannot write {path}: {os.strerror(errno.ELOOP)}") from None
     try:
         if target.exists() and not target.is_file():
             # A directory, or /dev/null, in whose place a file would be put.

@@ -117,7 +117,7 @@ def run(wish: Wish, options: Options, form: CaptureOutput, style: LineStyle) -> 
 
 def _check(wish: Wish, form: CaptureOutput) -> None:
     if not wish.targets and wish.trace is None:
-        given = f", and {wish.filter.split()[0][:100]!r} is none" if wish.filter else ""
+        given = f", and {wish.filter.split()[0][:100]!r} is none" if wish.filter.split() else ""
         raise UsageError(
             f"capture needs a target{given}",
             hint="pod/NAME, node/NAME, service/NAME or --trace FROM TO",

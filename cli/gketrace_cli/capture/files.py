@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -44,7 +45,8 @@ class CaptureFile:
     ) -> None:
         """`suffix`: of its name while it is not whole.
 
-        Raises `UsageError` when it cannot be made, `BrokenPipeError`."""
+        Raises `UsageError` when it cannot be made, `GketraceError` when there is no room,
+        `BrokenPipeError`."""
         self._path = path
         self._suffix = suffix
         self._part = ""
@@ -53,9 +55,16 @@ class CaptureFile:
             self._fd = os.dup(1)
         else:
             self._open(Path(path))
-        self.writer = PcapngWriter(self._fd, comments=comments)
-        if names:
-            self.writer.names(names)
+        try:
+            self.writer = PcapngWriter(self._fd, comments=comments)
+            if names:
+                self.writer.names(names)
+        except BrokenPipeError:
+            self._close()
+            raise
+        except OSError as error:
+            self.discard()
+            raise self._unwritable(error) from None
 
     def _open(self, path: Path) -> None:
         where = path
@@ -67,25 +76,43 @@ class CaptureFile:
         except OSError as error:
             raise UsageError(f"cannot write {where}: {error.strerror}") from None
 
+    def interface(self, tap: Tap) -> None:
+        """Raises `GketraceError` when there is no room, `BrokenPipeError`."""
+        with self._abandoned():
+            self.writer.interface(tap)
+
     def write(self, chunk: Chunk) -> None:
         """Raises `GketraceError` when there is no room, `BrokenPipeError`."""
-        try:
+        with self._abandoned():
             self.writer.write(chunk)
+
+    @contextmanager
+    def _abandoned(self) -> Iterator[None]:
+        """When what is done in it fails."""
+        try:
+            yield
         except BrokenPipeError:
             self.abandon()
             raise
         except OSError as error:
             self.abandon()
-            raise GketraceError(f"cannot write {self._path}: {error.strerror}") from None
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> GketraceError:
+        what = "standard output" if self._path == STDOUT else self._path
+        return GketraceError(f"cannot write {what}: {error.strerror}")
 
     def finish(self, taps: Mapping[Tap, TapOutcome]) -> None:
-        """Writes the interfaces' statistics, and gives the file its name."""
-        for tap, one in taps.items():
-            self.writer.statistics(tap, one.statistics, one.started_ns, one.ended_ns)
-        self._close()
-        if self._part:
-            os.replace(self._part, self._path)
-            self._part = ""
+        """Writes the interfaces' statistics, and gives the file its name.
+
+        Raises `GketraceError` when there is no room, `BrokenPipeError`."""
+        with self._abandoned():
+            for tap, one in taps.items():
+                self.writer.statistics(tap, one.statistics, one.started_ns, one.ended_ns)
+            self._close()
+            if self._part:
+                os.replace(self._part, self._path)
+                self._part = ""
 
     def abandon(self) -> None:
         """Leaves what there is under another name, and says so.  May be called twice."""
@@ -166,7 +193,7 @@ class FileSink:
 
     def started(self, taps: tuple[Tap, ...]) -> None:
         for tap in taps:
-            self._file(tap.node).writer.interface(tap)
+            self._file(tap.node).interface(tap)
 
     def write(self, chunk: Chunk) -> None:
         if not self._per_node or len({batch.tap.node for batch in chunk.batches}) == 1:

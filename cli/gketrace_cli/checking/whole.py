@@ -83,8 +83,10 @@ def read_ignores(codes: Iterable[str], file: str | None) -> tuple[Ignore, ...]:
         return tuple(found)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the ignore file {path}: {error}") from error
+    except OSError as error:
+        raise UsageError(f"cannot read the ignore file {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"cannot read the ignore file {path}: it is not UTF-8") from None
     for line in lines:
         words = line.partition("#")[0].split(None, 1)
         if words:

@@ -80,5 +80,9 @@ def test_a_device_is_not_replaced_and_a_link_is_followed(tmp_path: Path) -> None
         with pytest.raises(UsageError, match="is no regular file"):
             write_members({}, str(path))
     assert pipe.is_fifo()
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    with pytest.raises(UsageError, match="Too many levels of symbolic links"):
+        write_members({}, str(loop))
     assert write_members({}, str(link)) == real.stat().st_size
     assert link.is_symlink()

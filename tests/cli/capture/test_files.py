@@ -377,8 +377,13 @@ def test_no_half_file_has_the_name(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_a_full_disk_and_a_closed_pipe(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(GketraceError, match="cannot write /dev/full: No space left"):
         FileSink("/dev/full")
+    sink = FileSink(str(tmp_path / "x.pcapng"))
+    (tmp_path / "x.pcapng").mkdir()
+    with pytest.raises(GketraceError, match=r"cannot write .*/x.pcapng: Is a directory"):
+        sink.finish(Outcome(taps={}))
+    assert (tmp_path / "x.pcapng.part").stat().st_size
     path = tmp_path / "pipe"
     os.mkfifo(path)
     reading = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
