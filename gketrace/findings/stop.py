@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from dataclasses import dataclass
+from typing import Final
 
 from gketrace.findings.making import at, cited, finding, sysctl
 from gketrace.findings.model import Confidence, Evidence, Finding
 from gketrace.findings.world import Way, World
 from gketrace.snapshot import Unavailable
-from gketrace.trace import Citation, NetnsKind, Outcome, Path, Step, StepKind
+from gketrace.trace import Citation, NetnsKind, Outcome, Path, Source, Step, StepKind
 
-__all__ = ["Stop", "strayed"]
+__all__ = ["Stop", "mend_untracked", "strayed"]
+
+_NOTRACK: Final = re.compile(r"-j (?:NOTRACK|CT .*--notrack)|(?:^|\s)notrack$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +66,25 @@ class Stop:
     def steps(self) -> tuple[Step, ...]:
         return tuple(step for hop in self.path.hops for step in hop.steps)
 
+    def untracked(self, node: str) -> Citation | None:
+        """The rule by which `node` does not track the connection, in either direction."""
+        paths = (self.path,) if self.path is self.way.path else (self.way.path, self.path)
+        hops = (hop for path in paths for hop in path.hops if hop.netns.node == node)
+        for step in (step for hop in hops for step in hop.steps):
+            rule = step.citation
+            if rule is not None and rule.source is Source.RULE and _NOTRACK.search(rule.text):
+                return rule
+        return None
+
+
+def mend_untracked(rule: Citation, node: str) -> tuple[str, str]:
+    """(remedy, command) where a rule keeps a connection from being tracked."""
+    only = f"--table {shlex.quote(rule.table)} --chain {shlex.quote(rule.chain)}"
+    return (
+        "find who made the rule that keeps it from being tracked, and whether it has to be there",
+        f"gketrace rules {node} {only}",
+    )
+
 
 def strayed(world: World, stop: Stop) -> Finding:
     """The answer came with addresses that nobody waits for: it was not translated back."""
@@ -85,6 +109,19 @@ def strayed(world: World, stop: Stop) -> Finding:
             cause=f"bridge-nf {node}",
         )
     node = _translator(stop) or stop.way.sender_node or stop.node
+    if (rule := stop.untracked(node)) is not None:
+        remedy, command = mend_untracked(rule, node)
+        return finding(
+            "GKT-303",
+            f"On node {node} a rule keeps {stop.what} from being tracked, and so from being "
+            f"translated: {stop.outcome.detail}",
+            [cited(rule, node), stop.proof],
+            remedy=remedy,
+            command=command,
+            subjects=[*stop.subjects[:1], f"node {node}"],
+            nodes=[node],
+            cause=f"untracked {node} {rule.text}",
+        )
     return finding(
         "GKT-318",
         f"{stop.what} comes back by a way that does not translate it: {stop.outcome.detail}",

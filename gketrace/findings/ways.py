@@ -14,7 +14,7 @@ from typing import Final
 
 from gketrace.findings.making import at, cited, finding, proxy_logs
 from gketrace.findings.model import Evidence, Finding, Severity
-from gketrace.findings.stop import Stop, strayed
+from gketrace.findings.stop import Stop, mend_untracked, strayed
 from gketrace.findings.undelivered import no_neighbour
 from gketrace.findings.world import Way, World
 from gketrace.packet import IPAddress
@@ -105,13 +105,19 @@ def _by_rule(world: World, stop: Stop) -> Finding | None:
             severity=Severity.ERROR,
         )
     if "INVALID" in cited_rule.text:
+        remedy = "find why only one direction passes this node"
+        command = f"gketrace conntrack --node {stop.node} --stats"
+        proof = [stop.proof]
+        if (rule := stop.untracked(stop.node)) is not None:
+            remedy, command = mend_untracked(rule, stop.node)
+            proof.insert(0, cited(rule, stop.node))
         return finding(
             "GKT-209",
             f"On node {stop.node} a packet of a connection that is not known there is dropped as "
             f"INVALID by {place}",
-            [stop.proof],
-            remedy="find why only one direction passes this node",
-            command=f"gketrace conntrack --node {stop.node} --stats",
+            proof,
+            remedy=remedy,
+            command=command,
             subjects=stop.subjects,
             nodes=[stop.node],
             cause=f"invalid {stop.node}",

@@ -683,3 +683,17 @@ def test_forwarding_of_ipv6_has_a_switch_of_its_own() -> None:
     assert found is not None
     assert found.text == "Forwarding of IPv6 is off on node m69d: no IPv6 packet passes it"
     assert found.command == f"sysctl -w {switch}=1  # on node m69d"
+
+
+def test_a_connection_that_is_not_tracked_is_that_rule_s_doing() -> None:
+    """One direction is not tracked: the other is INVALID, or nobody's."""
+    bench = Bench("ptp")
+    one = "-A PREROUTING -s 10.40.0.10/32 -p tcp -m tcp --{} 8080 -j NOTRACK\n"
+    raw = "*raw\n:PREROUTING ACCEPT [0:0]\n:OUTPUT ACCEPT [0:0]\n"
+    rules = raw + one.format("dport") + one.format("sport") + "COMMIT\n"
+    bench.rules("33fg", lambda text: text + rules)
+    found = [one for one in bench.found(trace=True) if "NOTRACK" in str(one.evidence[0].citation)]
+    assert {one.code for one in found} <= {"GKT-209", "GKT-303"}
+    assert found
+    for one_found in found:
+        assert one_found.command == "gketrace rules 33fg --table raw --chain PREROUTING"
