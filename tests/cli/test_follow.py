@@ -22,7 +22,7 @@ from gketrace_cli.follow.intake import Intake
 from gketrace_cli.follow.options import Followed, FollowOutput, plain_output
 from gketrace_cli.follow.output import Sampler
 from gketrace_cli.follow.rulebook import RuleBook, Way
-from gketrace_cli.follow.scope import changes, pod_scope
+from gketrace_cli.follow.scope import Scope, changes, pod_scope
 from gketrace_cli.follow.streams import Arrived, Streams
 from gketrace_cli.follow.tally import Gap, Tally, percentiles
 from gketrace_cli.follow.view import Chosen, View, make_view, parse_state
@@ -50,6 +50,22 @@ def test_a_closed_connection_is_one_line() -> None:
     assert text.count("\n") == 1
     assert "closed: 203.0.113.9:40000 → 10.142.0.1:30080 → 10.40.1.6:8080; " in text
     assert "seen as 10.142.0.1:40000; took 52 ms" in text
+
+
+def test_tables_of_which_other_entries_are_read_say_nothing() -> None:
+    """A Service's plan reads entries to its endpoints: of others no node is known to have none."""
+    script = Script()
+    script.connect(5.0, node_port("203.0.113.9", 40000, A, B), "unanswered", died=1)
+    lost = play(script)[-1]
+    end = SimpleNamespace(address="10.40.1.6", port=8080, protocol="TCP")
+    known = Scope(
+        title="", namespace="", filters=(), service=cast(Any, object()), endpoints=(cast(Any, end),)
+    )
+    assert known.within(lost) == (lost, "")
+    assert lost.judgement.next_node == "b"
+    other, remark = replace(known, endpoints=()).within(lost)
+    assert remark == "10.40.1.6:8080 is no endpoint of the Service"
+    assert (other.judgement.next_node, other.connection.unseen) == ("", ())
 
 
 def test_a_narrow_terminal_breaks_lines_between_words() -> None:

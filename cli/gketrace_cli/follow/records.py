@@ -160,7 +160,10 @@ class Records:
             self._died.pop(followed.number, None)
         elif walked and death is not None:
             self._died[followed.number] = death
+        followed, remark = self.world.scope.within(followed)
         view = make_view(followed, self.world.book, self.world.node_of, way, death, seen)
+        if remark:
+            view = replace(view, remarks=(remark, *view.remarks))
         if record:
             self._tally.add(view)
         self._show.connection(view, self.world.scope.namespace)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from gketrace.objects import Endpoint, Pod, Service
-from gketrace.packet import Tuple5, protocol_number
+from gketrace.packet import Tuple5, protocol_name, protocol_number
 from gketrace_cli.conntrack_filter import door_filters, endpoint_filters, pod_filters
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
 
 if TYPE_CHECKING:
     from gketrace.connections import Connection
+    from gketrace.follow.joiner import Followed
     from gketrace_cli.session import Session
 
 __all__ = ["Scope", "changes", "node_addresses", "pod_scope", "service_scope"]
@@ -44,6 +45,24 @@ class Scope:
             ends = (connection.first, connection.last)
             return any(str(a) in self.addresses for end in ends for a in (end.src, end.dst))
         return any(self._door(half.entry.orig) for half in connection.halves)
+
+    def within(self, followed: Followed) -> tuple[Followed, str]:
+        """(without what is said of tables of which this plan reads other entries only, a remark).
+
+        A Service's connection that goes to no endpoint of it is not followed behind the node that
+        sent it there: that other nodes have no entry of it is not known.
+        """
+        first, last = followed.connection.first, followed.connection.last
+        ends = {(e.address, e.port, e.protocol.lower()) for e in (*self.endpoints, *self.past)}
+        protocol = protocol_name(last.protocol)
+        met = {(str(last.dst), last.dport or 0, protocol), (str(last.dst), 0, protocol)}
+        if self.service is None or (first.dst, first.dport) == (last.dst, last.dport) or met & ends:
+            return followed, ""
+        connection = replace(followed.connection, unseen=())
+        judgement = replace(followed.judgement, next_node="")
+        host = f"[{last.dst}]" if last.dst.version == 6 else str(last.dst)
+        remark = f"{host}:{last.dport} is no endpoint of the Service"
+        return replace(followed, connection=connection, judgement=judgement), remark
 
     def concerns(self, sent: Tuple5) -> bool:
         """Whether a packet as its client sends it is to what is followed."""
