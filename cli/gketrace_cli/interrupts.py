@@ -19,8 +19,9 @@ its process group after that; a script that ends its children does so beside the
 
 @contextmanager
 def interruptible(*steps: Callable[[], None]) -> Iterator[None]:
-    """Calls the next of `steps` at each SIGINT or SIGTERM; after the last one, KeyboardInterrupt is
-    raised.  In another thread than the main one signals stay as they are."""
+    """Calls the next of `steps` at each SIGINT, SIGTERM or SIGHUP (where it is not ignored, as by
+    nohup); after the last one, KeyboardInterrupt is raised.  In another thread than the main one
+    signals stay as they are."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -38,7 +39,10 @@ def interruptible(*steps: Callable[[], None]) -> Iterator[None]:
             raise KeyboardInterrupt
         waiting.pop(0)()
 
-    before = [(one, signal.signal(one, on_signal)) for one in (signal.SIGINT, signal.SIGTERM)]
+    heard = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        heard.append(signal.SIGHUP)
+    before = [(one, signal.signal(one, on_signal)) for one in heard]
     try:
         yield
     finally:

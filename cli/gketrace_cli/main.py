@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from types import FrameType
 from typing import Final
 
 import typer
@@ -27,11 +29,24 @@ _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO}
 _CommandLineError: Final[type[Exception]] = typer.BadParameter.__mro__[2]
 
 
+_ended: Final[list[int]] = []
+"""The signals that came; typer's exception does not tell which."""
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    """SIGTERM or SIGHUP: ends a command as Ctrl-C does, so that nothing stays behind."""
+    _ended.append(number)
+    raise KeyboardInterrupt
+
+
 def main() -> None:
     """Console script ``gketrace`` and ``kubectl-gketrace``."""
     name = os.path.basename(sys.argv[0])
     plain = sys.stdout, sys.stderr  # held, or their end would close the files
     sys.stdout, sys.stderr = map(PrintableStream.over, plain)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup has it ignored
+            signal.signal(number, _end)
     code = run(sys.argv[1:], program="kubectl gketrace" if name.startswith("kubectl-") else name)
     # Not sys.exit(): threads that still wait for an agent must not delay the answer's end.
     for stream in (sys.stdout, sys.stderr):
@@ -56,7 +71,7 @@ def run(arguments: Sequence[str], program: str = "gketrace") -> int:
     except GketraceError as error:
         return _complain(f"error: {error}", error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return INTERRUPTED
+        return 128 + _ended[0] if _ended else INTERRUPTED
     except BrokenPipeError:
         # The reader (head, less) has seen enough.  Python would complain once more at exit.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115

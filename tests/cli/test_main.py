@@ -139,16 +139,23 @@ def test_an_error_prints_its_hint(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("number", "words", "said"),
     [
-        (("pod", "a"), ""),
+        (signal.SIGINT, ("pod", "a"), ""),
+        (signal.SIGTERM, ("check",), ""),
+        (signal.SIGHUP, ("bundle", "-A", "-o", "a.gkt"), ""),
         (
+            signal.SIGINT,
             ("capture", "pod/a", "-w", "a.pcapng"),
             "gketrace: interrupted before a capture began: nothing was captured\n",
         ),
     ],
 )
-def test_ctrl_c_before_an_answer(tmp_path: Path, words: tuple[str, ...], said: str) -> None:
+def test_ended_before_an_answer(
+    tmp_path: Path, number: signal.Signals, words: tuple[str, ...], said: str
+) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         kubeconfig = tmp_path / "kubeconfig"
         kubeconfig.write_text(
@@ -167,13 +174,15 @@ contexts: [{{name: c, context: {{cluster: c, user: u}}}}]
             stderr=subprocess.PIPE,
             text=True,
             cwd=tmp_path,
+            env={**os.environ, "TMPDIR": str(temporary)},
         )
         connection, _ = silent.accept()  # it is asking, and nobody answers
         with connection:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             out, err = process.communicate(timeout=10)
-    assert (process.returncode, out, err) == (130, "", said)
-    assert not list(tmp_path.glob("*.pcapng*"))
+    assert (process.returncode, out, err) == (128 + number, "", said)
+    assert not list(temporary.iterdir())
+    assert sorted(tmp_path.iterdir()) == [kubeconfig, temporary]
 
 
 def test_a_good_answer_loads_no_rules_and_no_walk(shared_stage: Stage) -> None:
