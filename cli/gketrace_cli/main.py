@@ -33,6 +33,10 @@ _ended: Final[list[int]] = []
 """The signals that came; typer's exception does not tell which."""
 
 
+def _interrupted() -> int:
+    return 128 + _ended[0] if _ended else INTERRUPTED
+
+
 def _end(number: int, _frame: FrameType | None) -> None:
     """SIGTERM or SIGHUP: ends a command as Ctrl-C does, so that nothing stays behind."""
     _ended.append(number)
@@ -71,7 +75,7 @@ def run(arguments: Sequence[str], program: str = "gketrace") -> int:
     except GketraceError as error:
         return _complain(f"error: {error}", error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return 128 + _ended[0] if _ended else INTERRUPTED
+        return _interrupted()
     except BrokenPipeError:
         # The reader (head, less) has seen enough.  Python would complain once more at exit.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -88,6 +92,8 @@ def run(arguments: Sequence[str], program: str = "gketrace") -> int:
             f"internal error: {line} (please report this; GKETRACE_DEBUG=1 shows the traceback)",
             ExitCode.PARTIAL,
         )
+    if result == INTERRUPTED:  # what typer makes of KeyboardInterrupt, by its version
+        return _interrupted()
     if not arguments:
         return ExitCode.USAGE
     return result if isinstance(result, int) else ExitCode.OK
