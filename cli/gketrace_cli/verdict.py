@@ -264,7 +264,8 @@ def judge_trace(answer: Answer, missing: Sequence[Missing]) -> Verdict:
     bad = next((p for _, p, s in judged if s in (Standing.BROKEN, Standing.CONFIGURED)), None)
     unsure = next((p for _, p, s in judged if s is Standing.UNKNOWN), None)
     if bad is not None:
-        share = f" ({_percent(bad)} of new connections)" if len(answer.paths) > 1 else ""
+        failing = (Standing.BROKEN, Standing.CONFIGURED)
+        share = _share(question, bad, [p for _, p, s in judged if s in failing])
         text = f"{way} is {_failure(question, bad)}{share}"
         if code is ExitCode.OK:
             code = ExitCode.BROKEN
@@ -369,6 +370,18 @@ def _uncertain(path: Path) -> str:
     if path.outcome.disposition is Disposition.TRANSMITTED:
         return f"sent out by {path.outcome.netns.node}; what comes after is not visible to agents"
     return outcome_text(path)
+
+
+def _share(question: Question, path: Path, others: Sequence[Path]) -> str:
+    """How many of new connections end like `path`, of all that do not work; empty: all."""
+    if path.chance is None:
+        return f" ({_percent(path)} of new connections)"
+    like = [p for p in others if _failure(question, p) == _failure(question, path)]
+    share, whole = (sum(p.chance or 0 for p in some) for some in (like, others))
+    if share == 1:
+        return ""
+    rest = f"; {float(whole - share):.1%} more fail in another way" if whole > share else ""
+    return f" ({float(share):.1%} of new connections{rest})"
 
 
 def _percent(path: Path) -> str:

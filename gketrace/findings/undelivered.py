@@ -19,6 +19,8 @@ def no_neighbour(world: World, stop: Stop) -> Finding:
     device = last.interface if last is not None else stop.outcome.interface
     if stop.citation.source is Source.NEIGHBOUR:
         hop = last.next_hop if last is not None else None
+        if stop.citation.text.endswith("PERMANENT"):
+            return _by_hand(stop, device, hop or stop.outcome.packet.dst)
         return finding(
             "GKT-312",
             f"{hop or stop.outcome.packet.dst} does not answer on {device} of {stop.where}",
@@ -43,6 +45,21 @@ def no_neighbour(world: World, stop: Stop) -> Finding:
         subjects=stop.subjects,
         nodes=[stop.node],
         cause=f"link {stop.node} {netns} {device}",
+    )
+
+
+def _by_hand(stop: Stop, device: str, hop: IPAddress) -> Finding:
+    """Nobody is asked for the link address of an entry that was made by hand: it is wrong."""
+    return finding(
+        "GKT-312",
+        f"A permanent neighbour entry on {device} of {stop.where} gives {hop} a link address that "
+        "nobody has there",
+        [stop.proof],
+        remedy="remove it, and find who made it",
+        command=at(f"ip neigh del {hop} dev {device}", stop.node, stop.netns),
+        subjects=stop.subjects,
+        nodes=[stop.node],
+        cause=f"neighbour {stop.node} {stop.netns} {hop}",
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 from ipaddress import ip_address
 
 import pytest
 
 from gketrace.errors import ExitCode
-from gketrace.trace import Path
+from gketrace.trace import Citation, Disposition, Path, Source
 from gketrace_cli.frontdoors import Door, Question, Sender
 from gketrace_cli.verdict import Answer, Standing, judge_service, judge_trace, path_standing
 from tests.cli.test_brief import CLIENT, path, rewriting, rule, to
@@ -62,3 +63,23 @@ def test_a_program_of_the_node_is_no_endpoint_of_a_node_port() -> None:
 
 def test_where_endpoints_are_not_known_nothing_is_said() -> None:
     assert standing(replace(asked(), ends=None), LED) is Standing.FINE
+
+
+def test_shares_of_what_ends_alike_are_added() -> None:
+    """Three of three that one rule drops are all connections, not a third of them."""
+    drop = Citation(source=Source.RULE, text="drop", table="filter", chain="FORWARD", position=1)
+
+    def dropped(text: str = "FORWARD:1") -> Path:
+        way = path("n1", *rewriting("KUBE-SEP-A:2", to("10.40.0.6")), end="", chance=Fraction(1, 3))
+        cited = replace(drop, position=int(text[-1]))
+        gone = replace(way.outcome, disposition=Disposition.DROPPED, citation=cited)
+        return replace(way, outcome=gone, endpoint="")
+
+    def said(*paths: Path) -> str:
+        return judge_trace(Answer(question=asked(WEB), paths=paths), ()).text
+
+    fine = path("n1", *rewriting("A:2", to("10.40.0.6")), end="web", chance=Fraction(1, 3))
+    assert said(dropped(), dropped(), dropped()).endswith(" on node far.")
+    assert said(dropped(), fine, dropped()).endswith(" (66.7% of new connections).")
+    more = said(dropped(), fine, dropped("FORWARD:2"))
+    assert more.endswith(" (33.3% of new connections; 33.3% more fail in another way).")

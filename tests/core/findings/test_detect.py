@@ -697,3 +697,16 @@ def test_a_connection_that_is_not_tracked_is_that_rule_s_doing() -> None:
     assert found
     for one_found in found:
         assert one_found.command == "gketrace rules 33fg --table raw --chain PREROUTING"
+
+
+def test_a_neighbour_that_was_set_by_hand_was_not_asked() -> None:
+    bench = Bench("ptp")
+    failed_neighbour(bench)
+    world = bench.world()
+    stop = next(s for s in ways.stops(world.ways) if s.citation.text.endswith("FAILED"))
+    text = stop.citation.text.replace("FAILED", "lladdr 0a:58:0a:28:00:63 PERMANENT")
+    found = ways.named(world, replace(stop, citation=replace(stop.citation, text=text)))
+    assert found is not None
+    assert found.code == "GKT-312"
+    assert "gives 10.40.1.10 a link address that nobody has" in found.text
+    assert found.command.startswith("ip neigh del 10.40.1.10 dev ")
