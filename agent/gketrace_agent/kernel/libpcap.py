@@ -1,23 +1,33 @@
 """Filters in libpcap's language, compiled by libpcap for one interface.
 
+What libpcap takes for a filter grows with the cube of its size, and nothing ends it: two hundred
+ranges of ports are 4 KB, and take half a minute.  So a long filter is compiled by a program of its
+own, ``python -m gketrace_agent.kernel.libpcap INTERFACE SNAP ARPHRD FILTER``, which prints what
+pcap_compile() makes, and which can be ended.
+
 Source: pcap-filter(7), pcap_compile(3PCAP); libpcap pcap-linux.c fix_program(), fix_offset().
 """
 
 from __future__ import annotations
 
 import ctypes
+import resource
 import struct
+import sys
 from dataclasses import dataclass
 from typing import Any, Final
 
 from gketrace.capture.packets import LinkType
 from gketrace.errors import (
     ForbiddenError,
+    GketraceError,
     NotFoundError,
+    TimeoutExceeded,
     UnavailableError,
     UnsupportedError,
     UsageError,
 )
+from gketrace_agent.kernel.process import run
 
 __all__ = ["FilterCompiler", "Program"]
 
@@ -33,6 +43,14 @@ _PERMISSION_DENIED: Final = (-8, -11)
 _NOT_UP: Final = -9
 _LONGEST: Final = 32 << 10
 """Characters of a filter."""
+_SHORT: Final = 768
+"""Characters up to which the worst of filters takes less than a second: no process for that."""
+_SECONDS: Final = 10.0
+"""For a longer one."""
+_MEMORY: Final = 512 << 20
+"""Bytes of address space for it."""
+_REFUSED: Final = 2
+"""Exit status of the program: libpcap does not take the filter."""
 _INSTRUCTION: Final = struct.Struct("=HBBI")
 ANY: Final = "any"
 
@@ -118,6 +136,7 @@ class FilterCompiler:
         Raises `NotFoundError`, `ForbiddenError`, `UnavailableError`, `UnsupportedError`.
         """
         self._library = _load()
+        self._argv = (interface, str(snap_length), str(hatype))
         self.snap_length: Final = snap_length
         self._handle = self._open(interface, hatype)
         link_type = int(self._library.pcap_datalink(self._handle))
@@ -163,6 +182,11 @@ class FilterCompiler:
             raise UsageError(f"the filter is longer than {_LONGEST} characters")
         if "\0" in text:
             raise UsageError("the filter has a NUL character in it")
+        code = self.instructions(text) if len(text) <= _SHORT else self._compile_apart(text)
+        return Program(self._for_cooked(code, text) if self.cooked else code)
+
+    def instructions(self, text: str) -> bytes:
+        """What pcap_compile() makes of it.  Raises `UsageError`."""
         made = _BpfProgram()
         library = self._library
         if library.pcap_compile(
@@ -171,10 +195,25 @@ class FilterCompiler:
             why = library.pcap_geterr(self._handle).decode(errors="replace")
             raise UsageError(f"filter {text!r}: {why}")
         try:
-            code = ctypes.string_at(made.instructions, made.length * _INSTRUCTION.size)
+            return ctypes.string_at(made.instructions, made.length * _INSTRUCTION.size)
         finally:
             library.pcap_freecode(ctypes.byref(made))
-        return Program(self._for_cooked(code, text) if self.cooked else code)
+
+    def _compile_apart(self, text: str) -> bytes:
+        argv = (sys.executable, "-I", "-m", __name__, *self._argv, "--", text)
+        try:
+            done = run(argv, timeout=_SECONDS, limit=_MEMORY)
+        except TimeoutExceeded:
+            raise UsageError(
+                f"the filter of {len(text)} characters is too large: libpcap has not compiled it "
+                f"in {_SECONDS:g} s",
+                hint="name fewer addresses and ports, or ranges of them",
+            ) from None
+        if done.returncode == _REFUSED:
+            raise UsageError(done.stderr)
+        if not done.ok:
+            raise UnavailableError(f"libpcap: {done.failure()}")
+        return done.stdout
 
     def _for_cooked(self, code: bytes, text: str) -> bytes:
         """Offsets into a cooked header, which the kernel's packet does not have, as offsets into
@@ -212,3 +251,24 @@ class FilterCompiler:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def main(arguments: list[str]) -> int:
+    """Prints a filter's instructions.  `_REFUSED`, and the message on stderr, for a bad one."""
+    interface, snap, hatype, _, text = arguments
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+    try:
+        with FilterCompiler(interface, int(snap), hatype=int(hatype)) as compiler:
+            code = compiler.instructions(text)
+    except UsageError as error:
+        sys.stderr.write(error.message)
+        return _REFUSED
+    except GketraceError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    sys.stdout.buffer.write(code)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
