@@ -11,14 +11,14 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 from gketrace.packet import IPAddress
-from gketrace.trace import SUCCESS, Path
+from gketrace.trace import SUCCESS, Disposition, Path
 from gketrace_cli.rewrites import rewrites
 
 if TYPE_CHECKING:
     from gketrace.objects import Endpoint, ServicePort
     from gketrace_cli.frontdoors import Question
 
-__all__ = ["NO_ENDPOINT", "is_astray", "known_ends", "led_by"]
+__all__ = ["NO_ENDPOINT", "is_astray", "is_misled", "known_ends", "led_by"]
 
 NO_ENDPOINT = "which is no endpoint of the Service"
 
@@ -41,12 +41,28 @@ def is_astray(question: Question, path: Path) -> bool:
     sidecar redirects it further.  Existing connections may go on to what was an endpoint.  A
     ClusterIP that a node has itself and that no rule translates is that of NodeLocal DNS.
     """
-    ends = question.ends
-    if ends is None or path.outcome.disposition not in SUCCESS or path.pinned_by is not None:
+    if path.outcome.disposition not in SUCCESS or path.pinned_by is not None:
         return False
-    translated = [one for one in rewrites(path) if one.of_destination]
+    translated = any(one.of_destination for one in rewrites(path))
     if not translated and question.door.value in ("ClusterIP", "Pod"):
         return False
+    return _meets_none(question, path)
+
+
+def is_misled(question: Question, path: Path) -> bool:
+    """Whether a new connection to a Service is refused where a rule that knows no endpoint of it
+    has led it."""
+    if path.outcome.disposition is not Disposition.REFUSED or path.pinned_by is not None:
+        return False
+    return any(one.of_destination for one in rewrites(path)) and _meets_none(question, path)
+
+
+def _meets_none(question: Question, path: Path) -> bool:
+    """Whether no endpoint's address was its destination; False: endpoints are not known."""
+    ends = question.ends
+    if ends is None:
+        return False
+    translated = [one for one in rewrites(path) if one.of_destination]
     met = [(question.address, question.port), *((n.after.dst, n.after.dport) for n in translated)]
     return not any((dst, port) in ends or (dst, 0) in ends for dst, port in met)
 

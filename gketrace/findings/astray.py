@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from gketrace.findings.making import cited, finding
 from gketrace.findings.model import Finding
 from gketrace.findings.world import Way, World
-from gketrace.trace import Citation, Source
+from gketrace.trace import Citation, Disposition, Source
 
 __all__ = ["astray"]
 
 
 def astray(world: World) -> Iterator[Finding]:
-    """GKT-119: a way to a Service arrives, and at no endpoint of it."""
+    """GKT-119: a way to a Service arrives at no endpoint of it, or is refused where one leads."""
     for way in world.ways:
         if way.astray and way.standing == "broken" and not way.stands_for:
             yield _taken(way)
@@ -40,10 +40,13 @@ def _taken(way: Way) -> Finding:
         if rule.source is Source.RULE and rule.chain:
             command += f" --table {shlex.quote(rule.table)} --chain {shlex.quote(rule.chain)}"
         cause = f"rule {node} {rule.table} {rule.chain} {rule.text}"
+    where = way.path.endpoint
+    if end.disposition is Disposition.REFUSED:
+        where = f"{end.packet.dst}:{end.packet.dport}, where nothing listens"
     return finding(
         "GKT-119",
-        f"On node {node} connections to Service {way.service} go to {way.path.endpoint}, which is "
-        f"no endpoint of it: {does}",
+        f"On node {node} connections to Service {way.service} go to {where}, which is no endpoint "
+        f"of it: {does}",
         proof,
         remedy=remedy,
         command=command,

@@ -204,8 +204,8 @@ def _refused(world: World, stop: Stop) -> Finding | None:
     if "the sender expects" in stop.outcome.detail or "the answer went to" in stop.outcome.detail:
         return strayed(world, stop)
     packet = stop.outcome.packet
-    if stop.citation.source is not Source.SOCKET:
-        return None
+    if stop.citation.source is not Source.SOCKET or stop.way.astray:
+        return None  # astray.py says of whom a rule leads to no endpoint
     if packet.dst in set(_cluster_ips(world)) or (stop.way.service and _at_the_door(stop)):
         return _not_translated(world, stop)
     if stop.outcome.netns.kind is NetnsKind.HOST and packet.dst in world.pod_by_address:

@@ -120,7 +120,7 @@ class Way:
     asked: bool = False
     """True: just this way was asked for, so that a drop by configuration matters."""
     astray: bool = False
-    """True: it arrives, and at somebody who is no endpoint of the Service."""
+    """True: it arrives at somebody who is no endpoint of the Service, or is refused there."""
     stands_for: str = ""
     """A load balancer's health check: the range that its source stands for; else empty."""
 

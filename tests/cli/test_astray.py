@@ -10,6 +10,7 @@ import pytest
 
 from gketrace.errors import ExitCode
 from gketrace.trace import Citation, Disposition, Path, Source
+from gketrace_cli.astray import is_astray, is_misled
 from gketrace_cli.frontdoors import Door, Question, Sender
 from gketrace_cli.verdict import Answer, Standing, judge_service, judge_trace, path_standing
 from tests.cli.test_brief import CLIENT, path, rewriting, rule, to
@@ -63,6 +64,21 @@ def test_a_program_of_the_node_is_no_endpoint_of_a_node_port() -> None:
 
 def test_where_endpoints_are_not_known_nothing_is_said() -> None:
     assert standing(replace(asked(), ends=None), LED) is Standing.FINE
+
+
+def test_a_rule_that_leads_where_nothing_listens() -> None:
+    def refused(way: Path) -> Path:
+        return replace(way, outcome=replace(way.outcome, disposition=Disposition.REFUSED))
+
+    led = refused(LED)
+    assert is_misled(asked(WEB), led)
+    assert not is_astray(asked(WEB), led)
+    assert not is_misled(asked(WEB), LED)
+    # An endpoint without its listener, and what no rule translates, are other faults.
+    endpoint = path("n1", *rewriting("KUBE-SEP-A:2", to("10.40.0.6")), end="web-0")
+    assert not is_misled(asked(WEB), refused(endpoint))
+    assert not is_misled(asked(WEB), refused(path("n1", rule("KUBE-NODEPORTS:1"), end="n1")))
+    assert not is_misled(replace(asked(), ends=None), led)
 
 
 def test_shares_of_what_ends_alike_are_added() -> None:
