@@ -265,6 +265,8 @@ def _summary(snapshot: NetnsSnapshot, packet: Packet) -> str:
     mine = [s for s in snapshot.sockets if s.protocol == packet.protocol and s.state != "RAW"]
     if not mine:
         return "none of this protocol at all"
+    # The kernel lists them by a hash.
+    mine.sort(key=lambda s: (s.port, s.address.version, int(s.address)))
     same_port = [s for s in mine if s.port == packet.dport]
     shown = ", ".join(
         f"[{s.address}]:{s.port}" if s.address.version == 6 else f"{s.address}:{s.port}"
