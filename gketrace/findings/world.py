@@ -169,13 +169,6 @@ class World:
     def services_by_key(self) -> Mapping[str, Service]:
         return {service.key: service for service in self.services}
 
-    def pods_of(self, node: str) -> Iterator[Pod]:
-        """Running pods of a node that have addresses of their own."""
-        for pod in self.pods:
-            alive = pod.phase not in ("Succeeded", "Failed") and not pod.host_network
-            if pod.node == node and alive and pod.pod_ips:
-                yield pod
-
 
 def fib_of(space: NetnsSnapshot) -> Fib:
     """The routing of one namespace."""
