@@ -3,8 +3,7 @@
 All of them would be services × nodes × doors.  What differs from Service to Service is what
 kube-proxy programmed, which is compared without a walk; what a walk is for is the way between
 nodes and pods, and each front door's kind.  So: every pair of nodes once, every Service port once,
-the doors from outside once for each Service, and one pod of each node to the outside.  What room is
-left is for the same doors at the other nodes, as a rule of one node may take what is for a Service.
+the doors from outside once for each Service, and one pod of each node to the outside.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from gketrace_cli.frontdoors import Door, Question, Selection, Sender, questions
 
 __all__ = ["AT_MOST", "OUTSIDE_PORT", "probes"]
 
-AT_MOST: Final = 180
+AT_MOST: Final = 90
 """Ways that are traced."""
 OUTSIDE_PORT: Final = 443
 _PUBLIC: Final = {4: ip_address("8.8.8.8"), 6: ip_address("2001:4860:4860::8888")}
@@ -37,13 +36,13 @@ def probes(
     *,
     at_most: int = AT_MOST,
 ) -> tuple[tuple[tuple[Question, str], ...], int]:
-    """(question, Service that it asks), and how many were left out, other nodes' doors aside."""
+    """(question, Service that it asks), and how many were left out."""
     mesh = [(question, "") for question in _mesh(nodes, pods, endpoints)]
     mesh += [(question, "") for question in _outside(nodes, pods)]
-    doors, others = _doors(nodes, services, endpoints)
+    doors = _doors(nodes, services, endpoints)
     # By turns, so that a cut leaves some of each kind.
     found = [one for pair in zip_longest(mesh, doors) for one in pair if one is not None]
-    return tuple([*found, *others][:at_most]), max(0, len(found) - at_most)
+    return tuple(found[:at_most]), max(0, len(found) - at_most)
 
 
 def _mesh(
@@ -112,14 +111,12 @@ def _outside(nodes: Sequence[Node], pods: Sequence[Pod]) -> list[Question]:
 
 def _doors(
     nodes: Sequence[Node], services: Sequence[Service], endpoints: Sequence[Endpoint]
-) -> tuple[list[tuple[Question, str]], list[tuple[Question, str]]]:
-    """Each port of each Service from one node, and each of its doors from outside once; and the
-    same at the other nodes, one of each Service in turn."""
+) -> list[tuple[Question, str]]:
+    """Each port of each Service from one node, and each of its doors from outside once."""
     by_service: dict[tuple[str, str], list[Endpoint]] = {}
     for end in endpoints:
         by_service.setdefault((end.namespace, end.service), []).append(end)
     found: list[tuple[Question, str]] = []
-    others: list[list[tuple[Question, str]]] = []
     for turn, service in enumerate(services):
         mine = by_service.get((service.namespace, service.name), [])
         # Another node first each time.
@@ -135,10 +132,7 @@ def _doors(
             if known is None or (known.configured_drop and not question.configured_drop):
                 first[key] = question
         found += [(_fresh(question), service.key) for question in first.values()]
-        chosen = {id(question) for question in first.values()}
-        others.append([(_fresh(q), service.key) for q in asked if id(q) not in chosen])
-    turns = [one for turn in zip_longest(*others) for one in turn if one is not None]
-    return found, turns
+    return found
 
 
 def _fresh(question: Question) -> Question:
