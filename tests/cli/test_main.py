@@ -169,7 +169,11 @@ contexts: [{{name: c, context: {{cluster: c, user: u}}}}]
 """
         )
         process = subprocess.Popen(
-            [str(BIN / "gketrace"), *words, "--kubeconfig", str(kubeconfig)],
+            # Under nohup these tests ignore SIGHUP, and so would the program.
+            [
+                *("env", "--default-signal", str(BIN / "gketrace"), *words),
+                *("--kubeconfig", str(kubeconfig)),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -179,7 +183,10 @@ contexts: [{{name: c, context: {{cluster: c, user: u}}}}]
         connection, _ = silent.accept()  # it is asking, and nobody answers
         with connection:
             process.send_signal(number)
-            out, err = process.communicate(timeout=10)
+            try:
+                out, err = process.communicate(timeout=60)
+            finally:
+                process.kill()
     assert (process.returncode, out, err) == (128 + number, "", said)
     assert not list(temporary.iterdir())
     assert sorted(tmp_path.iterdir()) == [kubeconfig, temporary]
