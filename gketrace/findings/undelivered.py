@@ -19,18 +19,7 @@ def no_neighbour(world: World, stop: Stop) -> Finding:
     device = last.interface if last is not None else stop.outcome.interface
     if stop.citation.source is Source.NEIGHBOUR:
         hop = last.next_hop if last is not None else None
-        if stop.citation.text.endswith("PERMANENT"):
-            return _by_hand(stop, device, hop or stop.outcome.packet.dst)
-        return finding(
-            "GKT-312",
-            f"{hop or stop.outcome.packet.dst} does not answer on {device} of {stop.where}",
-            [stop.proof],
-            remedy="see whether it is up and on that link",
-            command=at(f"ip neigh show dev {device}", stop.node, stop.netns),
-            subjects=stop.subjects,
-            nodes=[stop.node],
-            cause=f"neighbour {stop.node} {stop.netns} {hop or stop.outcome.packet.dst}",
-        )
+        return _neighbour(stop, device, hop or stop.outcome.packet.dst)
     if last is not None and last.kind in (StepKind.NEIGHBOUR, StepKind.BRIDGE):
         return _nobody_there(world, stop, device, last.next_hop or stop.outcome.packet.dst)
     where, netns = stop.where, stop.netns
@@ -48,15 +37,21 @@ def no_neighbour(world: World, stop: Stop) -> Finding:
     )
 
 
-def _by_hand(stop: Stop, device: str, hop: IPAddress) -> Finding:
-    """Nobody is asked for the link address of an entry that was made by hand: it is wrong."""
+def _neighbour(stop: Stop, device: str, hop: IPAddress) -> Finding:
+    text = f"{hop} does not answer on {device} of {stop.where}"
+    remedy, command = "see whether it is up and on that link", f"ip neigh show dev {device}"
+    if stop.citation.text.endswith("PERMANENT"):  # nobody is asked for what was set by hand
+        text = (
+            f"A permanent neighbour entry on {device} of {stop.where} gives {hop} a link address "
+            "that nobody has there"
+        )
+        remedy, command = "remove it, and find who made it", f"ip neigh del {hop} dev {device}"
     return finding(
         "GKT-312",
-        f"A permanent neighbour entry on {device} of {stop.where} gives {hop} a link address that "
-        "nobody has there",
+        text,
         [stop.proof],
-        remedy="remove it, and find who made it",
-        command=at(f"ip neigh del {hop} dev {device}", stop.node, stop.netns),
+        remedy=remedy,
+        command=at(command, stop.node, stop.netns),
         subjects=stop.subjects,
         nodes=[stop.node],
         cause=f"neighbour {stop.node} {stop.netns} {hop}",
