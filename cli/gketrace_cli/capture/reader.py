@@ -29,7 +29,13 @@ _PCAP: Final = {0xA1B2C3D4: 1000, 0xA1B23C4D: 1}
 """Magic number → nanoseconds of a time's second part."""
 _MOST: Final = 64 << 20
 """Bytes of a block or packet: what claims more is no capture file, or a damaged one."""
+_KEPT: Final = 256 << 20
+"""Bytes of what is kept in memory: interfaces, names, comments."""
+_OBJECT: Final = 1024
+"""Bytes that one of them takes, beside what it says."""
 _SECOND: Final = 1_000_000_000
+_LAST: Final = (1 << 63) - 1
+"""Nanoseconds since the epoch, in 2262: what 64 bits can hold."""
 _DIRECTIONS: Final = (Direction.UNKNOWN, Direction.IN, Direction.OUT, Direction.UNKNOWN)
 _RECEPTION: Final = {
     2: PacketFlag.MULTICAST,
@@ -65,6 +71,7 @@ class CaptureReader:
     _stack: ExitStack = field(init=False, default_factory=ExitStack)
     _order: str = field(init=False, default="<")
     _interfaces: list[_Interface] = field(init=False, default_factory=list)
+    _kept: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         """Raises `UsageError` when there is no such file."""
@@ -87,7 +94,7 @@ class CaptureReader:
     def __iter__(self) -> Iterator[CapturedPacket]:
         """Raises `UsageError` for what is no capture file; `GketraceError` where it is cut short or
         damaged, after the packets that stand before."""
-        start = self._file.read(4)
+        start = self._read(4)
         if len(start) < 4:
             raise UsageError(f"{self.source} is no capture file: it has {len(start)} bytes")
         for order in "<>":
@@ -103,10 +110,25 @@ class CaptureReader:
     def _take(self, size: int) -> bytes:
         if size > _MOST:
             raise self._damaged(f"something of {size} bytes")
-        data = self._file.read(size)
+        data = self._read(size)
         if len(data) < size:
             raise GketraceError(f"{self.source} is cut off after {self.count} packets")
         return data
+
+    def _read(self, size: int) -> bytes:
+        """Fewer at the end of the file."""
+        try:
+            return self._file.read(size)
+        except OSError as error:
+            raise GketraceError(
+                f"cannot read {self.source} after {self.count} packets: {error.strerror}"
+            ) from None
+
+    def _keep(self, body: bytes) -> None:
+        """Counts what is kept of a block: a file may be endless."""
+        self._kept += len(body) + _OBJECT
+        if self._kept > _KEPT:
+            raise self._damaged(f"more than {_KEPT >> 20} MiB that are not packets")
 
     def _damaged(self, what: str) -> GketraceError:
         return GketraceError(f"{self.source} is damaged after {self.count} packets: {what}")
@@ -125,7 +147,7 @@ class CaptureReader:
         )
         self._interfaces.append(_Interface(tap))
         header = struct.Struct(f"{order}IIII")
-        while start := self._file.read(1):
+        while start := self._read(1):
             seconds, part, size, length = header.unpack(start + self._take(15))
             data = self._take(size)
             self.count += 1
@@ -148,7 +170,7 @@ class CaptureReader:
                 if packet is not None:
                     self.count += 1
                     yield packet
-            start = self._file.read(4)
+            start = self._read(4)
 
     def _body(self, length: int, head: int = 8) -> bytes:
         if length < head + 4 or length % 4:
@@ -168,6 +190,7 @@ class CaptureReader:
             raise self._damaged("a section of no known byte order")
         body = self._body(struct.unpack(f"{self._order}I", raw)[0], head=12)
         self._interfaces.clear()
+        self._keep(body)
         for code, value in self._options(body[12:]):
             if code == 1:
                 self.comments.append(_text(value))
@@ -176,8 +199,10 @@ class CaptureReader:
         """The packet that a block has; None: it has something else."""
         try:
             if kind == 1:
+                self._keep(body)
                 self._interface(body)
             elif kind == 4:
+                self._keep(body)
                 self._names(body)
             elif kind == 5:
                 self._statistics(body)
@@ -242,6 +267,8 @@ class CaptureReader:
                 comment = f"{comment}\n{_text(value)}".lstrip("\n")
         ticks = interface.ticks
         time = (high << 32 | low) * _SECOND // ticks + interface.offset * _SECOND
+        if not -_LAST <= time <= _LAST:
+            raise ValueError("a time that is centuries away")
         return CapturedPacket(
             tap=interface.tap,
             time_ns=time,

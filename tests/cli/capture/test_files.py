@@ -427,6 +427,49 @@ def test_a_section_of_an_impossible_length(tmp_path: Path, length: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("resolution", "offset", "ticks"),
+    [(0, 0, 1 << 40), (9, 1 << 40, 1), (9, -(1 << 40), 1), (6, (1 << 63) - 1, 0)],
+    ids=["whole-seconds", "later", "before", "most"],
+)
+def test_a_time_that_no_clock_has(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    resolution: int,
+    offset: int,
+    ticks: int,
+) -> None:
+    options = struct.pack("<HHB3xHHq", 9, 1, resolution, 14, 8, offset)
+    interface = struct.pack("<HHI", 1, 0, 0) + options
+    packet = struct.pack("<IIIII", 0, ticks >> 32, ticks & 0xFFFFFFFF, 0, 0)
+    written = struct.pack("<IIIHHqI", 0x0A0D0D0A, 28, 0x1A2B3C4D, 1, 0, -1, 28)
+    for kind, body in ((1, interface), (6, packet)):
+        size = len(body) + 12
+        written += struct.pack("<II", kind, size) + body + struct.pack("<I", size)
+    path = tmp_path / "x.pcapng"
+    path.write_bytes(written)
+    assert run(["capture", "-r", str(path)]) == 3
+    assert "is damaged after 0 packets" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_read_further(capsys: pytest.CaptureFixture[str]) -> None:
+    """As on a disk that fails; the kernel gives EIO for address 0."""
+    assert run(["capture", "-r", "/proc/self/mem"]) == 3
+    said = "cannot read /proc/self/mem after 0 packets: Input/output error"
+    assert said in capsys.readouterr().err
+
+
+def test_interfaces_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gketrace_cli.capture.reader._KEPT", 100 << 10)
+    section = struct.pack("<IIIHHqI", 0x0A0D0D0A, 28, 0x1A2B3C4D, 1, 0, -1, 28)
+    path = tmp_path / "x.pcapng"
+    path.write_bytes(section + struct.pack("<IIHHII", 1, 20, 1, 0, 0, 20) * 200)
+    with closing(CaptureReader(str(path))) as reader:
+        with pytest.raises(GketraceError, match="that are not packets"):
+            list(reader)
+        assert len(reader.taps) < 100
+
+
+@pytest.mark.parametrize(
     "told",
     ["[" * 20_000, "[]", "7", "{", '{"netns": "mars"}', '{"inode": "x"}', '{"inode": {}}'],
     ids=["deep", "array", "number", "cut", "netns", "inode", "inode-object"],
