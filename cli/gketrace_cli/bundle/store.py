@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import tempfile
 import zipfile
 import zlib
@@ -207,6 +208,9 @@ def read_bundle(path: str) -> Bundle:
 def read_members(path: str) -> Members:
     """The file's parts, as its manifest names them.  Raises: `UsageError`."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            # A zip file's end is looked for: of a device there may be none.
+            raise UsageError(f"cannot read the bundle {path}: it is no regular file")
         with zipfile.ZipFile(path) as archive:
             return dict(_checked(path, archive))
     except OSError as error:

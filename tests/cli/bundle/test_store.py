@@ -72,6 +72,15 @@ def test_too_large(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         read_bundle(str(good))
 
 
+def test_only_a_regular_file_is_read(tmp_path: Path) -> None:
+    """/dev/zero filled the memory, and a pipe waited for somebody to write to it."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in ("/dev/zero", str(pipe), str(tmp_path)):
+        with pytest.raises(UsageError, match="is no regular file"):
+            read_bundle(path)
+
+
 def test_a_device_is_not_replaced_and_a_link_is_followed(tmp_path: Path) -> None:
     pipe, link, real = tmp_path / "pipe", tmp_path / "link.gkt", tmp_path / "real.gkt"
     os.mkfifo(pipe)
