@@ -30,13 +30,17 @@ class PrintableStream(io.TextIOWrapper):
 
     @classmethod
     def over(cls, stream: TextIO) -> TextIO:
-        """The same file; `stream` itself when it is no file."""
+        """The same file; `stream` itself when it is no file.
+
+        What its encoding cannot show (a name, where it is ASCII; half of a UTF-16 pair) is written
+        as ``\\u00e9`` or ``\\xe9``, as Python does it on standard error: it fails no answer.
+        """
         if not isinstance(stream, io.TextIOWrapper) or isinstance(stream, cls):
             return stream
         return cls(
             stream.buffer,
             encoding=stream.encoding,
-            errors=stream.errors,
+            errors="backslashreplace" if stream.errors == "strict" else stream.errors,
             line_buffering=stream.line_buffering,
             write_through=stream.write_through,
         )

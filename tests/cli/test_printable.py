@@ -31,6 +31,17 @@ def test_control_characters_are_shown_and_not_obeyed() -> None:
     assert written(f"a{EVIL}b\tc\n→ é\n") == f"a{SHOWN}b\tc\n→ é\n"
 
 
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", r"caf\xe9 \u2192 \ud800"), ("utf-8", r"café → \ud800")]
+)
+def test_what_the_encoding_cannot_show_fails_nothing(encoding: str, shown: str) -> None:
+    plain = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    stream = PrintableStream.over(plain)
+    stream.write("café → \ud800")
+    stream.flush()
+    assert plain.buffer.getvalue().decode(encoding) == shown
+
+
 def test_a_page_keeps_its_own_colours_only() -> None:
     page = Page(colored=True)
     page.line("\x1b[32mworks\x1b[0m", "bold", "red")
