@@ -411,6 +411,32 @@ def test_what_is_broken_is_named_where_it_dies(labs: LabFactory) -> None:
     assert told == {"refused", "unanswered", "reset"}
 
 
+def test_a_connection_that_a_rule_leads_to_another_pod_is_astray(labs: LabFactory) -> None:
+    """It is answered and closed, and yet the Service does not work.  Also when the following ends
+    before the objects have been read again."""
+    lab = labs("ptp")
+    entry, other = lab.world.nodes[0], lab.pod("hello-server")
+    to = f"{other['ip']}:8080"
+    rule = ["PREROUTING", "-p", "tcp", "--dport", "30080", "-j", "DNAT", "--to-destination", to]
+    with following(lab, "service", "web-nodeport") as one:
+        done = lab.exec(f"node/{entry.short}", ["iptables-nft", "-t", "nat", "-I", *rule])
+        assert done.returncode == 0, done.stderr
+        try:
+            client = lab.connect("client", entry.ip, 30080).source
+            one.end()
+        finally:
+            lab.exec(f"node/{entry.short}", ["iptables-nft", "-t", "nat", "-D", *rule])
+    assert client is not None
+    (record,) = [record for record in one.records if record["client"] == ends(*client)]
+    assert record["endpoint"] == to
+    assert (record["outcome"], record["failed"]) == ("astray", True), record
+    assert f"led to {to}, which is no endpoint of the Service" in record["because"]
+    assert "nat PREROUTING:1 leads it there: " in record["died"]["walk"], record
+    assert (one.code, one.summary["outcomes"]["astray"]) == (1, 1), one.said
+    assert "1 astray" in one.summary["verdict"]
+    VALIDATOR.validate(record)
+
+
 def test_an_agent_that_dies_and_comes_back_is_a_gap(labs: LabFactory) -> None:
     lab = labs("ptp")
     entry = lab.world.nodes[1]

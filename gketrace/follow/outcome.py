@@ -57,6 +57,9 @@ class Outcome(Enum):
     acknowledged.  Packets say so, not conntrack."""
     UNREACHABLE = "unreachable"
     """An ICMP error, and no other answer.  Packets say so."""
+    ASTRAY = "astray"
+    """A Service's, led to what is no endpoint of it, whatever became of it there.  Objects say so,
+    not conntrack."""
     UNSEEN = "end not seen"
     """It ended while events were lost."""
 
@@ -70,6 +73,7 @@ FAILED: Final = frozenset(
         Outcome.HANDSHAKE,
         Outcome.STALLED,
         Outcome.UNREACHABLE,
+        Outcome.ASTRAY,
     }
 )
 

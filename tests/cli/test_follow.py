@@ -19,6 +19,7 @@ from gketrace.objects import Endpoint, Pod
 from gketrace_cli.addressbook import AddressBook
 from gketrace_cli.agents import Fleet
 from gketrace_cli.follow.intake import Intake
+from gketrace_cli.follow.misled import Misled, find_misled, judge_misled, led_by
 from gketrace_cli.follow.options import Followed, FollowOutput, plain_output
 from gketrace_cli.follow.output import Sampler
 from gketrace_cli.follow.rulebook import RuleBook, Way
@@ -36,6 +37,28 @@ from gketrace_proto.v1alpha1 import agent_pb2 as pb
 from tests.agent.observe.bed import wait_until
 from tests.core.test_follow import A, B, Script, node_port, owner, play
 
+END = Endpoint(
+    address="10.40.1.6",
+    port=8080,
+    protocol="TCP",
+    ready=True,
+    namespace="default",
+    pod="web-0",
+    service="web",
+    source="EndpointSlice web-1",
+    address_type="IPv4",
+    port_name="",
+    serving=True,
+    terminating=False,
+    node="a",
+    zone="",
+)
+
+
+def service_of(*ends: Endpoint) -> Scope:
+    service = cast(Any, SimpleNamespace(cluster_ips=("10.43.0.9",)))
+    return Scope(title="", namespace="", filters=(), service=service, endpoints=ends)
+
 
 def views(fate: str, *, died: int = 9) -> list[View]:
     script = Script()
@@ -52,20 +75,83 @@ def test_a_closed_connection_is_one_line() -> None:
     assert "seen as 10.142.0.1:40000; took 52 ms" in text
 
 
+def test_a_connection_to_no_endpoint_of_the_service_is_astray() -> None:
+    """Once the objects were read after its beginning: the endpoint may be new."""
+    script = Script()
+    script.connect(5.0, node_port("203.0.113.9", 40000, A, B), "closed")
+    one = play(script)[-1]
+    assert (one.judgement.failed, one.connection.unseen) == (False, ())
+    found = find_misled(service_of(), one.connection, {})
+    assert found == Misled(end="10.40.1.6:8080", removed=None, untranslated=False)
+    early = judge_misled(one, found, since=1.0, read=4.0)
+    assert (early.decided, early.followed.judgement.failed) == (False, False)
+    judged = judge_misled(one, found, since=1.0, read=6.0).followed
+    assert (judged.judgement.outcome, judged.judgement.failed) == (Outcome.ASTRAY, True)
+    before = judge_misled(one, found, since=5.5, read=6.0)
+    assert before.followed.judgement == one.judgement
+    assert before.remark.endswith("whether it was one when this began is not known")
+
+    book = AddressBook(nodes=(), pods=(), services=())
+    view = make_view(judged, book, {}, None, "on a nat STALE:2 leads it there: -j DNAT")
+    assert led_by(view) == ""
+    text = " ".join(connection_lines(Page(width=200), view, "default").split())
+    assert "ASTRAY: 203.0.113.9:40000 → " in text
+    assert "it was led to 10.40.1.6:8080, which is no endpoint of the Service (read at " in text
+    assert "on a nat STALE:2 leads it there: -j DNAT" in text
+    tally = Tally()
+    tally.add(view)
+    assert tally.code(missing=False) is ExitCode.BROKEN
+    assert "1 of 1 connection failed in 3 s (1 astray)" in verdict("Service x", tally, 3.0, ())
+
+
+def test_what_was_an_endpoint_is_not_astray_at_once() -> None:
+    """Nodes keep the rules of an endpoint for a while; and a connection stays where it is."""
+    script = Script()
+    script.connect(50.0, node_port("203.0.113.9", 40000, A, B), "closed")
+    one = play(script)[-1]
+    assert find_misled(service_of(END), one.connection, {}) is None
+    for removed, failed, remark in (
+        (51.0, False, ""),
+        (49.0, False, "before this began"),
+        (10.0, True, ""),
+    ):
+        found = find_misled(replace(service_of(), past=((END, removed),)), one.connection, {})
+        assert found is not None
+        judged = judge_misled(one, found, since=1.0, read=52.0)
+        assert judged.followed.judgement.failed == failed
+        assert judged.remark.endswith(remark)
+        assert bool(remark) == bool(judged.remark)
+
+
+def test_a_program_of_the_node_that_takes_a_node_port_is_no_endpoint() -> None:
+    script = Script()
+    script.connect(5.0, node_port("203.0.113.9", 40000, A, B)[:1], "closed")
+    one = play(script)[-1]
+    half = one.connection.halves[0]
+    entry = replace(half.entry, reply=half.entry.orig.inverted())
+    plain = replace(one, connection=replace(one.connection, halves=(replace(half, seen=entry),)))
+    assert find_misled(service_of(), plain.connection, {"10.142.0.1": "b"}) is None
+    found = find_misled(service_of(), plain.connection, {"10.142.0.1": "a"})
+    assert found is not None
+    assert found.untranslated
+    judged = judge_misled(plain, found, since=1.0, read=6.0).followed.judgement
+    assert judged.because.startswith("a program of the node took it: no rule translated it")
+    assert judged.outcome is Outcome.ASTRAY
+
+
 def test_tables_of_which_other_entries_are_read_say_nothing() -> None:
     """A Service's plan reads entries to its endpoints: of others no node is known to have none."""
     script = Script()
     script.connect(5.0, node_port("203.0.113.9", 40000, A, B), "unanswered", died=1)
     lost = play(script)[-1]
-    end = SimpleNamespace(address="10.40.1.6", port=8080, protocol="TCP")
-    known = Scope(
-        title="", namespace="", filters=(), service=cast(Any, object()), endpoints=(cast(Any, end),)
-    )
-    assert known.within(lost) == (lost, "")
     assert lost.judgement.next_node == "b"
-    other, remark = replace(known, endpoints=()).within(lost)
-    assert remark == "10.40.1.6:8080 is no endpoint of the Service"
-    assert (other.judgement.next_node, other.connection.unseen) == ("", ())
+    assert find_misled(service_of(END), lost.connection, {}) is None
+    found = find_misled(service_of(), lost.connection, {})
+    assert found is not None
+    judged = judge_misled(lost, found, since=1.0, read=6.0)
+    assert judged.remark == "10.40.1.6:8080 is no endpoint of the Service"
+    assert judged.followed.judgement.outcome is Outcome.UNANSWERED
+    assert (judged.followed.judgement.next_node, judged.followed.connection.unseen) == ("", ())
 
 
 def test_a_narrow_terminal_breaks_lines_between_words() -> None:
@@ -250,22 +336,6 @@ def test_an_endpoint_added_and_a_pod_replaced_are_said() -> None:
     ]
     assert after.addresses == {"10.40.0.6", "10.40.1.7"}  # what is open to the old one goes on
     assert after.concerns(views("closed")[-1].followed.connection.first) is False
-    one = Endpoint(
-        address="10.40.0.6",
-        port=8080,
-        protocol="TCP",
-        ready=True,
-        namespace="default",
-        pod="web-0",
-        service="web",
-        source="EndpointSlice web-1",
-        address_type="IPv4",
-        port_name="",
-        serving=True,
-        terminating=False,
-        node="a",
-        zone="",
-    )
     plain = replace(before, pod=None)
     text = "endpoint added: default/web-0 10.40.0.6:8080/tcp"
-    assert changes(plain, replace(plain, endpoints=(one,))) == [text]
+    assert changes(plain, replace(plain, endpoints=(replace(END, address="10.40.0.6"),))) == [text]

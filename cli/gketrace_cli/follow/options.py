@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -141,7 +142,7 @@ def follow_service(options: Options, typed: Followed, name: str) -> NoReturn:
                 raise UsageError(
                     f"service {found.key} is of type ExternalName: no node has connections to it"
                 )
-            return service_scope(session, found, endpoints, before)
+            return service_scope(session, found, endpoints, before, now=time.time())
 
         return read
 

@@ -12,6 +12,8 @@ from typing import Final, NamedTuple
 from gketrace.follow.joiner import Followed, Phase
 from gketrace.follow.outcome import Outcome
 from gketrace.packet import Tuple5
+from gketrace.trace import Missing
+from gketrace_cli.follow.misled import Judged, Misled, find_misled, judge_misled, led_by
 from gketrace_cli.follow.packets import PacketWatch
 from gketrace_cli.follow.request import Request
 from gketrace_cli.follow.rulebook import RuleBook
@@ -62,6 +64,12 @@ class Records:
         self.packets: PacketWatch | None = None
         """None: nobody asked for them."""
         self._pending: list[_Waiting] = []
+        self._read = began
+        """When the last reading of the objects began."""
+        self._readable = True
+        """They will be read again."""
+        self._undecided = 0
+        """Connections to what was no endpoint of the Service, after the objects were read last."""
         self._alone = 0
         self._died: dict[int, str] = {}
         """Connection → what was wrong when it was first found to fail: by its end that may be
@@ -77,8 +85,9 @@ class Records:
             if source not in unseen:
                 self._tally.beside += record
                 return
-        # Packets may find that it failed, so what is chosen is asked when they have come.
-        later = self.packets is not None and record
+        # Packets and objects may find that it failed: what is chosen is asked when they have come.
+        misled = find_misled(world.scope, followed.connection, world.node_of)
+        later = misled is not None or (self.packets is not None and record)
         if not (later or self._request.chosen.takes(followed)) or not self._recent(followed):
             return
         self._try(_Waiting(followed, now, now + _WALK_SECONDS), now)
@@ -88,6 +97,28 @@ class Records:
         waiting, self._pending = self._pending, []
         for one in waiting:
             self._try(one, now)
+
+    def objects_read(self, began: float) -> None:
+        """`world` is that of a reading which began then, seconds since the epoch."""
+        self._read = began
+
+    def objects_not_read(self) -> None:
+        """They could not be, and nobody will try again."""
+        self._readable = False
+
+    @property
+    def doubtful(self) -> bool:
+        """One waits, so the objects may be what it waits for."""
+        return bool(self._pending)
+
+    @property
+    def missing(self) -> tuple[Missing, ...]:
+        """What could not be told for want of objects."""
+        if not self._undecided:
+            return ()
+        ones = "1 connection" if self._undecided == 1 else f"{self._undecided:,} connections"
+        why = f"{ones} went to what was no endpoint of the Service when they were read last"
+        return (Missing(what="endpoints", why=why),)
 
     def finish(self, until: float, between: Callable[[], None], hurry: threading.Event) -> None:
         """Shows all that wait: when they are ready, or at `until` (seconds since the epoch) or
@@ -145,25 +176,36 @@ class Records:
             death = self._rulebook.death(followed.connection, followed.began or self._began)
         watch = self.packets
         behind = watch is not None and not watch.ready(asked, failed=judgement.failed)
-        missing = way is None or death is None or behind
+        misled = find_misled(self.world.scope, followed.connection, self.world.node_of)
+        unread = misled is not None and self._readable and not self._judge(followed, misled).decided
+        missing = way is None or death is None or behind or unread
         if missing and now < deadline and not self._show.over:
             self._pending.append(waiting)
             return
-        seen = None
+        seen, remark = None, ""
         if watch is not None:
             seen = watch.take(followed, final=record)
             if seen is not None:
                 followed = replace(followed, judgement=refine(judgement, seen))
-            if record and not self._request.chosen.takes(followed):
-                return
+        if misled is not None:
+            followed, remark, decided = self._judge(followed, misled)
+            self._undecided += record and not decided
+        if (misled is not None or (record and watch is not None)) and not (
+            self._request.chosen.takes(followed)
+        ):
+            return
         if record:
             self._died.pop(followed.number, None)
         elif walked and death is not None:
             self._died[followed.number] = death
-        followed, remark = self.world.scope.within(followed)
         view = make_view(followed, self.world.book, self.world.node_of, way, death, seen)
         if remark:
             view = replace(view, remarks=(remark, *view.remarks))
+        if followed.judgement.outcome is Outcome.ASTRAY:
+            view = replace(view, death=led_by(view))
         if record:
             self._tally.add(view)
         self._show.connection(view, self.world.scope.namespace)
+
+    def _judge(self, followed: Followed, misled: Misled) -> Judged:
+        return judge_misled(followed, misled, since=self._began, read=self._read)

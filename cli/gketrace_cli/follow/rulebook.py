@@ -70,6 +70,20 @@ class Way:
                 return found
         return ()
 
+    def leads(self, node: str, let_out: Tuple5) -> Citation | None:
+        """The rule that gives a packet the destination that it leaves `node` for; None: not
+        known."""
+        destination = let_out.dst, let_out.dport
+        for path in self.paths:
+            for hop in path.hops:
+                if hop.netns.node != node or hop.netns.pod:
+                    continue
+                for step in hop.steps:
+                    ends = ((one.dst, one.dport) for one in (step.before, step.after))
+                    if [end == destination for end in ends] == [False, True]:
+                        return step.citation
+        return None
+
     def odds(self) -> Odds:
         found: dict[tuple[str, int], float | None] = {}
         for path in self.paths:

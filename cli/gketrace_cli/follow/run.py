@@ -14,7 +14,7 @@ from gketrace.follow.joiner import Joiner
 from gketrace.packet import Tuple5
 from gketrace_cli.follow.counting import read_counters
 from gketrace_cli.follow.intake import Intake
-from gketrace_cli.follow.objects import watch_objects
+from gketrace_cli.follow.objects import look_again, watch_objects
 from gketrace_cli.follow.packet_plan import PacketPlan, plan_packets
 from gketrace_cli.follow.packets import PacketWatch
 from gketrace_cli.follow.records import Records
@@ -179,12 +179,17 @@ class _Follow:
             self._session,
             self._request,
             lambda: self._world,
-            changed=lambda world, different: self._side.put(
-                partial(self._replan, world, different)
-            ),
+            changed=self._changed,
+            looked=self._looked,
             failed=lambda text: self._side.put(partial(self._note, text)),
             stop=self._stop,
         )
+
+    def _changed(self, world: World, different: Sequence[str]) -> None:
+        self._side.put(partial(self._replan, world, different))
+
+    def _looked(self, at: float) -> None:
+        self._side.put(partial(self._records.objects_read, at))
 
     def _replan(self, world: World, different: Sequence[str]) -> None:
         old, self._world = self._world, world
@@ -192,6 +197,8 @@ class _Follow:
         for text in different:
             self._note(text)
         self._rulebook.forget()
+        if self._stop.is_set():
+            return
         if self._packets is not None:
             self._plan_anew()
         if list(old.scope.filters) != list(world.scope.filters):
@@ -265,6 +272,19 @@ class _Follow:
             self._packets.use(fleet)
         return fleet
 
+    def _look_last(self) -> None:
+        """For connections that came after the objects were read last."""
+        try:
+            look_again(
+                self._session,
+                self._request,
+                self._world,
+                changed=self._changed,
+                looked=self._looked,
+            )
+        except GketraceError:  # that it was not told is said of those connections
+            self._side.put(self._records.objects_not_read)
+
     # what is said
 
     def _hello(self) -> None:
@@ -304,6 +324,8 @@ class _Follow:
         ended = self._intake.now(stopped)
         for followed in self._joiner.finish(self._intake.now(now), ended):
             self._records.take(followed, now, unseen)
+        if self._records.doubtful:
+            background(self._look_last, "objects")
         self._records.finish(now + _RULES_SECONDS, self._run_side, self._hurry)
         self._records.alone(self._knows, self._heard, time.time())
         tally = self._tally
@@ -316,7 +338,7 @@ class _Follow:
         tally.forgotten = self._joiner.forgotten
         tally.unheard = self._joiner.unheard
         tally.unwritten = self._show.unwritten
-        missing = (*self._gaps, *self._world.missing)
+        missing = (*self._gaps, *self._world.missing, *self._records.missing)
         self._show.summary(self._world.scope.title, tally, seconds, missing, self._names())
         if not self._show.close(10.0):
             self._show.say("the reader of the output is too slow: its end was not written")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
 from gketrace.objects import Endpoint, Pod, Service
 from gketrace.packet import Tuple5, protocol_name, protocol_number
@@ -13,10 +13,13 @@ from gketrace_proto.v1alpha1 import agent_pb2 as pb
 
 if TYPE_CHECKING:
     from gketrace.connections import Connection
-    from gketrace.follow.joiner import Followed
     from gketrace_cli.session import Session
 
 __all__ = ["Scope", "changes", "node_addresses", "pod_scope", "service_scope"]
+
+
+_End: TypeAlias = tuple[str, int, str]
+"""Address, port (0: any), protocol."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +38,14 @@ class Scope:
     endpoints: tuple[Endpoint, ...] = ()
     service: Service | None = None
     pod: Pod | None = None
-    past: tuple[Endpoint, ...] = field(default=())
-    """Endpoints that were there earlier: their connections may still be."""
+    past: tuple[tuple[Endpoint, float], ...] = ()
+    """Endpoints that were there earlier, and when they were found to be gone (seconds since the
+    epoch): their connections may still be."""
+    _ends: frozenset[_End] = field(init=False, default=frozenset())
+
+    def __post_init__(self) -> None:
+        ends = frozenset((e.address, e.port, e.protocol.lower()) for e in self.endpoints)
+        object.__setattr__(self, "_ends", ends)
 
     def takes(self, connection: Connection) -> bool:
         """Whether it is one of what is followed: the filters take more, as behind a translation an
@@ -46,23 +55,18 @@ class Scope:
             return any(str(a) in self.addresses for end in ends for a in (end.src, end.dst))
         return any(self._door(half.entry.orig) for half in connection.halves)
 
-    def within(self, followed: Followed) -> tuple[Followed, str]:
-        """(without what is said of tables of which this plan reads other entries only, a remark).
+    def has_end(self, sent: Tuple5) -> bool:
+        """Whether a packet is for one of the endpoints."""
+        return any(end in self._ends for end in _ends_of(sent))
 
-        A Service's connection that goes to no endpoint of it is not followed behind the node that
-        sent it there: that other nodes have no entry of it is not known.
-        """
-        first, last = followed.connection.first, followed.connection.last
-        ends = {(e.address, e.port, e.protocol.lower()) for e in (*self.endpoints, *self.past)}
-        protocol = protocol_name(last.protocol)
-        met = {(str(last.dst), last.dport or 0, protocol), (str(last.dst), 0, protocol)}
-        if self.service is None or (first.dst, first.dport) == (last.dst, last.dport) or met & ends:
-            return followed, ""
-        connection = replace(followed.connection, unseen=())
-        judgement = replace(followed.judgement, next_node="")
-        host = f"[{last.dst}]" if last.dst.version == 6 else str(last.dst)
-        remark = f"{host}:{last.dport} is no endpoint of the Service"
-        return replace(followed, connection=connection, judgement=judgement), remark
+    def removed_at(self, sent: Tuple5) -> float | None:
+        """When that which a packet is for was found to be an endpoint no more; None: it is one, or
+        never was."""
+        wanted = _ends_of(sent)
+        return max(
+            (at for e, at in self.past if (e.address, e.port, e.protocol.lower()) in wanted),
+            default=None,
+        )
 
     def concerns(self, sent: Tuple5) -> bool:
         """Whether a packet as its client sends it is to what is followed."""
@@ -72,6 +76,11 @@ class Scope:
 
     def _door(self, taken: Tuple5) -> bool:
         return (str(taken.dst), taken.dport or 0, taken.protocol) in self.doors
+
+
+def _ends_of(sent: Tuple5) -> tuple[_End, _End]:
+    address, protocol = str(sent.dst), protocol_name(sent.protocol)
+    return (address, sent.dport or 0, protocol), (address, 0, protocol)
 
 
 def node_addresses(session: Session) -> list[str]:
@@ -92,16 +101,17 @@ def service_scope(
     service: Service,
     endpoints: Sequence[Endpoint],
     before: Scope | None = None,
+    *,
+    now: float = 0.0,
 ) -> Scope:
-    """`before`: the plan that this one replaces."""
-    past: tuple[Endpoint, ...] = ()
+    """`before`: the plan that this one replaces, at `now` (seconds since the epoch)."""
+    past: dict[_End, tuple[Endpoint, float]] = {}
     if before is not None:
         known = {(end.address, end.port, end.protocol) for end in endpoints}
-        past = tuple(
-            end
-            for end in dict.fromkeys((*before.past, *before.endpoints))
-            if (end.address, end.port, end.protocol) not in known
-        )
+        for end, at in (*before.past, *((end, now) for end in before.endpoints)):
+            key = end.address, end.port, end.protocol
+            if key not in known:
+                past[key] = end, at
     node_ips = list(dict.fromkeys(node_addresses(session)))
     doors = door_filters(service, node_ips)
     direct = [*service.cluster_ips, *service.external_ips, *(e.ip for e in service.ingress if e.ip)]
@@ -116,11 +126,11 @@ def service_scope(
     return Scope(
         title=f"Service {service.key}",
         namespace=service.namespace,
-        filters=(*doors, *endpoint_filters((*endpoints, *past))),
+        filters=(*doors, *endpoint_filters((*endpoints, *(end for end, _ in past.values())))),
         doors=frozenset(found),
         endpoints=tuple(endpoints),
         service=service,
-        past=past,
+        past=tuple(past.values()),
     )
 
 

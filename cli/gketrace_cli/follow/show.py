@@ -93,7 +93,7 @@ class Show:
             self._warned.discard(followed.number)
             if view.failed:
                 return
-        if followed.phase is Phase.UNANSWERED and view.failed:
+        if not record and view.failed:
             self._warned.add(followed.number)
         self._offer(partial(connection_lines, self._page, view, namespace), failed=view.failed)
 
