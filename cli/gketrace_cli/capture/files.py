@@ -1,6 +1,7 @@
 """Capture files: one for all taps, or one for each node, or standard output.
 
-A file has its name only when it is whole.  Until then it is NAME.part.
+A file has its name only when it is whole.  Until then it is NAME.part.  A symbolic link stays one:
+what it leads to is the file.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ class CaptureFile:
         `BrokenPipeError`."""
         self._path = path
         self._suffix = suffix
-        self._part = ""
+        self._part = self._target = ""
         if path == STDOUT:
             sys.stdout.flush()
             self._fd = os.dup(1)
         else:
-            self._open(Path(path))
+            self._open(path)
         try:
             self.writer = PcapngWriter(self._fd, comments=comments)
             if names:
@@ -66,12 +67,12 @@ class CaptureFile:
             self.discard()
             raise self._unwritable(error) from None
 
-    def _open(self, path: Path) -> None:
+    def _open(self, path: str) -> None:
         where = path
         try:
-            if not path.exists() or stat.S_ISREG(path.stat().st_mode):
-                where = path.with_name(f"{path.name}{self._suffix}")
-                self._part = str(where)
+            self._target = _target(path)
+            if self._target:
+                where = self._part = f"{self._target}{self._suffix}"
             self._fd = os.open(where, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise UsageError(f"cannot write {where}: {error.strerror}") from None
@@ -111,7 +112,7 @@ class CaptureFile:
                 self.writer.statistics(tap, one.statistics, one.started_ns, one.ended_ns)
             self._close()
             if self._part:
-                os.replace(self._part, self._path)
+                os.replace(self._part, self._target)
                 self._part = ""
 
     def abandon(self) -> None:
@@ -133,6 +134,23 @@ class CaptureFile:
         self._close()
         if self._part:
             os.unlink(self._part)
+
+
+def _target(path: str) -> str:
+    """The file that `path` names, through symbolic links; empty: it is no plain file, or one that
+    somebody has open (``/dev/stdout``, ``/dev/fd/3``), so it is written as it is.
+
+    Raises `OSError`."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return ""
+    except FileNotFoundError:
+        pass
+    while os.path.islink(path):
+        if os.path.realpath(os.path.dirname(path) or ".").startswith("/proc/"):
+            return ""
+        path = os.path.join(os.path.dirname(path), os.readlink(path))
+    return path
 
 
 def unhurried(request: pb.CaptureRequest, path: str, *, alone: bool = True) -> None:

@@ -376,6 +376,31 @@ def test_no_half_file_has_the_name(tmp_path: Path, capsys: pytest.CaptureFixture
         FileSink("-", per_node=True)
 
 
+def test_a_link_stays_one(tmp_path: Path) -> None:
+    """As tcpdump has it.  What is not whole is beside the file that it leads to."""
+    (tmp_path / "there").mkdir()
+    target, link = tmp_path / "there" / "cap.pcapng", tmp_path / "link"
+    (tmp_path / "near").symlink_to("there/cap.pcapng")
+    link.symlink_to(tmp_path / "near")  # a link to a link to what is not there yet
+    chunk = Chunk(batches=(batch(tap(), 1).batch,))
+    for packets in (1, 2):
+        sink = FileSink(str(link))
+        for _ in range(packets):
+            sink.write(chunk)
+        assert (tmp_path / "there" / "cap.pcapng.part").exists()
+        sink.finish(Outcome(taps={}))
+        assert (link.is_symlink(), target.is_symlink()) == (True, False)
+        assert len(read(str(target))) == packets
+    assert [one.name for one in (tmp_path / "there").iterdir()] == ["cap.pcapng"]
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UsageError, match="loop: Too many levels of symbolic links"):
+        FileSink(str(tmp_path / "loop"))
+    with open(target, "wb") as opened:
+        write(Path(f"/dev/fd/{opened.fileno()}"), [chunk])
+        assert len(read(str(target))) == 1
+    assert not list(tmp_path.rglob("*.part"))
+
+
 def test_a_full_disk_and_a_closed_pipe(tmp_path: Path) -> None:
     with pytest.raises(GketraceError, match="cannot write /dev/full: No space left"):
         FileSink("/dev/full")
