@@ -27,6 +27,7 @@ from gketrace.errors import (
 
 from .account import Account
 from .apiserver import ApiServer
+from .inputs import read_input
 
 if TYPE_CHECKING:
     import grpc
@@ -115,7 +116,7 @@ class AgentAccess:
     def _read_ca(self) -> bytes:
         if self._ca_file is not None:
             try:
-                data = self._ca_file.read_bytes()
+                data = read_input(self._ca_file)
             except OSError as error:
                 raise UsageError(f"--agent-ca {self._ca_file}: {error.strerror}") from None
             if b"BEGIN CERTIFICATE" not in data:

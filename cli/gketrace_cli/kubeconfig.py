@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from gketrace.errors import ForbiddenError, UnavailableError, UsageError
+from gketrace_cli.inputs import read_input
 
 __all__ = ["Credentials", "Settings", "load_settings", "redact"]
 
@@ -176,7 +177,7 @@ def _load_yaml(path: Path) -> dict[str, Any]:
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        document = yaml.load(path.read_bytes(), Loader=loader)
+        document = yaml.load(read_input(path), Loader=loader)
     except OSError as error:
         raise UsageError(f"kubeconfig {path}: {error.strerror}") from error
     except yaml.MarkedYAMLError as error:
@@ -241,7 +242,7 @@ def _text(entry: Mapping[str, Any], key: str) -> str:
 
 def _read(path: Path, what: str) -> str:
     try:
-        return path.read_text()
+        return read_input(path).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "is not text"
         raise UsageError(f"cannot read the {what} {path}: {reason}") from error

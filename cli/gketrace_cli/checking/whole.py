@@ -22,6 +22,7 @@ from gketrace_cli.checking.probes import probes
 from gketrace_cli.checking.sights import read_sights
 from gketrace_cli.checking.ways import ways_of
 from gketrace_cli.frontdoors import Door
+from gketrace_cli.inputs import read_input
 from gketrace_cli.verdict import Answer
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def read_ignores(codes: Iterable[str], file: str | None) -> tuple[Ignore, ...]:
     if file is None and not path.exists():
         return tuple(found)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_input(path).decode().splitlines()
     except OSError as error:
         raise UsageError(f"cannot read the ignore file {path}: {error.strerror}") from None
     except UnicodeDecodeError:
