@@ -220,7 +220,7 @@ def _table(route: Route | None) -> str:
 
 def stale_routes(world: World) -> Iterator[Finding]:
     """GKT-309: a route for one address of the pod range that no pod has."""
-    if not world.pods:
+    if not world.pods or not world.all_pods:
         return
     for sight in world.sights.values():
         if isinstance(sight.host.routes, Unavailable) or isinstance(sight.host.links, Unavailable):

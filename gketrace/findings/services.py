@@ -144,6 +144,8 @@ def named_ports(world: World) -> Iterator[Finding]:
             lacking = [pod for pod in chosen if not _has_port(pod, port.target_port, port.protocol)]
             if len(lacking) < len(chosen):
                 continue
+            if not world.all_pods and _has_endpoint(world, service, port.name):
+                continue  # of a pod that is not among the known ones
             names = sorted({p.name for pod in chosen for c in pod.containers for p in c.ports})
             yield finding(
                 "GKT-107",
@@ -167,6 +169,11 @@ def named_ports(world: World) -> Iterator[Finding]:
                 command=f"kubectl edit service -n {service.namespace} {service.name}",
                 subjects=[f"service {service.key}"],
             )
+
+
+def _has_endpoint(world: World, service: Service, port_name: str) -> bool:
+    of = (service.namespace, service.name, port_name)
+    return any((e.namespace, e.service, e.port_name) == of for e in world.endpoints)
 
 
 def _selected(service: Service, pod: Pod) -> bool:

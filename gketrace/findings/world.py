@@ -137,6 +137,8 @@ class World:
     """Node → what was read there; a node that is absent was not read."""
     ways: tuple[Way, ...] = ()
     missing: tuple[Missing, ...] = ()
+    all_pods: bool = True
+    """False: `pods` are some of the cluster's, so that nothing is said of addresses of no pod."""
 
     @cached_property
     def expected(self) -> Mapping[PortName, Expected]:

@@ -6,6 +6,7 @@ They rest on what the command has read anyway; nothing more is asked.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gketrace.conntrack import ConntrackEntry
@@ -41,6 +42,7 @@ def service_findings(
     world = World(
         nodes=tuple(nodes),
         pods=tuple(pods),
+        all_pods=False,
         services=(service,),
         endpoints=tuple(endpoints),
         sights={node: _blind(node, tuple(found)) for node, found in entries.items()},
@@ -63,7 +65,7 @@ def trace_findings(
     wanted = {str(answer.question.address) for answer in answers}
     door = next((s for s in services if wanted & set(s.cluster_ips)), None)
     ways = ways_of(answers, door.key if door is not None else "")
-    world = World(nodes=tuple(nodes), pods=tuple(pods), ways=ways)
+    world = World(nodes=tuple(nodes), pods=tuple(pods), all_pods=False, ways=ways)
     broken = any(way.standing in ("broken", "configured") for way in ways)
     if door is None or not broken:
         return find(world)
@@ -71,10 +73,7 @@ def trace_findings(
         endpoints = tuple(read_endpoints(door))
     except GketraceError:
         return find(world)  # what the Service has is not known: nothing is said of it
-    world = World(
-        nodes=world.nodes, pods=world.pods, services=(door,), endpoints=endpoints, ways=ways
-    )
-    return find(world)
+    return find(replace(world, services=(door,), endpoints=endpoints))
 
 
 def pod_findings(report: PodReport) -> tuple[Finding, ...]:
@@ -93,6 +92,7 @@ def pod_findings(report: PodReport) -> tuple[Finding, ...]:
     world = World(
         nodes=(report.node,) if report.node is not None else (),
         pods=(pod,),
+        all_pods=False,
         sights={pod.node: sight},
     )
     return _of(find(world), f"pod {pod.key}", f"node {pod.node}")

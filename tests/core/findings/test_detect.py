@@ -11,6 +11,7 @@ import pytest
 
 from gketrace.conntrack import ConntrackEntry, CtStatus
 from gketrace.findings import ways
+from gketrace.findings.detect import find
 from gketrace.findings.registry import CODES
 from gketrace.findings.world import TableState
 from gketrace.kubenames import ChainRole, ServicePort, endpoint_chain, service_chain
@@ -626,6 +627,17 @@ def test_what_was_not_seen_is_not_judged() -> None:
             )  # fmt: skip
             space.snapshot = lambda blind=blind: blind  # type: ignore[method-assign]
     assert bench.found(trace=True) == ()
+
+
+def test_of_pods_that_were_not_read_nothing_is_said() -> None:
+    """`gketrace pod` reads one: its neighbours' routes are not stale, nor their ports absent."""
+    bench = Bench("ptp")
+    misnamed(bench)
+    world = bench.world(trace=False)
+    one = replace(world, pods=tuple(p for p in world.pods if p.name == "web-0"), all_pods=False)
+    assert not {f.code for f in find(one)} & {"GKT-107", "GKT-309"}
+    assert "GKT-107" in {f.code for f in find(replace(one, endpoints=()))}
+    assert "GKT-309" in {f.code for f in find(replace(one, all_pods=True))}
 
 
 def test_sockets_are_kept_apart_by_protocol() -> None:
