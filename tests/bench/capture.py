@@ -6,6 +6,8 @@ tcpdump writes one.  Measured in one run, in turns:
 
 - packets a second up to the first drop: rates go up until either drops;
 - CPU seconds for a million packets that match (the agent's and the client's together), at one rate;
+- the same for a client that only writes the kernel's blocks as they came (`move`): what copying out
+  of the ring, gRPC and the file cost, whatever is done with packets;
 - CPU seconds for a million packets that do not match, of the capturing processes and of the sender,
   in whose time the kernel runs the filter.
 
@@ -22,6 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +57,8 @@ class Run:
     dropped: int
     cpu: float
     """Seconds, of all that captured."""
+    node_cpu: float
+    """Of these, what a node would have of it: the agent's, or all of tcpdump's."""
     sender_cpu: float
 
     def per_million(self, seconds: float) -> float:
@@ -146,24 +151,81 @@ def work(address: str, text: str, file: str) -> None:
     print(json.dumps([numbers.captured, numbers.statistics.dropped, cpu]))
 
 
+def move(address: str, text: str, file: str) -> None:
+    """A client that does nothing with the packets but to write them, with the kernel's headers."""
+    # For `finish` alone: before there are threads, which NumPy makes, too.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+    from gketrace_cli.agents import Fleet
+    from gketrace_cli.capture.files import unhurried
+    from gketrace_cli.capture.running import keep_memory
+    from gketrace_cli.capture.wire import RawPackets, parse_reply
+    from gketrace_proto.v1alpha1 import capture_pb2 as pb
+    from gketrace_proto.v1alpha1 import target_pb2
+
+    tap = pb.CaptureTap(
+        target=target_pb2.Target(host=True), interface="b1", filter=text, snap_length=SNAP
+    )
+    request = pb.CaptureRequest(taps=[tap], ring_bytes=RING_KIB << 10, include_own=True)
+    unhurried(request, file)
+    keep_memory()
+    fleet = Fleet(timeout=30)
+    fleet.add_address("n1", address)
+    agent = fleet.agent("n1")
+    replies = agent.channel.unary_stream(
+        "/gketrace.v1alpha1.Agent/Capture",
+        request_serializer=pb.CaptureRequest.SerializeToString,
+        response_deserializer=parse_reply,
+    )(request)
+    started = next(replies).started
+    begun = time.process_time()
+    captured = dropped = 0
+
+    def finish() -> None:
+        signal.sigwait({signal.SIGINT})
+        agent.stub.FinishCapture(pb.FinishCaptureRequest(capture_id=started.capture_id))
+
+    threading.Thread(target=finish).start()
+    with open(file, "wb", buffering=0) as out:
+        print("listening", flush=True)
+        for reply in replies:
+            if isinstance(reply, RawPackets):
+                out.write(reply.data)
+                captured += sum(reply.counts)
+            elif reply.HasField("statistics"):
+                dropped = reply.statistics.taps[0].dropped
+    cpu = time.process_time() - begun
+    fleet.close()
+    print(json.dumps([captured, dropped, cpu]))
+
+
 def ours(
-    sender: Sender, address: str, pid: int, folder: Path, text: str, count: int, rate: int
+    sender: Sender,
+    address: str,
+    pid: int,
+    folder: Path,
+    text: str,
+    count: int,
+    rate: int,
+    *,
+    client: str = "--work",
 ) -> Run:
     file = folder / "ours.pcapng"
-    client = subprocess.Popen(
-        [sys.executable, "-m", "tests.bench.capture", "--work", address, text, str(file)],
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.bench.capture", client, address, text, str(file)],
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert client.stdout is not None
-    assert client.stdout.readline() == "listening\n"
+    assert process.stdout is not None
+    assert process.stdout.readline() == "listening\n"
     before = cpu_of(pid)
     sent, real, sender_cpu = sender.send(count, rate)
     time.sleep(0.3)
-    client.send_signal(signal.SIGINT)
-    captured, dropped, cpu = json.loads(client.communicate(timeout=60)[0])
+    process.send_signal(signal.SIGINT)
+    captured, dropped, cpu = json.loads(process.communicate(timeout=60)[0])
     file.unlink()
-    return Run(sent, real, captured, dropped, cpu + cpu_of(pid) - before, sender_cpu)
+    agents = cpu_of(pid) - before
+    return Run(sent, real, captured, dropped, cpu + agents, agents, sender_cpu)
 
 
 def tcpdump(netns: Netns, sender: Sender, folder: Path, text: str, count: int, rate: int) -> Run:
@@ -185,7 +247,8 @@ def tcpdump(netns: Netns, sender: Sender, folder: Path, text: str, count: int, r
     process.returncode = 0
     numbers = [int(word) for word in re.findall(r"^(\d+) packets", said, re.M)]
     file.unlink()
-    return Run(sent, real, numbers[0], numbers[2], used.ru_utime + used.ru_stime, sender_cpu)
+    cpu = used.ru_utime + used.ru_stime
+    return Run(sent, real, numbers[0], numbers[2], cpu, cpu, sender_cpu)
 
 
 def measure(options: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -207,15 +270,20 @@ def measure(options: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
                 def mine(text: str, count: int, rate: int) -> Run:
                     return ours(sender, address, pid, folder, text, count, rate)
 
+                def moved(text: str, count: int, rate: int) -> Run:
+                    return ours(sender, address, pid, folder, text, count, rate, client="--move")
+
                 def theirs(text: str, count: int, rate: int) -> Run:
                     return tcpdump(netns, sender, folder, text, count, rate)
 
-                return _figures(options.runs, mine, theirs)
+                return _figures(options.runs, mine, moved, theirs)
         finally:
             bed.close()
 
 
-def _figures(runs: int, mine: Any, theirs: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def _figures(
+    runs: int, mine: Any, moved: Any, theirs: Any
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     best = {"gketrace": 0.0, "tcpdump": 0.0}
     drops: set[str] = set()
     table: list[dict[str, Any]] = []
@@ -242,8 +310,12 @@ def _figures(runs: int, mine: Any, theirs: Any) -> tuple[dict[str, Any], dict[st
                 made = capture(text, COUNT, STEADY)
                 seconds = cpu.setdefault(what, {"gketrace": [], "tcpdump": []})
                 seconds[name].append(made.per_million(made.cpu))
+                if name == "gketrace":
+                    seconds.setdefault("on_the_node", []).append(made.per_million(made.node_cpu))
                 if what == "not_matching":
                     sending[name].append(made.per_million(made.sender_cpu))
+        made = moved(MATCHING, COUNT, STEADY)
+        cpu["matching"].setdefault("only_moved", []).append(made.per_million(made.cpu))
     middle = {
         what: {name: statistics.median(values) for name, values in one.items()}
         for what, one in {**cpu, "sender_not_matching": sending}.items()
@@ -276,8 +348,8 @@ def _figures(runs: int, mine: Any, theirs: Any) -> tuple[dict[str, Any], dict[st
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--work"]:
-        work(*sys.argv[2:])
+    if sys.argv[1:2] in (["--work"], ["--move"]):
+        {"--work": work, "--move": move}[sys.argv[1]](*sys.argv[2:])
         return
     options = arguments(__doc__, runs=3)
     figures, goals = measure(options)
