@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import sys
 import threading
 from dataclasses import replace
 from ipaddress import ip_address
@@ -21,7 +23,7 @@ from gketrace_cli.agents import Fleet
 from gketrace_cli.follow.intake import Intake
 from gketrace_cli.follow.misled import Misled, find_misled, judge_misled, led_by
 from gketrace_cli.follow.options import Followed, FollowOutput, plain_output
-from gketrace_cli.follow.output import Sampler
+from gketrace_cli.follow.output import Output, Sampler
 from gketrace_cli.follow.rulebook import RuleBook, Way
 from gketrace_cli.follow.scope import Scope, changes, pod_scope
 from gketrace_cli.follow.streams import Arrived, Streams
@@ -187,6 +189,19 @@ def test_a_terminal_gets_a_sample_and_the_count_of_the_rest() -> None:
     now[0] = 1.1
     sampler.tick()
     assert "485 more in 1.1 s are counted, not shown" in written[-1]
+
+
+def test_output_that_has_no_room_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        output = Output()
+        output.write("a line\n")
+        assert output.broken.wait(10.0)
+        assert output.error == "No space left on device"
+        assert output.close(10.0)
+        sys.stdout.close()
+        with contextlib.suppress(OSError):
+            full.close()
 
 
 def test_many_senders_do_not_make_many_walks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,9 @@ class Output:
         self.unwritten = 0
         """Pieces that were thrown away, as too many waited."""
         self.broken = threading.Event()
-        """Nobody reads it any more."""
+        """Nobody reads it any more, or it cannot be written."""
+        self.error = ""
+        """Why it cannot be written; empty: it can, or there is nobody to read it."""
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         self._ascii = encoding.lower().replace("-", "") not in ("utf8", "utf16")
         self._thread = threading.Thread(target=self._run, name="output", daemon=True)
@@ -72,7 +74,9 @@ class Output:
         try:
             sys.stdout.write(plain_ascii(text) if self._ascii else text)
             sys.stdout.flush()
-        except (BrokenPipeError, ValueError):
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+                self.error = error.strerror or str(error)
             self.broken.set()
             # What is still in the buffer goes nowhere, or the end of the program would complain.
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115

@@ -343,6 +343,8 @@ class _Follow:
         if not self._show.close(10.0):
             self._show.say("the reader of the output is too slow: its end was not written")
             return ExitCode.PARTIAL
+        if self._show.error:
+            raise GketraceError(f"cannot write standard output: {self._show.error}")
         return tally.code(missing=bool(missing))
 
     def _wait(self, stopped: float) -> None:

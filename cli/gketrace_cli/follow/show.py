@@ -63,8 +63,13 @@ class Show:
         """Connections of which a failure was shown before their end."""
 
     @property
+    def error(self) -> str:
+        """Why standard output cannot be written; empty: it can, or nobody reads it."""
+        return self._output.error
+
+    @property
     def over(self) -> bool:
-        """Nobody reads it any more."""
+        """Nobody reads it any more, or it cannot be written."""
         return self._output.broken.is_set()
 
     @property
