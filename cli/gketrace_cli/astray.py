@@ -11,14 +11,22 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
 from gketrace.packet import IPAddress
-from gketrace.trace import SUCCESS, Disposition, Path
+from gketrace.trace import FAILURE, SUCCESS, Disposition, NetnsKind, Path
 from gketrace_cli.rewrites import rewrites
 
 if TYPE_CHECKING:
     from gketrace.objects import Endpoint, ServicePort
     from gketrace_cli.frontdoors import Question
 
-__all__ = ["NO_ENDPOINT", "is_astray", "is_misled", "known_ends", "led_by"]
+__all__ = [
+    "NO_ENDPOINT",
+    "is_astray",
+    "is_misled",
+    "is_relayed",
+    "known_ends",
+    "led_by",
+    "led_to",
+]
 
 NO_ENDPOINT = "which is no endpoint of the Service"
 
@@ -41,7 +49,7 @@ def is_astray(question: Question, path: Path) -> bool:
     sidecar redirects it further.  Existing connections may go on to what was an endpoint.  A
     ClusterIP that a node has itself and that no rule translates is that of NodeLocal DNS.
     """
-    if path.outcome.disposition not in SUCCESS or path.pinned_by is not None:
+    if path.outcome.disposition not in SUCCESS or path.pinned_by is not None or is_relayed(path):
         return False
     translated = any(one.of_destination for one in rewrites(path))
     if not translated and question.door.value in ("ClusterIP", "Pod"):
@@ -50,11 +58,24 @@ def is_astray(question: Question, path: Path) -> bool:
 
 
 def is_misled(question: Question, path: Path) -> bool:
-    """Whether a new connection to a Service is refused where a rule that knows no endpoint of it
-    has led it."""
-    if path.outcome.disposition is not Disposition.REFUSED or path.pinned_by is not None:
+    """Whether a new connection to a Service fails, or leaves the cluster, where a rule that knows
+    no endpoint of it has led it."""
+    failed = path.outcome.disposition in FAILURE
+    left = path.outcome.disposition is Disposition.TRANSMITTED
+    if not (failed or left) or path.pinned_by is not None:
         return False
     return any(one.of_destination for one in rewrites(path)) and _meets_none(question, path)
+
+
+def is_relayed(path: Path) -> bool:
+    """Whether a rule in the sender's pod hands the packet to a program of that pod: the sidecar of
+    a mesh, whose own connection to the destination is another one."""
+    taker = path.outcome.netns
+    if path.outcome.disposition not in SUCCESS or taker.kind is not NetnsKind.POD:
+        return False
+    return all(hop.netns == taker for hop in path.hops) and any(
+        one.of_destination for one in rewrites(path)
+    )
 
 
 def _meets_none(question: Question, path: Path) -> bool:
@@ -68,8 +89,19 @@ def _meets_none(question: Question, path: Path) -> bool:
 
 
 def led_by(path: Path) -> tuple[str, str]:
-    """(the rule that gave the packet its last destination, its node); empty: none did."""
+    """(the rule that gave the packet its last destination, where: ``on node n1``, ``in pod a/b``);
+    empty: none did."""
     last = next((one for one in reversed(rewrites(path)) if one.of_destination), None)
     if last is None:
         return "", ""
-    return (last.rules[-1] if last.rules else last.named_by), last.node
+    place = f"in pod {last.pod}" if last.pod else f"on node {last.node}"
+    return (last.rules[-1] if last.rules else last.named_by), place
+
+
+def led_to(path: Path) -> str:
+    """``10.40.1.99:8080``: the last destination that a rule gave it; empty: none did."""
+    last = next((one for one in reversed(rewrites(path)) if one.of_destination), None)
+    if last is None:
+        return ""
+    host, port = last.after.dst, last.after.dport
+    return (f"[{host}]" if host.version == 6 else str(host)) + (f":{port}" if port else "")

@@ -18,7 +18,14 @@ from gketrace.errors import ExitCode
 from gketrace.findings.model import Severity
 from gketrace.packet import protocol_name
 from gketrace.trace import FAILURE, SUCCESS, Disposition, Missing, Path
-from gketrace_cli.astray import NO_ENDPOINT, is_astray, led_by
+from gketrace_cli.astray import (
+    NO_ENDPOINT,
+    is_astray,
+    is_misled,
+    is_relayed,
+    led_by,
+    led_to,
+)
 
 if TYPE_CHECKING:
     from gketrace.findings.model import Finding
@@ -37,6 +44,7 @@ __all__ = [
     "new_connections",
     "outcome_text",
     "path_standing",
+    "relayed_text",
     "target_text",
     "with_live",
 ]
@@ -112,6 +120,8 @@ def path_standing(answer: Answer, path: Path) -> Standing:
         dropped = disposition is Disposition.DROPPED and question.configured_drop
         return Standing.CONFIGURED if dropped else Standing.BROKEN
     if disposition not in SUCCESS:
+        return Standing.BROKEN if is_misled(question, path) else Standing.UNKNOWN
+    if is_relayed(path):
         return Standing.UNKNOWN
     if is_astray(question, path):
         return Standing.BROKEN
@@ -324,16 +334,33 @@ def _way(question: Question) -> str:
 def _failure(question: Question, path: Path) -> str:
     if is_astray(question, path):
         return astray_text(path)
+    if is_misled(question, path):
+        return f"led to {led_to(path)}, {NO_ENDPOINT}{_by(path)}, and {_end(path)}"
     if path.outcome.disposition in SUCCESS and path.reply is not None:
         return _unanswered(path.endpoint, path.reply)
+    return _end(path)
+
+
+def _end(path: Path) -> str:
     return outcome_text(path) + _where(path)
 
 
 def astray_text(path: Path) -> str:
     """``delivered to node/m69d 10.142.0.6:9100, which is no endpoint of the Service, by …``."""
-    rule, node = led_by(path)
-    by = f", by {rule} on node {node}" if rule else ""
-    return f"{outcome_text(path)}, {NO_ENDPOINT}{by}"
+    return f"{outcome_text(path)}, {NO_ENDPOINT}{_by(path)}"
+
+
+def relayed_text(path: Path) -> str:
+    """``taken by a program of pod default/web-0 at 127.0.0.1:15001, by OUTPUT:1 in pod …``."""
+    return (
+        f"taken by a program of the sender's own pod at {led_to(path)}{_by(path)}; what that makes "
+        "of it is not seen"
+    )
+
+
+def _by(path: Path) -> str:
+    rule, place = led_by(path)
+    return f", by {rule} {place}" if rule else ""
 
 
 def _where(path: Path) -> str:
@@ -359,6 +386,8 @@ def _unanswered(endpoint: str, reply: Path) -> str:
 def _uncertain(path: Path) -> str:
     if path.missing:
         return f"not seen whole ({path.missing[0]})"
+    if is_relayed(path):
+        return relayed_text(path)
     if path.outcome.disposition in SUCCESS and path.reply is not None:
         return _unanswered(path.endpoint, path.reply)
     condition = next((b for b in path.because if b.startswith("if ")), "")

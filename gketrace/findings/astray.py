@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator
+from typing import Final
 
-from gketrace.findings.making import cited, finding
+from gketrace.findings.making import cited, finding, proxy_logs
 from gketrace.findings.model import Finding
 from gketrace.findings.world import Way, World
-from gketrace.trace import Citation, Disposition, Source
+from gketrace.trace import SUCCESS, Citation, Disposition, NetnsRef, Source
 
 __all__ = ["astray"]
 
+_PROXY: Final = re.compile(r"KUBE-SEP-|endpoint-|service-|external-|local-")
+"""Chains of kube-proxy in which it translates, of its iptables and nftables modes."""
+
 
 def astray(world: World) -> Iterator[Finding]:
-    """GKT-119: a way to a Service arrives at no endpoint of it, or is refused where one leads."""
+    """GKT-119: a way to a Service arrives at no endpoint of it, or fails where one leads."""
     for way in world.ways:
         if way.astray and way.standing == "broken" and not way.stands_for:
-            yield _taken(way)
+            yield _taken(world, way)
 
 
-def _taken(way: Way) -> Finding:
+def _taken(world: World, way: Way) -> Finding:
     end = way.path.outcome
     what = f"{way.path.source} → {way.path.target}"
     proof = [cited(end.citation, end.netns.node, str(end.netns), note=what)] if end.citation else []
@@ -29,38 +34,56 @@ def _taken(way: Way) -> Finding:
         node, does = end.netns.node, "no rule translates it, and a program of the node has its port"
         remedy = "stop the program, or give the Service another port"
         command = f"gketrace rules {node} --table nat"
-        cause = f"taken by {node} {way.path.target}"
+        cause, place = f"taken by {node} {way.path.target}", f"node {node}"
     else:
-        rule, node = found
-        place = f"{rule.chain}:{rule.position}" if rule.position else rule.chain
-        does = f"{rule.table} {place} leads there" if rule.chain else f"{rule.text!r} leads there"
-        proof.insert(0, cited(rule, node))
+        rule, netns = found
+        node, place = netns.node, f"pod {netns.pod}" if netns.pod else f"node {netns.node}"
+        chain = f"{rule.chain}:{rule.position}" if rule.position else rule.chain
+        does = f"{rule.table} {chain} leads there" if rule.chain else f"{rule.text!r} leads there"
+        proof.insert(0, cited(rule, node, str(netns)))
         remedy = "find who made the rule, and whether it has to be there"
-        command = f"gketrace rules {node}"
-        if rule.source is Source.RULE and rule.chain:
-            command += f" --table {shlex.quote(rule.table)} --chain {shlex.quote(rule.chain)}"
-        cause = f"rule {node} {rule.table} {rule.chain} {rule.text}"
-    where = way.path.endpoint
-    if end.disposition is Disposition.REFUSED:
-        where = f"{end.packet.dst}:{end.packet.dport}, where nothing listens"
+        command = _show(rule, netns)
+        if not netns.pod and _PROXY.match(rule.chain):
+            remedy = "if it stays so for more than 10 s, restart kube-proxy on this node"
+            command = proxy_logs(world.pods, node)
+        cause = f"rule {node} {netns} {rule.table} {rule.chain} {rule.text}"
     return finding(
         "GKT-119",
-        f"On node {node} connections to Service {way.service} go to {where}, which is no endpoint "
-        f"of it: {does}",
+        f"On {place} connections to Service {way.service} go to {_where(way)}, which is no "
+        f"endpoint of it: {does}",
         proof,
         remedy=remedy,
         command=command,
-        subjects=[f"service {way.service}", f"node {node}"],
+        subjects=[f"service {way.service}", place],
         nodes=[node],
         cause=cause,
     )
 
 
-def _leads(way: Way) -> tuple[Citation, str] | None:
-    """What gave the packet its last destination, and on which node."""
+def _where(way: Way) -> str:
+    """Who takes it, or the address at which nobody does."""
+    end = way.path.outcome
+    if end.disposition in SUCCESS:
+        return way.path.endpoint
+    host = f"[{end.packet.dst}]" if end.packet.family == 6 else str(end.packet.dst)
+    where = host if end.packet.dport is None else f"{host}:{end.packet.dport}"
+    return f"{where}, where nothing listens" if end.disposition is Disposition.REFUSED else where
+
+
+def _show(rule: Citation, netns: NetnsRef) -> str:
+    """Draws the rule, in the namespace that it is in."""
+    space, _, name = netns.pod.partition("/")
+    command = f"gketrace rules pod/{name} -n {space}" if name else f"gketrace rules {netns.node}"
+    if rule.source is Source.RULE and rule.chain:
+        command += f" --table {shlex.quote(rule.table)} --chain {shlex.quote(rule.chain)}"
+    return command
+
+
+def _leads(way: Way) -> tuple[Citation, NetnsRef] | None:
+    """What gave the packet its last destination, and where."""
     for hop in reversed(way.path.hops):
         for step in reversed(hop.steps):
             before, after = step.before, step.after
             if (before.dst, before.dport) != (after.dst, after.dport) and step.citation is not None:
-                return step.citation, hop.netns.node
+                return step.citation, hop.netns
     return None

@@ -26,7 +26,7 @@ _EXPLAINS: Final[dict[str, frozenset[str]]] = {
     "GKT-106": frozenset({"GKT-105"}),
     "GKT-109": frozenset({"GKT-119"}),
     "GKT-111": frozenset({"GKT-119"}),
-    "GKT-117": frozenset({"GKT-111"}),
+    "GKT-117": frozenset({"GKT-111", "GKT-119"}),
     "GKT-205": frozenset({"GKT-204"}),
     # Without its route a packet goes back by the default route, and comes again.
     "GKT-305": frozenset({"GKT-306"}),

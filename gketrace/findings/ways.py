@@ -63,6 +63,8 @@ def stops(ways: Iterable[Way]) -> Iterator[Stop]:
 
 def named(world: World, stop: Stop) -> Finding | None:
     """What stopped it; None: it is as configured, or another detector says it."""
+    if stop.way.astray:
+        return None  # astray.py says which rule leads to no endpoint
     source, kind = stop.citation.source, stop.outcome.disposition
     if source is Source.RULE and kind in (Disposition.DROPPED, Disposition.REJECTED):
         return _by_rule(world, stop)
@@ -204,8 +206,8 @@ def _refused(world: World, stop: Stop) -> Finding | None:
     if "the sender expects" in stop.outcome.detail or "the answer went to" in stop.outcome.detail:
         return strayed(world, stop)
     packet = stop.outcome.packet
-    if stop.citation.source is not Source.SOCKET or stop.way.astray:
-        return None  # astray.py says of whom a rule leads to no endpoint
+    if stop.citation.source is not Source.SOCKET:
+        return None
     if packet.dst in set(_cluster_ips(world)) or (stop.way.service and _at_the_door(stop)):
         return _not_translated(world, stop)
     if stop.outcome.netns.kind is NetnsKind.HOST and packet.dst in world.pod_by_address:

@@ -120,7 +120,8 @@ class Way:
     asked: bool = False
     """True: just this way was asked for, so that a drop by configuration matters."""
     astray: bool = False
-    """True: it arrives at somebody who is no endpoint of the Service, or is refused there."""
+    """True: it arrives at somebody who is no endpoint of the Service, or fails where a rule that
+    leads to none has sent it."""
     stands_for: str = ""
     """A load balancer's health check: the range that its source stands for; else empty."""
 

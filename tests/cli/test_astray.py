@@ -9,8 +9,11 @@ from ipaddress import ip_address
 import pytest
 
 from gketrace.errors import ExitCode
-from gketrace.trace import Citation, Disposition, Path, Source
+from gketrace.findings.world import Way, World
+from gketrace.trace import Citation, Disposition, Hop, Ingress, NetnsKind, NetnsRef, Path, Source
 from gketrace_cli.astray import is_astray, is_misled
+from gketrace_cli.checking.ways import ways_of
+from gketrace_cli.checking.whole import Checked, missing_of
 from gketrace_cli.frontdoors import Door, Question, Sender
 from gketrace_cli.verdict import Answer, Standing, judge_service, judge_trace, path_standing
 from tests.cli.test_brief import CLIENT, path, rewriting, rule, to
@@ -79,6 +82,57 @@ def test_a_rule_that_leads_where_nothing_listens() -> None:
     assert not is_misled(asked(WEB), refused(endpoint))
     assert not is_misled(asked(WEB), refused(path("n1", rule("KUBE-NODEPORTS:1"), end="n1")))
     assert not is_misled(replace(asked(), ends=None), led)
+
+
+@pytest.mark.parametrize(
+    "end", [Disposition.LOOPED, Disposition.UNREACHABLE, Disposition.NO_NEIGHBOUR]
+)
+def test_the_rule_that_leads_to_what_is_gone_comes_before_where_it_ends(end: Disposition) -> None:
+    """A route to a pod that is gone is not to be mended."""
+    gone = replace(LED, outcome=replace(LED.outcome, disposition=end, detail="gone"), endpoint="")
+    answer = Answer(question=asked(WEB), paths=(gone,))
+    said = "led to 10.40.9.9:8080, which is no endpoint of the Service, by PREROUTING:1 on node n1"
+    text = judge_trace(answer, ()).text
+    assert said in text
+    assert text.endswith("gone, on node far.")
+    assert ways_of([answer], "shop/web")[0].astray
+
+
+def test_what_leaves_the_cluster_is_broken_only_when_no_endpoint_is_there() -> None:
+    left = replace(LED, outcome=replace(LED.outcome, disposition=Disposition.TRANSMITTED))
+    assert standing(asked(WEB), left) is Standing.BROKEN
+    outside = (ip_address("10.40.9.9"), 8080)
+    assert standing(asked(WEB, outside), left) is Standing.UNKNOWN
+
+
+def test_a_sidecar_of_the_sender_is_not_the_service_and_not_its_fault() -> None:
+    """Its own connection to the Service is another one."""
+    pod = NetnsRef(node="n1", kind=NetnsKind.POD, pod="shop/client")
+    step = rewriting("OUTPUT:1", replace(to("127.0.0.1"), dport=15001))
+    hop = Hop(ingress=Ingress(netns=pod), steps=tuple(step))
+    outcome = replace(LED.outcome, netns=pod, packet=step[-1].after)
+    way = replace(LED, hops=(hop,), outcome=outcome, endpoint="pod/shop/client 127.0.0.1:15001")
+    answer = Answer(question=asked(WEB), paths=(way,))
+    assert not is_astray(asked(WEB), way)
+    verdict = judge_trace(answer, ())
+    assert verdict.code is ExitCode.PARTIAL
+    assert "own pod at 127.0.0.1:15001, by OUTPUT:1 in pod shop/client;" in verdict.text
+    # In the endpoint's pod it is.
+    there = replace(way, hops=(*LED.hops, hop))
+    assert standing(asked((ip_address("10.40.9.9"), 8080)), there) is Standing.FINE
+
+
+def test_a_check_says_which_ways_it_could_not_tell() -> None:
+    def checked(end: Disposition) -> Checked:
+        way = replace(LED, outcome=replace(LED.outcome, disposition=end))
+        one = Way(path=way, standing="unknown", service="shop/web")
+        return Checked(findings=(), ignored=0, world=World(ways=(one,)), left_out=0)
+
+    # An endpoint outside the cluster: no node sees it, whatever is asked.
+    assert (left := checked(Disposition.TRANSMITTED)).code is ExitCode.OK
+    assert [way.service for way in left.beyond] == ["shop/web"]
+    assert (unknown := checked(Disposition.UNKNOWN)).code is ExitCode.PARTIAL
+    assert "could not tell" in str(missing_of(unknown))
 
 
 def test_shares_of_what_ends_alike_are_added() -> None:

@@ -14,8 +14,9 @@ from gketrace.findings.model import Finding, Severity
 from gketrace.findings.registry import code_of
 from gketrace.findings.world import Way, World
 from gketrace.topology import SeenAddress
-from gketrace.trace import Missing
+from gketrace.trace import Disposition, Missing
 from gketrace_cli.asking import inquiry, make_topology
+from gketrace_cli.astray import is_relayed
 from gketrace_cli.checking.health import health_probes
 from gketrace_cli.checking.offline import trace_offline
 from gketrace_cli.checking.probes import probes
@@ -23,7 +24,7 @@ from gketrace_cli.checking.sights import read_sights
 from gketrace_cli.checking.ways import ways_of
 from gketrace_cli.frontdoors import Door
 from gketrace_cli.inputs import read_input
-from gketrace_cli.verdict import Answer
+from gketrace_cli.verdict import Answer, outcome_text
 
 if TYPE_CHECKING:
     from gketrace.objects import Pod
@@ -46,11 +47,21 @@ class Checked:
 
     @property
     def unknown(self) -> tuple[Way, ...]:
-        """Ways whose end could not be told, but for those that leave the cluster."""
+        """Ways whose end could not be told, but for those that no node could tell."""
+        return tuple(
+            way for way in self.world.ways if way.standing == "unknown" and not _beyond(way)
+        )
+
+    @property
+    def beyond(self) -> tuple[Way, ...]:
+        """Ways to Services and pods that leave what nodes see: to an endpoint outside the cluster,
+        or into a sidecar of the sender."""
         return tuple(
             way
             for way in self.world.ways
-            if way.standing == "unknown" and way.path.front_door != Door.ADDRESS.value
+            if way.standing == "unknown"
+            and _beyond(way)
+            and way.path.front_door != Door.ADDRESS.value
         )
 
     @property
@@ -60,6 +71,14 @@ class Checked:
         if any(one.severity is Severity.ERROR for one in self.findings):
             return ExitCode.BROKEN
         return ExitCode.OK
+
+
+def _beyond(way: Way) -> bool:
+    if way.path.front_door == Door.ADDRESS.value:
+        return True
+    if way.path.missing:
+        return False
+    return way.path.outcome.disposition is Disposition.TRANSMITTED or is_relayed(way.path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,9 +180,14 @@ def missing_of(checked: Checked) -> tuple[Missing, ...]:
     """What was not seen, and ways that could not be told."""
     gaps = list(checked.world.missing)
     for way in checked.unknown:
-        gaps += way.path.missing
-        if way.path.reply is not None:
-            gaps += way.path.reply.missing
+        path = way.path
+        seen = [*path.missing, *(path.reply.missing if path.reply is not None else ())]
+        if not seen:
+            end = path.reply if path.reply is not None else path
+            why = f"could not tell: {outcome_text(end)}"
+            node = end.outcome.netns.node
+            seen = [Missing(what=f"{path.source} → {path.target}", why=why, node=node)]
+        gaps += seen
     return tuple(dict.fromkeys(gaps))
 
 

@@ -136,7 +136,16 @@ def _notes(checked: Checked) -> list[str]:
         ways += f" and {probes} health-check probes"
     text = f"{ways} were traced over what was read of the nodes"
     text += f"; {checked.left_out} more were not." if checked.left_out else "."
-    return [text, "VPC firewall rules are not visible here."] if probes else [text]
+    notes = [text]
+    if beyond := checked.beyond:
+        whose = dict.fromkeys(way.service or way.path.target for way in beyond)
+        notes.append(
+            f"{len(beyond)} of them end where no node sees them, at an endpoint outside the "
+            f"cluster or in a sidecar: {', '.join(whose)}."
+        )
+    if probes:
+        notes.append("VPC firewall rules are not visible here.")
+    return notes
 
 
 def _document(checked: Checked) -> dict[str, Any]:

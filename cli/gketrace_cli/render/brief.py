@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from gketrace.packet import Packet
 from gketrace.trace import SUCCESS, Disposition, NetnsKind, Path, Source, StepKind
-from gketrace_cli.astray import NO_ENDPOINT, is_astray
+from gketrace_cli.astray import NO_ENDPOINT, is_astray, is_misled, is_relayed
 from gketrace_cli.frontdoors import Door, Question
 from gketrace_cli.render.layout import Page
 from gketrace_cli.rewrites import Rewrite, host_nodes, rewrites
@@ -164,7 +164,7 @@ def _source(page: Page, answer: Answer, found: Sequence[tuple[Rewrite, ...]]) ->
         changed = [one for one in changes if one.of_source]
         for one in changed:
             at = "" if one is changed[0] and not one.pod else f" on {page.short(one.node)}"
-            texts.setdefault(f"by {one.rules[-1]}{at}", []).append(str(one.after.src))
+            texts.setdefault(f"by {one.by}{at}", []).append(str(one.after.src))
         kept = kept or (not changed and path.outcome.disposition in SUCCESS)
     parts = [f"{' or '.join(dict.fromkeys(to))} {by}" for by, to in texts.items()]
     if kept:
@@ -185,12 +185,16 @@ def _end(page: Page, answer: Answer, path: Path, changes: tuple[Rewrite, ...]) -
         text = _endpoint(path)
     elif is_astray(answer.question, path):
         text = f"{_endpoint(path)}, {NO_ENDPOINT}"
+    elif is_misled(answer.question, path):
+        text = f"{NO_ENDPOINT}: {text}"
+    elif is_relayed(path):
+        text = "a program of the sender's own pod; what that makes of it is not seen"
     elif path.reply is not None and standing is not Standing.FINE:
         text += f"; the answer: {outcome_text(path.reply)}"
         if path.missing:
             text += " (not all of it was seen)"
     for one in to[1:]:
-        text += f"; then {one.rules[-1]} on {page.short(one.pod or one.node)} rewrites to "
+        text += f"; then {one.by} on {page.short(one.pod or one.node)} rewrites to "
         text += _address(one.after)
     return _End(
         share="" if path.chance == 1 else _share(path),

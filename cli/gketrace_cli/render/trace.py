@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from gketrace.trace import Hop, Missing, NetnsKind, Path, Step, StepAction, StepKind
-from gketrace_cli.astray import is_astray
+from gketrace_cli.astray import NO_ENDPOINT, is_astray, is_misled, is_relayed, led_to
 from gketrace_cli.frontdoors import Door
 from gketrace_cli.options import Options, Output
 from gketrace_cli.render.brief import cited_form, draw_brief
@@ -24,6 +24,7 @@ from gketrace_cli.verdict import (
     astray_text,
     outcome_text,
     path_standing,
+    relayed_text,
     target_text,
 )
 
@@ -168,6 +169,10 @@ def _ends(answer: Answer) -> list[tuple[str, str]]:
             text = f"{_share(path)}dropped as configured: {question.configured_drop}"
         elif is_astray(question, path):
             text = f"{_share(path)}{astray_text(path)}"
+        elif is_misled(question, path):
+            text = f"{_share(path)}led to {led_to(path)}, {NO_ENDPOINT}; {outcome_text(path)}"
+        elif is_relayed(path):
+            text = f"{_share(path)}{relayed_text(path)}"
         elif path.reply is not None:
             text += f"; the answer: {outcome_text(path.reply)}"
             if path.missing:
@@ -280,6 +285,10 @@ def _draw_end(page: Page, answer: Answer, path: Path) -> None:
         text += f" (as configured: {answer.question.configured_drop})"
     if is_astray(answer.question, path):
         text, style = f"{astray_text(path)}; source seen: {path.source_seen}", "red"
+    elif is_relayed(path):
+        text, style = relayed_text(path), "yellow"
+    elif is_misled(answer.question, path):
+        text, style = f"{text}; {led_to(path)} is no endpoint of the Service", "red"
     page.entry("end", text, style, "bold")
     cited = path.outcome.citation
     last = path.hops[-1].steps[-1].citation if path.hops and path.hops[-1].steps else None
