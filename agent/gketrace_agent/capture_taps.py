@@ -117,8 +117,8 @@ def open_tap(
     asked = place.request
     interface = find_interface(asked.interface)
     with FilterCompiler(interface.name, snap, hatype=interface.hatype) as compiler:
-        text = _filter_text(place, compiler, loopback=interface.loopback)
-        program = compiler.compile(text)
+        own, typed = _own_filter(place, loopback=interface.loopback), asked.filter.strip()
+        program = compiler.compile(typed, own)
         cooked, link_type = compiler.cooked, compiler.link_type
     ring = PacketRing(
         interface,
@@ -144,7 +144,7 @@ def open_tap(
             snap_length=snap,
             ring_bytes=ring.size,
             instructions=program.instructions,
-            filter=text,
+            filter=f"{own} and ({typed})" if own and typed else own or typed,
             excluded=[pb.CaptureExclusion(filter=what, reason=why) for what, why in place.excluded],
             hardware_timestamps=hardware_timestamps,
             interfaces={} if interface.ifindex else interface_names(),
@@ -152,13 +152,9 @@ def open_tap(
     )
 
 
-def _filter_text(place: CapturePlace, compiler: FilterCompiler, *, loopback: bool) -> str:
-    """The whole filter.  The asked one is compiled by itself first, so that it cannot end the
-    parentheses around it."""
+def _own_filter(place: CapturePlace, *, loopback: bool) -> str:
+    """What is left out whatever was asked for; empty: nothing."""
     asked = place.request
-    text = asked.filter.strip()
-    if text:
-        compiler.compile(text)
     parts: list[str] = []
     if place.excluded:
         parts.append(f"not ({' or '.join(what for what, _ in place.excluded)})")
@@ -169,8 +165,6 @@ def _filter_text(place: CapturePlace, compiler: FilterCompiler, *, loopback: boo
         parts.append("inbound")
     elif asked.interface == ANY:
         parts.append("not (outbound and ifindex 1)")
-    if text:
-        parts.append(f"({text})" if parts else text)
     return " and ".join(parts)
 
 

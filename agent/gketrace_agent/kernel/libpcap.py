@@ -1,9 +1,10 @@
 """Filters in libpcap's language, compiled by libpcap for one interface.
 
 What libpcap takes for a filter grows with the cube of its size, and nothing ends it: two hundred
-ranges of ports are 4 KB, and take half a minute.  So a long filter is compiled by a program of its
-own, ``python -m gketrace_agent.kernel.libpcap INTERFACE SNAP ARPHRD FILTER``, which prints what
-pcap_compile() makes, and which can be ended.
+ranges of ports are 4 KB, and take half a minute.  Nor does anything end its wait for a name server,
+where a host is named.  So a long filter, and one that may have names in it, is compiled by a
+program of its own, ``python -m gketrace_agent.kernel.libpcap INTERFACE SNAP ARPHRD FILTER``, which
+prints what pcap_compile() makes, and which can be ended.
 
 Source: pcap-filter(7), pcap_compile(3PCAP); libpcap pcap-linux.c fix_program(), fix_offset().
 """
@@ -17,6 +18,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Final
 
+from gketrace.capture.filter_names import names_in
 from gketrace.capture.packets import LinkType
 from gketrace.errors import (
     ForbiddenError,
@@ -46,7 +48,7 @@ _LONGEST: Final = 32 << 10
 _SHORT: Final = 768
 """Characters up to which the worst of filters takes less than a second: no process for that."""
 _SECONDS: Final = 10.0
-"""For a longer one."""
+"""For a longer one, and for one with names."""
 _MEMORY: Final = 512 << 20
 """Bytes of address space for it."""
 _REFUSED: Final = 2
@@ -58,6 +60,10 @@ ANY: Final = "any"
 _CLASS: Final = 0x07
 _LOADS: Final = (0x00, 0x01)
 _MODE: Final = 0xE0
+_RETURN: Final = 0x06
+"""BPF_RET | BPF_K."""
+_JUMP: Final = 0x05
+"""BPF_JMP | BPF_JA: by the operand from the next instruction."""
 _ABSOLUTE: Final = 0x20
 _INDIRECT: Final = 0x40
 _AUXILIARY: Final = 0x100000000 - 0x1000
@@ -176,14 +182,27 @@ class FilterCompiler:
             )
         raise UnavailableError(f"cannot capture on {interface}: {why or status}")
 
-    def compile(self, text: str) -> Program:
-        """Raises `UsageError` with libpcap's message for what it does not take."""
+    def compile(self, text: str, first: str = "") -> Program:
+        """For packets that both take; `first`: a filter of our own, which is looked at before.
+
+        Two programs are made one, not two texts: what somebody asked for cannot end a parenthesis
+        of ours, and its names and operators are read as if it stood alone.
+
+        Raises `UsageError` with libpcap's message for what it does not take.
+        """
+        before = self._code(first) if first else b""
+        if first and not text:
+            return Program(before)
+        return Program(_chained(before, self._code(text)))
+
+    def _code(self, text: str) -> bytes:
         if len(text) > _LONGEST:
             raise UsageError(f"the filter is longer than {_LONGEST} characters")
         if "\0" in text:
             raise UsageError("the filter has a NUL character in it")
-        code = self.instructions(text) if len(text) <= _SHORT else self._compile_apart(text)
-        return Program(self._for_cooked(code, text) if self.cooked else code)
+        apart = len(text) > _SHORT or names_in(text)
+        code = self._compile_apart(text) if apart else self.instructions(text)
+        return self._for_cooked(code, text) if self.cooked else code
 
     def instructions(self, text: str) -> bytes:
         """What pcap_compile() makes of it.  Raises `UsageError`."""
@@ -204,6 +223,12 @@ class FilterCompiler:
         try:
             done = run(argv, timeout=_SECONDS, limit=_MEMORY)
         except TimeoutExceeded:
+            if len(text) <= _SHORT:
+                raise UsageError(
+                    f"filter {text!r}: {' and '.join(names_in(text))} could not be looked up in "
+                    f"{_SECONDS:g} s",
+                    hint="name addresses and ports by their numbers",
+                ) from None
             raise UsageError(
                 f"the filter of {len(text)} characters is too large: libpcap has not compiled it "
                 f"in {_SECONDS:g} s",
@@ -251,6 +276,20 @@ class FilterCompiler:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _chained(first: bytes, then: bytes) -> bytes:
+    """A program for packets that both take: where `first` takes one, it goes on with `then`, which
+    libpcap made without a word of what registers held before."""
+    count = len(first) // _INSTRUCTION.size
+    made = []
+    for index, (operation, jump_true, jump_false, operand) in enumerate(
+        _INSTRUCTION.iter_unpack(first)
+    ):
+        if operation == _RETURN and operand:
+            operation, operand = _JUMP, count - index - 1
+        made.append(_INSTRUCTION.pack(operation, jump_true, jump_false, operand))
+    return b"".join((*made, then))
 
 
 def main(arguments: list[str]) -> int:
