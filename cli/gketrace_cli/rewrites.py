@@ -39,6 +39,11 @@ class Rewrite:
     """From there to the rule that rewrites: ``KUBE-SVC-…:2``, ``KUBE-SEP-…:2``."""
 
     @property
+    def by(self) -> str:
+        """What rewrites; a rule that stands in one of those chains is its own sorter."""
+        return (self.rules[-1] if self.rules else self.named_by) or "what is not known"
+
+    @property
     def of_destination(self) -> bool:
         return (self.before.dst, self.before.dport) != (self.after.dst, self.after.dport)
 

@@ -99,6 +99,19 @@ def test_a_rewrite_by_an_entry_cites_the_entry() -> None:
     assert (found.named_by, found.rules) == ("", ("an existing conntrack entry",))
 
 
+def test_a_rule_of_postrouting_itself_is_cited() -> None:
+    """As Docker's, or one by hand; it was an internal error."""
+    sent = replace(to("10.40.0.6"), src=ip_address("10.142.0.7"))
+    steps = [rule("KUBE-NODEPORTS:8"), *rewriting("KUBE-SEP-B:2", to("10.40.0.6"))]
+    step = rule("POSTROUTING:1", StepAction.REWRITE)
+    nat = replace(step, kind=StepKind.NAT, before=to("10.40.0.6"), after=sent)
+    found = path("n1", *steps, step, nat, end="web-0")
+    assert [one.by for one in rewrites(found)] == ["KUBE-SEP-B:2", "POSTROUTING:1"]
+    page = Page(width=100)
+    draw_brief(page, [replace(answer("n1", 1), paths=(found,))])
+    assert "source becomes 10.142.0.7 by POSTROUTING:1" in "\n".join(page.lines)
+
+
 def answer(node: str, ends: int) -> Answer:
     question = Question(
         door=Door.NODE_PORT,
