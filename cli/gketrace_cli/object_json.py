@@ -8,6 +8,7 @@ name when the JSON has another shape.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from ipaddress import ip_address, ip_network
 from typing import Any, TypeVar
 
 from gketrace.errors import ParseError
@@ -67,6 +68,21 @@ def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r:.60} is not a string")
     return value
+
+
+def _address(value: Any) -> str:
+    """An IP address.  Raises: ValueError, TypeError."""
+    text = _text(value)
+    ip_address(text)
+    return text
+
+
+def _networks(value: Any) -> tuple[str, ...]:
+    """A list of prefixes; the API allows blanks around them.  Raises: ValueError, TypeError."""
+    found = tuple(text.strip() for text in _strings(value))
+    for text in found:
+        ip_network(text, strict=False)
+    return found
 
 
 def _number(value: Any) -> int:
@@ -151,9 +167,9 @@ def parse_pod(obj: Json) -> Pod:
     def read(obj: Json) -> Pod:
         namespace, name, uid = _name(obj)
         spec, status = obj["spec"], obj.get("status") or {}
-        ips = tuple(_text(entry["ip"]) for entry in status.get("podIPs") or [])
+        ips = tuple(_address(entry["ip"]) for entry in status.get("podIPs") or [])
         if not ips and status.get("podIP"):
-            ips = (_text(status["podIP"]),)
+            ips = (_address(status["podIP"]),)
         return Pod(
             namespace=namespace,
             name=name,
@@ -163,7 +179,7 @@ def parse_pod(obj: Json) -> Pod:
             ready=_condition(status, "Ready") == "True",
             host_network=_flag(spec.get("hostNetwork"), absent=False),
             pod_ips=ips,
-            host_ip=_text(status.get("hostIP")),
+            host_ip=_address(status["hostIP"]) if status.get("hostIP") else "",
             containers=_containers(spec, status),
             labels=_mapping(obj["metadata"].get("labels")),
             deletion_timestamp=_text(obj["metadata"].get("deletionTimestamp")),
@@ -203,19 +219,19 @@ def parse_service(obj: Json) -> Service:
             name=name,
             uid=uid,
             type=_text(spec.get("type")) or "ClusterIP",
-            cluster_ips=tuple(ip for ip in ips if ip != "None"),
+            cluster_ips=tuple(_address(ip) for ip in ips if ip != "None"),
             headless="None" in ips,
-            external_ips=_strings(spec.get("externalIPs")),
+            external_ips=tuple(map(_address, _strings(spec.get("externalIPs")))),
             external_name=_text(spec.get("externalName")),
             ingress=tuple(
                 LoadBalancerIngress(
-                    ip=_text(entry.get("ip")),
+                    ip=_address(entry["ip"]) if entry.get("ip") else "",
                     hostname=_text(entry.get("hostname")),
                     ip_mode=_text(entry.get("ipMode")) or "VIP",
                 )
                 for entry in balancer.get("ingress") or []
             ),
-            source_ranges=_strings(spec.get("loadBalancerSourceRanges")),
+            source_ranges=_networks(spec.get("loadBalancerSourceRanges")),
             ports=tuple(_service_port(port) for port in spec.get("ports") or []),
             selector=_mapping(spec.get("selector")),
             external_traffic_policy=_text(spec.get("externalTrafficPolicy")) or "Cluster",
@@ -251,7 +267,9 @@ def parse_endpointslice(obj: Json) -> tuple[Endpoint, ...]:
         namespace, name, _ = _name(obj)
         service = (obj["metadata"].get("labels") or {}).get(_SERVICE_LABEL, "")
         found: list[Endpoint] = []
+        kind = _text(obj["addressType"])
         for entry in obj.get("endpoints") or []:
+            first = entry["addresses"][0]
             conditions = entry.get("conditions") or {}
             ready = _flag(conditions.get("ready"), absent=True)
             hints = entry.get("hints") or {}
@@ -260,8 +278,8 @@ def parse_endpointslice(obj: Json) -> tuple[Endpoint, ...]:
                     namespace=namespace,
                     service=_text(service),
                     source=f"endpointslices/{name}",
-                    address=_text(entry["addresses"][0]),
-                    address_type=_text(obj["addressType"]),
+                    address=_text(first) if kind == "FQDN" else _address(first),
+                    address_type=kind,
                     port=_number(port.get("port")),
                     port_name=_text(port.get("name")),
                     protocol=_text(port.get("protocol")) or "TCP",
@@ -290,7 +308,7 @@ def parse_endpoints(obj: Json) -> tuple[Endpoint, ...]:
         for subset in obj.get("subsets") or []:
             for listed, ready in (("addresses", True), ("notReadyAddresses", False)):
                 for entry in subset.get(listed) or []:
-                    address = _text(entry["ip"])
+                    address = _address(entry["ip"])
                     found += [
                         Endpoint(
                             namespace=namespace,
@@ -321,10 +339,13 @@ def parse_node(obj: Json) -> Node:
         spec, status = obj.get("spec") or {}, obj.get("status") or {}
         addresses: dict[str, list[str]] = {}
         for entry in status.get("addresses") or []:
-            addresses.setdefault(_text(entry["type"]), []).append(_text(entry["address"]))
-        cidrs = _strings(spec.get("podCIDRs"))
+            kind, address = _text(entry["type"]), _text(entry["address"])
+            addresses.setdefault(kind, []).append(
+                _address(address) if kind in ("InternalIP", "ExternalIP") else address
+            )
+        cidrs = _networks(spec.get("podCIDRs"))
         if not cidrs and spec.get("podCIDR"):
-            cidrs = (_text(spec["podCIDR"]),)
+            cidrs = _networks([spec["podCIDR"]])
         return Node(
             name=name,
             uid=uid,

@@ -380,6 +380,44 @@ def test_objects_of_another_shape(obj: Any) -> None:
         parse_pod(obj)
 
 
+@pytest.mark.parametrize(
+    ("parse", "body"),
+    [
+        (parse_pod, {"spec": {}, "status": {"podIPs": [{"ip": "x"}]}}),
+        (parse_pod, {"spec": {}, "status": {"podIPs": [{"ip": ""}]}}),
+        (parse_pod, {"spec": {}, "status": {"hostIP": "10.0.0.256"}}),
+        (parse_service, {"spec": {"clusterIPs": ["x"]}}),
+        (parse_service, {"spec": {"externalIPs": ["1.2.3.4/5"]}}),
+        (parse_service, {"spec": {"loadBalancerSourceRanges": ["10.0.0.0/33"]}}),
+        (parse_service, {"spec": {}, "status": {"loadBalancer": {"ingress": [{"ip": "x"}]}}}),
+        (parse_node, {"spec": {"podCIDRs": ["x"]}}),
+        (parse_node, {"status": {"addresses": [{"type": "InternalIP", "address": "x"}]}}),
+        (
+            parse_endpointslice,
+            {"addressType": "IPv4", "endpoints": [{"addresses": ["x"]}], "ports": [{"port": 1}]},
+        ),
+    ],
+)
+def test_what_is_no_address_is_refused(
+    parse: Callable[[Any], object], body: dict[str, Any]
+) -> None:
+    with pytest.raises(ParseError, match="does not appear to be an IPv4 or IPv6"):
+        parse({"metadata": {"namespace": "default", "name": "n"}, **body})
+
+
+def test_what_stands_for_no_address_is_taken() -> None:
+    """The API allows blanks around ranges; a name is the whole of an FQDN slice."""
+    meta = {"metadata": {"namespace": "default", "name": "n"}}
+    service = parse_service(
+        {**meta, "spec": {"clusterIP": "None", "loadBalancerSourceRanges": [" 10.0.0.0/8 "]}}
+    )
+    assert (service.cluster_ips, service.source_ranges) == ((), ("10.0.0.0/8",))
+    named = {"addressType": "FQDN", "endpoints": [{"addresses": ["a.example"]}], "ports": [{}]}
+    assert [one.address for one in parse_endpointslice({**meta, **named})] == ["a.example"]
+    node = {"status": {"addresses": [{"type": "Hostname", "address": "n.example"}]}}
+    assert parse_node({**meta, **node}).hostname == "n.example"
+
+
 def test_reads_the_cluster_without_the_kubernetes_package(api: KubeApi) -> None:
     """Its import alone takes longer than reading the cluster; docs/adr says how long."""
     program = (
