@@ -10,7 +10,8 @@ of them; a test fails when the two sides differ.  Conversions by the dataclass's
 - a byte in a string that is not UTF-8, as a rule's comment may have, travels as ``\\xff``
 
 An enum value that this side does not know becomes the enum's ``UNKNOWN`` member where it has one
-(a newer peer), else `GketraceError`: nothing is dropped silently.
+(a newer peer), else `GketraceError`: nothing is dropped silently.  What no kernel has and
+no walk makes is one, too (`_CHECKS`).
 """
 
 from __future__ import annotations
@@ -90,7 +91,10 @@ def encode(value: Any) -> Any:
 def decode(cls: type[T], message: Message) -> T:
     """Message → core dataclass.  Raises `GketraceError` for what this side cannot read."""
     try:
-        return cls(**{name: get(message, name) for name, _, get in _plan(cls)})
+        value = cls(**{name: get(message, name) for name, _, get in _plan(cls)})
+        if cls in _CHECKS:
+            _CHECKS[cls](value)
+        return value
     except ValueError as error:
         raise GketraceError(f"unreadable {cls.__name__} in a reply: {error}") from error
 
@@ -122,7 +126,10 @@ def snapshot_to_proto(shot: NetnsSnapshot) -> snapshot_pb2.NetnsSnapshot:
 
 
 def snapshot_from_proto(message: snapshot_pb2.NetnsSnapshot) -> NetnsSnapshot:
-    """The inverse of `snapshot_to_proto`; what did not travel is `Unavailable`."""
+    """The inverse of `snapshot_to_proto`; what did not travel is `Unavailable`.
+
+    Raises `GketraceError` for what this side cannot read.
+    """
     absent = Unavailable(reason="not part of this reply")
     gone = {name: Unavailable(reason=why) for name, why in message.unavailable.items()}
     parts: dict[str, Any] = {}
@@ -187,6 +194,61 @@ def _make_plan(cls: type[Any]) -> tuple[tuple[str, _Put, _Get], ...]:
     return tuple(plan)
 
 
+def _check_walk(walk: trace.Walk) -> None:
+    """A tree: what follows parents comes to an end, and each way has an outcome."""
+    forks = {branch.parent for branch in walk.branches[1:]}
+    for number, branch in enumerate(walk.branches):
+        parent = branch.parent
+        if parent is not None if number == 0 else parent is None or parent >= number:
+            raise ValueError(f"branch {number} has parent {parent}")
+        if (branch.outcome is None) is not (number in forks):
+            raise ValueError(f"branch {number} has an outcome and goes on, or neither")
+    if not walk.branches:
+        raise ValueError("it has no branches")
+
+
+def _check_branch(branch: trace.Branch) -> None:
+    if branch.chance is not None and not 0 <= branch.chance <= 1:
+        raise ValueError(f"a probability of {branch.chance}")
+
+
+def _check_address(one: snapshot.Address) -> None:
+    peer = one.peer or one.address
+    if one.prefixlen > one.address.max_prefixlen or peer.version != one.address.version:
+        raise ValueError(f"{one.address}/{one.prefixlen}, its other end {peer}")
+
+
+def _check_route(route: snapshot.Route) -> None:
+    parts = (route.dst, route.src, route.prefsrc)
+    if any(part is not None and part.version != route.family for part in parts):
+        raise ValueError(f"of family {route.family} to {route.dst}")
+
+
+def _check_rule(rule: snapshot.PolicyRule) -> None:
+    parts = (rule.src, rule.dst)
+    if any(part is not None and part.version != rule.family for part in parts):
+        raise ValueError(f"of family {rule.family}: {rule.text[:100]!r}")
+
+
+_CHECKS: Mapping[type[Any], Callable[[Any], None]] = {
+    trace.Walk: _check_walk,
+    trace.Branch: _check_branch,
+    snapshot.Address: _check_address,
+    snapshot.Route: _check_route,
+    snapshot.PolicyRule: _check_rule,
+}
+"""What the fields' types do not say.  Each raises ValueError."""
+
+
+def _fraction(text: str) -> Fraction:
+    """``n/d``.  Not `Fraction` itself, which takes 1e999999999 for a number to compute."""
+    number, _, divisor = text.partition("/")
+    parts = int(number), int(divisor or "1")
+    if not parts[1]:
+        raise ValueError(f"{text} is no fraction")
+    return Fraction(*parts)
+
+
 def _strip_optional(hint: Any) -> tuple[bool, Any]:
     """``X | None`` → (True, X)."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
@@ -233,7 +295,7 @@ def _converter(hint: Any, message: type[Message], name: str) -> tuple[_Put, _Get
         parse: Callable[[str], Any] = ip_network if is_network else ip_address
         return _put_text, lambda m, n: parse(getattr(m, n))
     if hint is Fraction:
-        return _put_text, lambda m, n: Fraction(getattr(m, n))
+        return _put_text, lambda m, n: _fraction(getattr(m, n))
     if isinstance(hint, type) and issubclass(hint, Enum) and not issubclass(hint, int):
         return _enum_converter(hint, message, name)
     if is_dataclass(hint) and isinstance(hint, type):

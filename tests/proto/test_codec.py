@@ -10,6 +10,7 @@ import pytest
 
 from gketrace.errors import GketraceError
 from gketrace.packet import Packet
+from gketrace.snapshot import Address, PolicyRule, Route
 from gketrace.trace import (
     Branch,
     Citation,
@@ -80,6 +81,66 @@ def test_a_newer_value_without_a_place_for_it_is_an_error() -> None:
     message.branches[0].steps[0].hook = 999
     with pytest.raises(GketraceError, match="hook 999 is newer"):
         codec.decode(Walk, message)
+
+
+def _change_walk(name: str, message: trace_pb2.Walk) -> None:
+    first, second = message.branches
+    if name == "own parent":
+        second.parent = 1
+    elif name == "later parent":
+        second.parent = 7
+    elif name == "two roots":
+        second.ClearField("parent")
+    elif name == "no root":
+        first.parent = 0
+    elif name == "no outcome":
+        second.ClearField("outcome")
+    elif name == "outcome, and goes on":
+        first.outcome.CopyFrom(second.outcome)
+    elif name == "nothing":
+        del message.branches[:]
+    else:
+        second.chance = name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "own parent",
+        "later parent",
+        "two roots",
+        "no root",
+        "no outcome",
+        "outcome, and goes on",
+        "nothing",
+        "1/0",
+        "-1/2",
+        "3/2",
+        "1e999999999",
+        "nan",
+    ],
+)
+def test_what_no_walk_is(change: str) -> None:
+    """A parent that is the branch itself was followed for ever."""
+    message = codec.encode(_walk())
+    _change_walk(change, message)
+    with pytest.raises(GketraceError, match="unreadable"):
+        codec.decode(Walk, message)
+
+
+@pytest.mark.parametrize(
+    ("cls", "value"),
+    [
+        (Address, {"address": "10.0.0.1", "prefixlen": 33}),
+        (Address, {"address": "10.0.0.1", "prefixlen": 24, "peer": "::1"}),
+        (Route, {"family": 4, "dst": "::/0", "type": 1}),
+        (Route, {"family": 6, "dst": "::/0", "type": 1, "prefsrc": "10.0.0.1"}),
+        (PolicyRule, {"family": 4, "action": 1, "dst": "::/0"}),
+    ],
+)
+def test_what_no_kernel_has(cls: type, value: dict[str, object]) -> None:
+    with pytest.raises(GketraceError, match=f"unreadable {cls.__name__}"):
+        codec.decode(cls, codec.MESSAGES[cls](**value))
 
 
 def test_bytes_that_are_not_utf_8_travel_escaped() -> None:
