@@ -36,7 +36,7 @@ from gketrace_cli.portforward import PortForwards, Target, Way
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
 from gketrace_proto.v1alpha1.agent_pb2_grpc import AgentStub
 
-__all__ = ["PORT_NAME", "Agent", "Fleet", "agent_port"]
+__all__ = ["PORT_NAME", "Agent", "Fleet", "agent_port", "wrong_address"]
 
 PORT_NAME: Final = "grpc"
 
@@ -198,6 +198,9 @@ class Fleet:
                 if agent.how == "--agent":
                     raise UsageError(f"{wrong}, not {name}'s")
                 self._drop(name, UnavailableError(f"{wrong}, not this node's"))
+            elif (text := wrong_address(answer)) is not None:
+                why = f"the agent says that its node has address {text!r:.60}"
+                self._drop(name, UnavailableError(why))
             else:
                 agent.info = answer
 
@@ -434,6 +437,16 @@ class Fleet:
                 )
             return UnavailableError(f"{reached} does not answer: {reason}")
         return error_from_status(status, f"node {node}: {details or status}")
+
+
+def wrong_address(info: pb.GetInfoReply) -> str | None:
+    """The first of the node's addresses that is none; None: all are."""
+    for one in info.addresses:
+        try:
+            ip_address(one.address)
+        except ValueError:
+            return one.address
+    return None
 
 
 def agent_port(pod: Pod) -> int:

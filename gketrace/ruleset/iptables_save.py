@@ -47,6 +47,8 @@ def parse_iptables_save(
     `empty_ok`: the caller saw the tool succeed), a table without COMMIT (a cut dump), a line that
     is none of iptables-save's.
     """
+    if family not in (4, 6):  # told by an agent or a bundle
+        raise ParseError(f"rules of family {family}", source=source, line=0, text="")
     reader = IptablesSaveReader(backend=backend, family=family)
     text = unbroken(text)
     reader.feed(text)

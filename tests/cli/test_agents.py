@@ -17,7 +17,7 @@ from gketrace.errors import NotFoundError, TimeoutExceeded, UnavailableError, Us
 from gketrace.objects import Container, ContainerPort, Pod
 from gketrace_cli.account import Account
 from gketrace_cli.agent_access import AgentAccess
-from gketrace_cli.agents import Fleet, agent_port
+from gketrace_cli.agents import Fleet, agent_port, wrong_address
 from gketrace_cli.apiserver import ApiServer
 from gketrace_cli.local import local_node, start_local_agent
 from gketrace_cli.object_json import parse_node, parse_pod
@@ -170,3 +170,10 @@ def test_a_certificate_of_another_ca() -> None:
     with Fleet(timeout=1) as fleet:
         said = str(fleet.explain("n1", Refused(), 1.0))
     assert "agent of node n1 is not trusted: certificate has expired; --agent-ca FILE" in said
+
+
+def test_an_agent_that_says_nonsense_of_its_node() -> None:
+    info = pb.GetInfoReply(node="n1", addresses=[pb.NodeAddress(address="10.0.0.1")])
+    assert wrong_address(info) is None
+    info.addresses.add(address="")
+    assert wrong_address(info) == ""

@@ -24,6 +24,7 @@ from google.protobuf.message import Message
 
 from gketrace.conntrack_records import RECORD
 from gketrace.errors import GketraceError, UsageError
+from gketrace_cli.agents import wrong_address
 from gketrace_cli.bundle.model import (
     Bundle,
     Listed,
@@ -56,6 +57,7 @@ _WRONG: Final = (
     NotImplementedError,  # a way of compression that zipfile does not know
     RuntimeError,  # encrypted
     RecursionError,
+    SystemError,  # of protobuf, for a field's name that is half of a UTF-16 pair
     ParseError,
     ValueError,
     KeyError,
@@ -280,7 +282,11 @@ def from_members(members: Members) -> Bundle:
     )
     for name, one in json.loads(members["objects.json"]).items():
         error = error_from_document(one["error"]) if "error" in one else None
-        bundle.lists[name] = Listed(items=list(one.get("items", ())), error=error)
+        items = list(one.get("items", ()))
+        for item in items:
+            if not isinstance(item["metadata"]["name"], str):
+                raise TypeError(f"one of its {name} has no name")
+        bundle.lists[name] = Listed(items=items, error=error)
     for number, name in enumerate(manifest["nodes"]):
         folder = f"nodes/{number:05}"
         node = _node(json.loads(members[f"{folder}/node.json"]), members)
@@ -309,6 +315,8 @@ def _node(document: Any, members: Members) -> NodeRecord:
         error=error_from_document(document["error"]) if "error" in document else None,
         info=_parse(pb.GetInfoReply, document["info"]),
     )
+    if (text := wrong_address(node.info)) is not None:
+        raise ValueError(f"{text!r:.60} is no address")
     if "snapshot_error" in document:
         node.snapshot_error = error_from_document(document["snapshot_error"])
     for one in document["snapshot"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zipfile
@@ -34,6 +35,14 @@ def altered(path: Path, changes: dict[str, bytes]) -> str:
     return str(bad)
 
 
+def resealed(path: Path, name: str, document: object) -> str:
+    """With another document in it, and the check sum of that."""
+    data = json.dumps(document).encode()
+    manifest = json.loads(zipfile.ZipFile(path).read("manifest.json"))
+    manifest["members"][name] = hashlib.sha256(data).hexdigest()
+    return altered(path, {name: data, "manifest.json": json.dumps(manifest).encode()})
+
+
 def test_what_was_written_is_read(good: Path) -> None:
     assert list(read_bundle(str(good)).nodes) == ["n1"]
     assert good.stat().st_mode & 0o777 == 0o600
@@ -64,6 +73,33 @@ def test_another_version(good: Path) -> None:
 def test_changed_content(good: Path) -> None:
     with pytest.raises(UsageError, match="not what the manifest says"):
         read_bundle(altered(good, {"objects.json": b"{}  "}))
+
+
+@pytest.mark.parametrize(
+    "objects",
+    [
+        {"pods": {"items": ["x"]}},
+        {"pods": {"items": [{"metadata": "x"}]}},
+        {"pods": {"items": [{"metadata": {"name": 7}}]}},
+        {"pods": {"items": 7}},
+        {"pods": None},
+        [],
+    ],
+)
+def test_objects_that_are_none(good: Path, objects: object) -> None:
+    with pytest.raises(UsageError, match="damaged bundle"):
+        read_bundle(resealed(good, "objects.json", objects))
+
+
+@pytest.mark.parametrize(
+    "told", [{"\ud800": 1}, {"node": "\ud800"}, {"addresses": [{"address": ""}]}]
+)
+def test_what_an_agent_never_said(good: Path, told: dict[str, object]) -> None:
+    """Half of a UTF-16 pair is a SystemError of protobuf."""
+    name = "nodes/00000/node.json"
+    node = json.loads(zipfile.ZipFile(good).read(name))
+    with pytest.raises(UsageError, match="damaged bundle"):
+        read_bundle(resealed(good, name, node | {"info": told}))
 
 
 def test_too_large(good: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,6 +174,11 @@ def test_what_is_no_dump_is_refused_with_its_line(text: bytes, line: int, messag
     assert (caught.value.source, caught.value.line) == ("FILE", line)
 
 
+def test_rules_of_no_family_are_refused() -> None:
+    with pytest.raises(ParseError, match="rules of family 4096"):
+        parse_iptables_save(b"*nat\nCOMMIT\n", source="x", family=4096)
+
+
 def test_an_empty_dump_is_no_rules_only_when_the_caller_says_so() -> None:
     assert parse_iptables_save(b"", source="x", empty_ok=True).tables == ()
 
