@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from gketrace.capture.packets import Tap
+from gketrace.capture.packets import CapturedPacket, Tap
 from gketrace.errors import GketraceError, UnavailableError, UsageError
 from gketrace.trace import NetnsKind, NetnsRef
 from gketrace_cli.capture import offline
 from gketrace_cli.capture.filtering import FilteredStream, check_filter, join_filters
+from gketrace_cli.capture.offline import OfflineFilter
 from gketrace_cli.capture.stream import AgentFailed, CaptureStream, Event, Started
 from gketrace_proto.v1alpha1 import capture_pb2 as pb
 
@@ -99,3 +100,27 @@ def test_what_one_node_refuses_does_not_stop_the_others(monkeypatch: pytest.Monk
     assert str(error) == "node a: host eth0: filter 'port foo bar': unknown port 'foo'"
     different = events(monkeypatch, [refusal("a"), refusal("b", "syntax error")], SENT)
     assert [type(event) for event in different] == [AgentFailed, AgentFailed]
+
+
+def test_a_name_and_a_long_filter_are_compiled_by_a_process_that_can_be_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hosts = " or ".join(f"host 10.0.{number}.1" for number in range(60))
+    packet = CapturedPacket(
+        tap=started("a").taps[0],
+        time_ns=0,
+        data=bytes(12) + b"\x08\x00\x45" + bytes(11) + bytes([10, 0, 7, 1, 10, 0, 0, 9]),
+        original_length=34,
+    )
+    for text, taken in ((hosts, True), ("host localhost", False), ("host 10.0.7.1", True)):
+        assert OfflineFilter(1, text).matches(packet) is taken, text
+    with pytest.raises(UsageError, match=r"^filter 'host x{64}': unknown host"):
+        OfflineFilter(1, f"host {'x' * 64}")  # no name server is asked for so long a label
+    monkeypatch.setattr(offline, "_SECONDS", 0.01)
+    with pytest.raises(UsageError) as caught:
+        check_filter("host web.invalid", frozenset())
+    assert caught.value.message == (
+        "filter 'host web.invalid': web.invalid could not be looked up in 0.01 s"
+    )
+    with pytest.raises(UsageError, match=r"too large: libpcap has not compiled it in 0.01 s"):
+        OfflineFilter(1, hosts)
