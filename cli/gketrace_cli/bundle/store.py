@@ -271,7 +271,7 @@ def _content(path: str, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> byte
 
 def from_members(members: Members) -> Bundle:
     """Raises: any of `_WRONG`."""
-    manifest = json.loads(members[_MANIFEST])
+    manifest = _document(members[_MANIFEST])
     bundle = Bundle(
         created=float(manifest["created"]),
         gketrace=str(manifest["gketrace"]),
@@ -280,7 +280,7 @@ def from_members(members: Members) -> Bundle:
         scope=tuple(map(str, manifest["scope"])),
         redacted=bool(manifest["redacted"]),
     )
-    for name, one in json.loads(members["objects.json"]).items():
+    for name, one in _document(members["objects.json"]).items():
         error = error_from_document(one["error"]) if "error" in one else None
         items = list(one.get("items", ()))
         for item in items:
@@ -289,11 +289,19 @@ def from_members(members: Members) -> Bundle:
         bundle.lists[name] = Listed(items=items, error=error)
     for number, name in enumerate(manifest["nodes"]):
         folder = f"nodes/{number:05}"
-        node = _node(json.loads(members[f"{folder}/node.json"]), members)
+        node = _node(_document(members[f"{folder}/node.json"]), members)
         if node.node != name:
             raise ValueError(f"{folder} is of another node")
         bundle.nodes[name] = node
     return bundle
+
+
+def _document(raw: bytes) -> Any:
+    """Raises ValueError: no JSON, or half of a UTF-16 pair in it, which is no text to anybody."""
+    document = json.loads(raw)
+    if b"\\u" in raw:  # bundles are written without
+        json.dumps(document, ensure_ascii=False).encode()
+    return document
 
 
 def _parse(cls: type[M], document: Any) -> M:

@@ -81,6 +81,7 @@ def test_changed_content(good: Path) -> None:
         {"pods": {"items": ["x"]}},
         {"pods": {"items": [{"metadata": "x"}]}},
         {"pods": {"items": [{"metadata": {"name": 7}}]}},
+        {"pods": {"items": [{"metadata": {"name": "\ud800"}}]}},
         {"pods": {"items": 7}},
         {"pods": None},
         [],
