@@ -58,11 +58,13 @@ def is_astray(question: Question, path: Path) -> bool:
 
 
 def is_misled(question: Question, path: Path) -> bool:
-    """Whether a new connection to a Service fails, or leaves the cluster, where a rule that knows
-    no endpoint of it has led it."""
-    failed = path.outcome.disposition in FAILURE
-    left = path.outcome.disposition is Disposition.TRANSMITTED
-    if not (failed or left) or path.pinned_by is not None:
+    """Whether a connection to a Service fails, or leaves the cluster, where a rule that knows no
+    endpoint of it has led it; or its conntrack entry, which has outlived one: then what drops it on
+    the way may be the cause."""
+    end = path.outcome.disposition
+    if end not in FAILURE and end is not Disposition.TRANSMITTED:
+        return False
+    if path.pinned_by is not None and end in (Disposition.DROPPED, Disposition.REJECTED):
         return False
     return any(one.of_destination for one in rewrites(path)) and _meets_none(question, path)
 

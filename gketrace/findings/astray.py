@@ -1,4 +1,4 @@
-"""Connections to a Service that somebody else takes: GKT-119."""
+"""Connections to a Service that go to no endpoint of it: GKT-119, GKT-201 and GKT-202."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import shlex
 from collections.abc import Iterator
 from typing import Final
 
-from gketrace.findings.making import cited, finding, proxy_logs
+from gketrace.findings.making import at, cited, finding, proxy_logs
 from gketrace.findings.model import Finding
 from gketrace.findings.world import Way, World
+from gketrace.packet import Protocol, protocol_name
 from gketrace.trace import SUCCESS, Citation, Disposition, NetnsRef, Source
 
 __all__ = ["astray"]
@@ -19,7 +20,7 @@ _PROXY: Final = re.compile(r"KUBE-SEP-|endpoint-|service-|external-|local-")
 
 
 def astray(world: World) -> Iterator[Finding]:
-    """GKT-119: a way to a Service arrives at no endpoint of it, or fails where one leads."""
+    """A way to a Service arrives at no endpoint of it, or fails where a rule or entry leads it."""
     for way in world.ways:
         if way.astray and way.standing == "broken" and not way.stands_for:
             yield _taken(world, way)
@@ -30,6 +31,8 @@ def _taken(world: World, way: Way) -> Finding:
     what = f"{way.path.source} → {way.path.target}"
     proof = [cited(end.citation, end.netns.node, str(end.netns), note=what)] if end.citation else []
     found = _leads(way)
+    if found is not None and found[0].source is Source.CONNTRACK:
+        return _outlived(way, *found)
     if found is None:
         node, does = end.netns.node, "no rule translates it, and a program of the node has its port"
         remedy = "stop the program, or give the Service another port"
@@ -57,6 +60,26 @@ def _taken(world: World, way: Way) -> Finding:
         subjects=[f"service {way.service}", place],
         nodes=[node],
         cause=cause,
+    )
+
+
+def _outlived(way: Way, entry: Citation, netns: NetnsRef) -> Finding:
+    """An existing connection that keeps to what was an endpoint: GKT-201, GKT-202."""
+    packet, node = way.path.outcome.packet, netns.node
+    udp, name = packet.protocol == Protocol.UDP, protocol_name(packet.protocol)
+    door = way.path.target.partition("/")[0].rpartition(":")[0].strip("[]")
+    return finding(
+        "GKT-201" if udp else "GKT-202",
+        f"A {name.upper()} connection of {way.path.source} to Service {way.service} on node {node} "
+        f"keeps to {_where(way)}, which is no endpoint any more",
+        [cited(entry, node, str(netns), note=f"{way.path.source} → {way.path.target}")],
+        remedy="delete the entry: the next packet goes by the rules of now",
+        command=at(
+            f"conntrack -D -p {name} --orig-dst {door} --reply-src {packet.dst}", node, str(netns)
+        ),
+        subjects=[f"service {way.service}", f"node {node}"],
+        nodes=[node],
+        cause=f"stale {node} {way.service} {_where(way)}",
     )
 
 

@@ -49,7 +49,7 @@ DETECTORS: Final[tuple[tuple[tuple[str, ...], tuple[Needs, ...], str], ...]] = (
     (("GKT-115",), _READ, "proxy.backends"),
     (("GKT-116",), _BROKEN, "balancers.health_checks"),
     (("GKT-117",), _READ, "proxy.affinity"),
-    (("GKT-119",), _BROKEN, "astray.astray"),
+    (("GKT-119", "GKT-201", "GKT-202"), _BROKEN, "astray.astray"),
     (("GKT-201", "GKT-202"), _TRACKED, "flows.stale"),
     (("GKT-203",), _TRACKED, "flows.older_than_rules"),
     (("GKT-204", "GKT-205"), _READ, "tables.room"),

@@ -8,9 +8,21 @@ from ipaddress import ip_address
 
 import pytest
 
+from gketrace.conntrack import ConntrackEntry
 from gketrace.errors import ExitCode
+from gketrace.findings.astray import astray
 from gketrace.findings.world import Way, World
-from gketrace.trace import Citation, Disposition, Hop, Ingress, NetnsKind, NetnsRef, Path, Source
+from gketrace.trace import (
+    Citation,
+    Disposition,
+    Flow,
+    Hop,
+    Ingress,
+    NetnsKind,
+    NetnsRef,
+    Path,
+    Source,
+)
 from gketrace_cli.astray import is_astray, is_misled
 from gketrace_cli.checking.ways import ways_of
 from gketrace_cli.checking.whole import Checked, missing_of
@@ -96,6 +108,30 @@ def test_the_rule_that_leads_to_what_is_gone_comes_before_where_it_ends(end: Dis
     assert said in text
     assert text.endswith("gone, on node far.")
     assert ways_of([answer], "shop/web")[0].astray
+
+
+def test_a_connection_that_has_outlived_its_endpoint_is_deleted_not_routed() -> None:
+    cited = Citation(source=Source.CONNTRACK, text="tcp src=203.0.113.10 …")
+    step = replace(rewriting("A:1", to("10.40.9.9"))[1], citation=cited)
+    before = CLIENT.tuple5
+    entry = ConntrackEntry(orig=before, reply=to("10.40.9.9").tuple5.inverted(), status=0)
+    flow = Flow(netns=NetnsRef(node="n1"), entry=entry, assumed=False)
+
+    def ending(end: Disposition) -> Answer:
+        outcome = replace(LED.outcome, disposition=end, packet=to("10.40.9.9"), citation=cited)
+        hop = replace(LED.hops[0], steps=(step,))
+        way = replace(LED, hops=(hop,), outcome=outcome, flows=(flow,), endpoint="")
+        return Answer(question=asked(WEB), paths=(way,))
+
+    gone = ending(Disposition.LOOPED)
+    assert "by an existing conntrack entry on node n1, and" in judge_trace(gone, ()).text
+    (found,) = astray(World(ways=ways_of([gone], "shop/web")))
+    assert (found.code, found.command) == (
+        "GKT-202",
+        "conntrack -D -p tcp --orig-dst 10.142.0.6 --reply-src 10.40.9.9  # on node n1",
+    )
+    # An endpoint that is on its way out may still answer: what drops the packet is the cause.
+    assert not is_misled(asked(WEB), ending(Disposition.DROPPED).paths[0])
 
 
 def test_what_leaves_the_cluster_is_broken_only_when_no_endpoint_is_there() -> None:
