@@ -16,6 +16,7 @@ import typer
 
 from gketrace.errors import ExitCode, GketraceError
 from gketrace_cli.printable import PrintableStream, printable
+from gketrace_cli.start import leave
 
 __all__ = ["main", "run"]
 
@@ -51,7 +52,17 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup has it ignored
             signal.signal(number, _end)
-    code = run(sys.argv[1:], program="kubectl gketrace" if name.startswith("kubectl-") else name)
+    early = signal.getsignal(signal.SIGINT) is leave
+    try:
+        if early:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        code = run(
+            sys.argv[1:], program="kubectl gketrace" if name.startswith("kubectl-") else name
+        )
+    except KeyboardInterrupt:
+        code = _interrupted()
+    if early:
+        signal.signal(signal.SIGINT, leave)
     # Not sys.exit(): threads that still wait for an agent must not delay the answer's end.
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # said already, or there is nobody to say it to

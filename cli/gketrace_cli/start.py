@@ -1,13 +1,15 @@
-"""Where the command begins: what it needs is loaded with Ctrl-C already quiet."""
+"""Where the command begins: what it needs is loaded with Ctrl-C already quiet.
+
+What is imported here is loaded before, so it is only what Python has loaded by itself.
+"""
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # signal loads enum, which takes as long as Python
 import os
-import signal
 import sys
-from types import FrameType
 
-__all__ = ["main"]
+__all__ = ["leave", "main"]
 
 _INTERRUPTED = 130
 """As a shell reports a command that Ctrl-C ended; docs/exit-codes.md."""
@@ -15,14 +17,12 @@ _INTERRUPTED = 130
 
 def main() -> None:
     """The entry point of ``gketrace`` and ``kubectl-gketrace``."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _leave)
+    if _signal.getsignal(_signal.SIGINT) is _signal.default_int_handler:
+        _signal.signal(_signal.SIGINT, leave)
     _fill_standard_streams()
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its errors are told, in one line
     from gketrace_cli.main import main as run
 
-    if signal.getsignal(signal.SIGINT) is _leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     run()
 
 
@@ -36,5 +36,6 @@ def _fill_standard_streams() -> None:
             setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115
 
 
-def _leave(_signal: int, _frame: FrameType | None) -> None:
+def leave(_number: int, _frame: object) -> None:
+    """Handles Ctrl-C before there is anything to end in order, and after that."""
     os._exit(_INTERRUPTED)

@@ -192,6 +192,25 @@ contexts: [{{name: c, context: {{cluster: c, user: u}}}}]
     assert sorted(tmp_path.iterdir()) == [kubeconfig, temporary]
 
 
+def test_nothing_is_loaded_before_an_interrupt_is_quiet() -> None:
+    """Until then Python prints a traceback for one, and it has loaded what it needs itself."""
+    code = """if True:
+        import _signal, os, sys
+        before = set(sys.modules)
+        from gketrace_cli import start
+        ours = set(sys.modules) - before - {"__future__"}
+        assert ours == {"gketrace_cli", "gketrace_cli.start"}, ours
+        class Interrupted:
+            def find_spec(self, name, path, target=None):
+                if name == "gketrace_cli.main":
+                    os.kill(os.getpid(), _signal.SIGINT)
+        sys.meta_path.insert(0, Interrupted())
+        start.main()
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_a_good_answer_loads_no_rules_and_no_walk(shared_stage: Stage) -> None:
     words = shared_stage.arguments("service", "web-nodeport", "--via", "clusterip")
     done = gketrace(*words, PYTHONPROFILEIMPORTTIME="1")
