@@ -190,11 +190,18 @@ def batch_from_blocks(
     Raises `GketraceError` when the blocks' packets are not where their headers say.
     """
     buffer = np.frombuffer(data, np.uint8)
+    if sum(lengths) != len(buffer):
+        raise GketraceError("an agent's packets and their lengths do not agree")
+    if sum(counts) > len(buffer) // ring.HEADER_LENGTH:
+        raise GketraceError("an agent's packets are not where their headers say")
     places, headers = _headers(tap, buffer, np.array(counts, np.int64), np.array(lengths, np.int64))
-    starts = places + headers.view("<u2")[:, _MAC]
+    offsets = headers.view("<u2")[:, _MAC]
+    starts = places + offsets
     sizes = headers[:, _SNAPLEN].astype(np.int64)
     sent = headers[:, _LENGTH].astype(np.int64)
-    if len(places) and int((starts + sizes).max()) > len(buffer):
+    if len(places) and (
+        int((starts + sizes).max()) > len(buffer) or int(offsets.min()) < ring.HEADER_LENGTH
+    ):
         raise GketraceError("an agent's packets are not where their headers say")
     times = headers[:, _SEC].astype(np.int64)
     times *= _SECOND
@@ -235,7 +242,7 @@ def _headers(tap: Tap, buffer: Array, counts: Array, lengths: Array) -> tuple[Ar
     in sockaddr_ll), and then the chain is checked for all of them together.  Only where something
     else looks like a header, too, is the chain followed.
     """
-    if int(lengths.sum()) != len(buffer) or len(buffer) % ring.ALIGNMENT or not counts.all():
+    if len(counts) != len(lengths) or len(buffer) % ring.ALIGNMENT or not counts.all():
         raise GketraceError("an agent's packets and their lengths do not agree")
     ends = np.cumsum(lengths)
     total = int(counts.sum())

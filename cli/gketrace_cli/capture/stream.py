@@ -22,7 +22,7 @@ from gketrace.capture.packets import Tap
 from gketrace.errors import GketraceError, UnavailableError
 from gketrace.trace import NetnsRef
 from gketrace_cli.capture.batch import PacketBatch, batch_from_blocks
-from gketrace_cli.capture.wire import RawPackets, parse_reply
+from gketrace_cli.capture.wire import RawPackets, check_reply, parse_reply
 from gketrace_proto.codec import decode
 from gketrace_proto.v1alpha1 import capture_pb2 as pb
 
@@ -110,7 +110,7 @@ class TapsEnded:
     taps: tuple[Tap, ...]
     reason: str
     """``seconds``, ``packets``, ``bytes``, ``namespace-gone``, ``interface-gone``, ``stopping``,
-    ``finished``."""
+    ``finished``; ``unknown`` is a newer agent's."""
     text: str
 
 
@@ -258,7 +258,12 @@ class CaptureStream:
             call = self._calls.get(node)
             if call is None:
                 continue
-            yield from self._event(call, reply)
+            try:
+                yield from self._event(call, reply)
+            except GketraceError as error:
+                call.replies.cancel()
+                self._calls.pop(node, None)
+                yield AgentFailed(node=node, taps=call.live, error=_not_understood(node, error))
             if self._stop_by and call.told:
                 # Rings are shut: what comes now has an end.
                 self._stop_by = max(self._stop_by, time.monotonic() + _GRACE)
@@ -305,6 +310,10 @@ class CaptureStream:
         end: GketraceError | None = None
         try:
             for reply in replies:
+                if isinstance(reply, GketraceError):
+                    replies.cancel()
+                    end = _not_understood(node, reply)
+                    break
                 self._arrived.put((node, reply))
         except grpc.RpcError as error:
             end = self._fleet.explain(node, error, time.monotonic() - begun)
@@ -312,6 +321,8 @@ class CaptureStream:
 
     def _event(self, call: _Call, reply: Any) -> Iterator[Event]:
         node = call.node
+        if isinstance(reply, RawPackets | pb.CaptureReply):
+            check_reply(reply, asked=len(self._requests[node].taps), taps=len(call.taps))
         if isinstance(reply, RawPackets):
             tap = call.taps[reply.tap]
             batch = batch_from_blocks(tap, reply.data, reply.counts, reply.lengths)
@@ -335,7 +346,8 @@ class CaptureStream:
         elif reply.HasField("end"):
             ended = tuple(call.taps[index] for index in reply.end.taps)
             call.ended |= frozenset(reply.end.taps)
-            reason = pb.CaptureEndReason.Name(reply.end.reason).removeprefix("CAPTURE_END_REASON_")
+            known = pb.CaptureEndReason.DESCRIPTOR.values_by_number.get(reply.end.reason)
+            reason = "unknown" if known is None else known.name.removeprefix("CAPTURE_END_REASON_")
             yield TapsEnded(
                 node=node,
                 taps=ended,
@@ -392,3 +404,7 @@ class CaptureStream:
             )
             for index, one in enumerate(started.taps)
         )
+
+
+def _not_understood(node: str, error: GketraceError) -> GketraceError:
+    return UnavailableError(f"the agent of node {node} is not understood: {error.message}")

@@ -548,5 +548,4 @@ def test_messages_off_the_wire() -> None:
     assert bytes(parsed.data) == b"abc" * 99
     other = pb.CaptureReply(end=pb.CaptureEnd(taps=[1], text="x"))
     assert parse_reply(other.SerializeToString()) == other
-    with pytest.raises(GketraceError, match="not understood"):
-        parse_reply(b"\x12\x03\x22\x7f\x00")
+    assert "not understood" in str(parse_reply(b"\x12\x03\x22\x7f\x00"))
