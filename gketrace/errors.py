@@ -2,7 +2,7 @@
 
     GketraceError
     ├── UsageError            the caller asked for something that makes no sense
-    │   └── ParseError        text that does not parse: file, line and the text itself
+    ├── ParseError            what the cluster or a node's tool says does not parse: where, and it
     ├── NotFoundError         the named pod, service, node, port or namespace does not exist
     ├── ForbiddenError        the caller may not see or do this
     │   ├── ReadOnlyError     the agent was told to change nothing, whoever asks
@@ -83,8 +83,9 @@ class UsageError(GketraceError):
     exit_code = ExitCode.USAGE
 
 
-class ParseError(UsageError):
-    """Text that does not parse."""
+class ParseError(GketraceError):
+    """Text that does not parse: of a tool, the kernel or the API server, so no fault of the
+    caller's."""
 
     def __init__(self, message: str, *, source: str, line: int, text: str, hint: str = "") -> None:
         self.source: Final = source

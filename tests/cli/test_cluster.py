@@ -17,6 +17,8 @@ import pytest
 
 from e2e.kubeapi.harness import KubeApi, running_server, until
 from gketrace.errors import (
+    GRPC_STATUS,
+    ExitCode,
     ForbiddenError,
     GketraceError,
     NotFoundError,
@@ -376,8 +378,13 @@ def _copy(source: socket.socket, sink: socket.socket) -> None:
     ],
 )
 def test_objects_of_another_shape(obj: Any) -> None:
-    with pytest.raises(ParseError, match="not a Pod"):
+    with pytest.raises(ParseError, match="not a Pod") as caught:
         parse_pod(obj)
+    # Nothing on the command line is wrong; nor is it in an agent's request, when it says such.
+    assert caught.value.exit_code is ExitCode.PARTIAL
+    assert [status for kind, status in GRPC_STATUS if isinstance(caught.value, kind)] == [
+        "INTERNAL"
+    ]
 
 
 @pytest.mark.parametrize(
