@@ -10,14 +10,14 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from gketrace.errors import GketraceError, NotFoundError, UsageError
+from gketrace.errors import GketraceError, GoneError, NotFoundError, UsageError
 from gketrace_cli.names import close_names, parse_pod_name
 
 if TYPE_CHECKING:
     from gketrace.objects import Pod
     from gketrace_cli.session import Session
 
-__all__ = ["find_pod", "find_pod_named", "pods_of_workload"]
+__all__ = ["find_pod", "find_pod_named", "pods_of_workload", "refuse_ended"]
 
 _ALPHABET: Final = "[bcdfghjklmnpqrstvwxz2456789]"
 _MADE: Final = re.compile(rf"-\d+|(-{_ALPHABET}{{6,10}}|-\d+)?-{_ALPHABET}{{5}}")
@@ -56,6 +56,13 @@ def find_pod(session: Session, namespace: str, name: str) -> Pod:
             raise error from None
     found = _only(pods_of_workload(name, listed), name)
     return found or _missing(name, f'namespace "{namespace}"', listed)
+
+
+def refuse_ended(pod: Pod) -> None:
+    """Raises `GoneError` for a pod that is over: another one may have its addresses by now."""
+    if pod.phase in _OVER:
+        why = f" ({pod.reason})" if pod.reason else ""
+        raise GoneError(f"pod {pod.key} has ended: {pod.phase}{why}; its network is gone")
 
 
 def pods_of_workload(name: str, pods: Sequence[Pod]) -> list[Pod]:

@@ -173,7 +173,8 @@ def questions(
     if service.type == "ExternalName":
         raise UnsupportedError(
             f"service {service.key} is of type ExternalName: a DNS name for "
-            f"{service.external_name}, with no address and no rules on any node"
+            f"{service.external_name}, with no address and no rules on any node",
+            hint=f"gketrace trace SOURCE to an address of {service.external_name}",
         )
     ports = select_ports(service, selection.port)
     found: list[Question] = []

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from gketrace.errors import GketraceError, UsageError
 from gketrace.objects import Pod
 from gketrace.packet import IPAddress
+from gketrace_cli.find_pod import refuse_ended
 from gketrace_cli.frontdoors import Sender
 from gketrace_cli.names import Kind, Named, find_node, node_of_address, parse_named
 
@@ -21,7 +22,7 @@ FindPod = Callable[["Session", str, str], Pod]
 
 
 def resolve_sender(session: Session, text: str, find_pod: FindPod) -> Sender:
-    """Raises: `UsageError`, `NotFoundError`."""
+    """Raises: `UsageError`, `NotFoundError`, `GoneError`."""
     return sender_of(session, parse_named(text), find_pod)
 
 
@@ -54,6 +55,7 @@ def _source_port(named: Named) -> int | None:
 
 
 def _of_pod(pod: Pod, address: IPAddress | None, port: int | None) -> Sender:
+    refuse_ended(pod)
     if not pod.node:
         raise UsageError(f"pod {pod.key} is not on any node yet, so it sends nothing")
     if pod.host_network:

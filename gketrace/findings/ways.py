@@ -13,10 +13,11 @@ from ipaddress import ip_address
 from typing import Final
 
 from gketrace.findings.making import at, cited, finding, proxy_logs
-from gketrace.findings.model import Evidence, Finding, Severity
+from gketrace.findings.model import Evidence, Finding, Severity, evidence
 from gketrace.findings.stop import Stop, mend_untracked, strayed
 from gketrace.findings.undelivered import no_neighbour
 from gketrace.findings.world import Way, World
+from gketrace.objects import Pod
 from gketrace.packet import IPAddress
 from gketrace.snapshot import Unavailable
 from gketrace.trace import (
@@ -25,6 +26,7 @@ from gketrace.trace import (
     Disposition,
     NetnsKind,
     Source,
+    StepAction,
     StepKind,
 )
 
@@ -65,6 +67,8 @@ def named(world: World, stop: Stop) -> Finding | None:
     """What stopped it; None: it is as configured, or another detector says it."""
     if stop.way.astray:
         return None  # astray.py says which rule leads to no endpoint
+    if (pod := _turned_away(world, stop)) is not None:
+        return _without_address(stop, pod)
     source, kind = stop.citation.source, stop.outcome.disposition
     if source is Source.RULE and kind in (Disposition.DROPPED, Disposition.REJECTED):
         return _by_rule(world, stop)
@@ -370,6 +374,37 @@ def _not_forwarding(stop: Stop) -> Finding:
     )
 
 
+def _turned_away(world: World, stop: Stop) -> Pod | None:
+    """The pod that got a packet for its own address and did not take it for its own: it would
+    have forwarded it."""
+    if stop.outcome.disposition not in (Disposition.UNREACHABLE, Disposition.LOOPED):
+        return None
+    for hop in stop.path.hops:
+        for step in hop.steps if hop.netns.pod and hop.ingress.interface else ():
+            pod = world.pod_by_address.get(step.before.dst)
+            sent_on = step.kind is StepKind.ROUTE and step.action is StepAction.FORWARD
+            refused = step.citation is not None and ".forwarding = 0" in step.citation.text
+            if pod is not None and pod.key == hop.netns.pod and (sent_on or refused):
+                return pod
+    return None
+
+
+def _without_address(stop: Stop, pod: Pod) -> Finding:
+    """What is sent to the pod is nothing that its own namespace takes for its own."""
+    address = stop.outcome.packet.dst
+    return finding(
+        "GKT-305",
+        f"Pod {pod.key} has no local route to its own address {address}: it takes nothing that is "
+        "sent there",
+        [stop.proof, evidence(Source.OBJECT, f"Pod {pod.key}: status.podIPs {address}")],
+        remedy="start the pod again, or give its interface the address back",
+        command=f"gketrace pod {pod.name} -n {pod.namespace}",
+        subjects=[f"pod {pod.key}", *stop.subjects[:1]],
+        nodes=[stop.node],
+        cause=f"address {pod.key} {address}",
+    )
+
+
 def _is_rule(citation: Citation) -> bool:
     return citation.source is Source.POLICY_RULE
 
@@ -388,7 +423,7 @@ def _route(stop: Stop, code: str, verb: str) -> Finding:
     destination = stop.outcome.packet.dst
     return finding(
         code,
-        f"On {stop.where} {stop.what} {verb}",
+        f"{'In' if stop.outcome.netns.pod else 'On'} {stop.where} {stop.what} {verb}",
         _all_checks(stop),
         remedy="correct the route to " + str(destination),
         command=at(f"ip route get {destination}", stop.node, stop.netns),

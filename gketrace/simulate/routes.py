@@ -10,7 +10,16 @@ from gketrace.simulate.evolve import copier, evolve
 from gketrace.simulate.routing import RouteDecision, RouteKind
 from gketrace.simulate.state import PacketState
 from gketrace.snapshot import PolicyRule
-from gketrace.trace import Citation, Disposition, Hook, Source, Step, StepAction, StepKind
+from gketrace.trace import (
+    Citation,
+    Disposition,
+    Hook,
+    NetnsKind,
+    Source,
+    Step,
+    StepAction,
+    StepKind,
+)
 
 __all__ = ["decision_steps", "reroute", "route_input", "routed_input", "send"]
 
@@ -231,10 +240,14 @@ def _failed(cursor: Cursor, decision: RouteDecision, *first: Step) -> Way:
             note=_DETAILS[decision.kind],
         )
         first = (*first, last)
+    detail = decision.detail or _DETAILS[decision.kind]
+    if decision.kind is RouteKind.NOT_FORWARDING and cursor.space.netns.kind is NetnsKind.POD:
+        # No pod is meant to forward: it lacks the address.
+        detail = f"{cursor.packet.dst} is no local address there, and {detail}"
     return end(
         cursor,
         _FAILURES[decision.kind],
-        decision.detail or _DETAILS[decision.kind],
+        detail,
         *first,
         *decision_steps(cursor, decision),
         citation=citation,

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 
+from gketrace.errors import GoneError
 from gketrace.objects import Pod
 from gketrace_cli.find_pod import pods_of_workload
+from gketrace_cli.names import parse_named
+from gketrace_cli.senders import sender_of
+from gketrace_cli.session import Session
 
 
 def pod(name: str, *, phase: str = "Running", deleted: str = "") -> Pod:
@@ -52,3 +59,14 @@ def test_pods_that_go_away_count_only_when_there_is_no_other() -> None:
     live = pod("web-ddddd")
     assert pods_of_workload("web", [ended, leaving, live]) == [live]
     assert pods_of_workload("web", [ended, leaving]) == [ended, leaving]
+
+
+@pytest.mark.parametrize("phase", ["Succeeded", "Failed"])
+def test_a_pod_that_is_over_sends_and_receives_nothing(phase: str) -> None:
+    """Another one may have its address by now."""
+    with pytest.raises(GoneError, match=f"has ended: {phase}; its network is gone"):
+        sender_of(
+            cast(Session, SimpleNamespace(namespace="shop")),
+            parse_named("pod/job-abcde"),
+            lambda *_: pod("job-abcde", phase=phase),
+        )

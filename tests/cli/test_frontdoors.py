@@ -148,5 +148,6 @@ def test_nothing_to_follow() -> None:
     with pytest.raises(NotFoundError, match=r"has no port 'x'; it has 80 .http./tcp, 9090"):
         ask("web", port="x")
     dns = replace(SERVICES["web"], type="ExternalName", external_name="example.org")
-    with pytest.raises(UnsupportedError, match=r"DNS name for example\.org"):
+    with pytest.raises(UnsupportedError, match=r"DNS name for example\.org") as raised:
         questions(dns, [], NODES, Selection())
+    assert raised.value.hint == "gketrace trace SOURCE to an address of example.org"

@@ -188,7 +188,8 @@ def missing_of(checked: Checked) -> tuple[Missing, ...]:
             node = end.outcome.netns.node
             seen = [Missing(what=f"{path.source} → {path.target}", why=why, node=node)]
         gaps += seen
-    return tuple(dict.fromkeys(gaps))
+    # A walk into what was not read says the same once more.
+    return tuple({(gap.node, gap.why): gap for gap in reversed(gaps)}.values())[::-1]
 
 
 __all__ += ["missing_of", "trace_world"]

@@ -8,7 +8,7 @@ import typer
 
 from gketrace.errors import (
     GketraceError,
-    GoneError,
+    NotFoundError,
     UnavailableError,
     UsageError,
 )
@@ -99,6 +99,7 @@ def pod(
 
 
 def _report(session: Session, pod: Pod) -> PodReport:
+    from gketrace_cli.find_pod import refuse_ended
     from gketrace_cli.podref import pod_ref, pod_target
     from gketrace_cli.podreport import build_pod_report
     from gketrace_proto.codec import snapshot_from_proto
@@ -109,9 +110,7 @@ def _report(session: Session, pod: Pod) -> PodReport:
             f"pod {pod.key} is not on any node yet ({pod.phase or 'no phase'})",
             hint="there is no network to look at before it is scheduled",
         )
-    if pod.phase in ("Succeeded", "Failed"):
-        why = f" ({pod.reason})" if pod.reason else ""
-        raise GoneError(f"pod {pod.key} has ended: {pod.phase}{why}; its network is gone")
+    refuse_ended(pod)
     node = next((n for n in session.nodes if n.name == pod.node), None)
     fleet = session.fleet
     fleet.greet([pod.node])
@@ -126,6 +125,11 @@ def _report(session: Session, pod: Pod) -> PodReport:
         }
     )
     for reply in replies.values():
+        if isinstance(reply, NotFoundError) and pod.phase == "Pending":
+            raise NotFoundError(
+                f"pod {pod.key} is Pending on node {pod.node}: it has no network there yet",
+                hint=reply.message,
+            )
         if isinstance(reply, GketraceError):
             raise reply
     inside, host = replies["inside"], replies["host"]

@@ -161,10 +161,11 @@ def _pick(addresses: list[IPAddress], sender: Sender, what: str) -> IPAddress:
 
 def _to_pod(session: Session, sender: Sender, to: Named) -> Question:
     from gketrace.packet import protocol_number
-    from gketrace_cli.find_pod import find_pod
+    from gketrace_cli.find_pod import find_pod, refuse_ended
     from gketrace_cli.frontdoors import Door, Question
 
     pod = find_pod(session, to.namespace or session.namespace, to.name)
+    refuse_ended(pod)
     if not pod.node:
         raise UsageError(f"pod {pod.key} is not on any node yet")
     ports = [p for c in pod.containers for p in c.ports]
@@ -193,9 +194,14 @@ def _to_service(session: Session, sender: Sender, to: Named) -> Question:
 
     service, _ = find_service(session, to.namespace or session.namespace, to.name)
     if not service.cluster_ips:
-        kind = "headless" if service.headless else service.type
+        if service.type == "ExternalName":
+            raise UnsupportedError(
+                f"service {service.key} is of type ExternalName: a DNS name for "
+                f"{service.external_name}, with no address and no rules on any node",
+                hint=f"trace to an address of {service.external_name}",
+            )
         raise UnsupportedError(
-            f"service {service.key} is {kind} and has no address of its own",
+            f"service {service.key} is headless and has no address of its own",
             hint=f"gketrace service {service.name} follows each endpoint",
         )
     ports = select_ports(service, to.port)

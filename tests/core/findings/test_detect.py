@@ -685,6 +685,27 @@ def test_the_switch_that_is_off_is_the_one_to_turn_on(fault: Fault, said: str, s
     assert found.command == f"sysctl -w {switch}=1  # on node m69d"
 
 
+@pytest.mark.parametrize("forwards", ["0", "1"])
+def test_a_pod_without_its_address_is_that_pod_s_fault(forwards: str) -> None:
+    """Pods inherit the machine's forwarding (net.core.devconf_inherit_init_net): then the packet
+    goes in a circle."""
+    bench = Bench("ptp")
+    pod = bench.pod("web-1")
+    pod.addresses = [one for one in pod.addresses if str(one.address) != _WEB1]
+    pod.routes = [one for one in pod.routes if str(one.dst.network_address) != _WEB1]
+    pod.sysctls |= dict.fromkeys(
+        ("net.ipv4.ip_forward", "net.ipv4.conf.all.forwarding", "net.ipv4.conf.eth0.forwarding"),
+        forwards,
+    )
+    found = bench.found(trace=True)
+    assert not {one.code for one in found if "pod default/web-1" in one.text} & {"GKT-301"}
+    (one,) = (one for one in found if "local route" in one.text)
+    assert (one.code, one.subjects[0]) == ("GKT-305", "pod default/web-1")
+    ends = [w.path.outcome.detail for w in bench.world().ways if w.standing == "broken"]
+    off = "10.40.1.10 is no local address there, and IPv4 forwarding is off on eth0"
+    assert (off in ends) is (forwards == "0")
+
+
 def test_forwarding_of_ipv6_has_a_switch_of_its_own() -> None:
     bench = Bench("ptp")
     forwarding_off(bench)
