@@ -13,7 +13,7 @@ from gketrace.conntrack import ConntrackEntry
 from gketrace.errors import ExitCode, GketraceError, UsageError
 from gketrace.trace import Missing
 from gketrace_cli.commands.conntrack import ConntrackOutput
-from gketrace_cli.conntrack_reading import Place
+from gketrace_cli.conntrack_reading import Place, check_events, plain_lines
 from gketrace_cli.names import short_names
 from gketrace_cli.render.conntrack import entry_document
 from gketrace_cli.render.documents import envelope
@@ -66,11 +66,20 @@ def follow(
         if a
     }
     said: dict[Place, tuple[str, int, int, bool]] = {}
+    wrong: set[Place] = set()
     for place, reply in session.fleet.stream(calls):
         if isinstance(reply, GketraceError):
             _tell(f"not seen: conntrack on {place}: {reply.message}")
             continue
-        if reply is None:
+        if reply is None or place in wrong:
+            continue
+        try:
+            check_events(reply)
+        except GketraceError as error:
+            wrong.add(place)
+            _tell(f"not seen: conntrack on {place}: {error.message}")
+            if len(wrong) == len(calls):
+                break
             continue
         for event in reply.events:
             _write(place, event)
@@ -98,7 +107,7 @@ def _write_lines(text: bytes, node: str) -> None:
     if node:
         text = b"".join(b"%s %s" % (node.encode(), line) for line in text.splitlines(True))
     sys.stdout.flush()
-    sys.stdout.buffer.write(text)
+    sys.stdout.buffer.write(plain_lines(text))
 
 
 def _tell_status(place: Place, status: pb.FollowConntrackStatus, *, first: bool) -> None:

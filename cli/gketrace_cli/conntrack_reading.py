@@ -6,15 +6,23 @@ reading ended is kept: a table that changed under the dump or was cut is never t
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from gketrace.conntrack import ConntrackEntry
-from gketrace.conntrack_records import RECORD, entry_from_record, records_from_bytes
+from gketrace.conntrack_records import (
+    FIELDS,
+    RECORD,
+    STATE_NAMES,
+    entry_from_record,
+    records_from_bytes,
+)
 from gketrace.errors import GketraceError, UnavailableError
 from gketrace.trace import Missing
 from gketrace_cli.podref import pod_target
+from gketrace_cli.printable import printable
 from gketrace_proto.codec import decode
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
 
@@ -22,7 +30,24 @@ if TYPE_CHECKING:
     from gketrace.objects import Pod
     from gketrace_cli.agents import Fleet
 
-__all__ = ["Place", "Reading", "TableEnd", "entries_of"]
+__all__ = [
+    "Place",
+    "Reading",
+    "TableEnd",
+    "check_entries",
+    "check_events",
+    "entries_of",
+    "plain_lines",
+]
+
+_STATE: Final = sum(
+    struct.calcsize(f"<{code}") for _, code in FIELDS[: [name for name, _ in FIELDS].index("state")]
+)
+"""Where a record has its state, a byte."""
+_PLAIN: Final = bytes(range(32, 127)) + b"\t\n"
+"""What conntrack(8) prints."""
+_LATEST: Final = 1e11
+"""Seconds since the epoch: no clock is later."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +148,7 @@ class Reading:
         }
         summaries: dict[Place, pb.ConntrackSummary] = {}
         received = dict.fromkeys(self.places, 0)
+        wrong: dict[Place, GketraceError] = {}
         stream = self.fleet.stream(calls)
         for place, reply in stream:
             if reply is None or isinstance(reply, GketraceError):
@@ -130,8 +156,15 @@ class Reading:
                     place=place,
                     summary=summaries.get(place),
                     received=received[place],
-                    error=reply,
+                    error=wrong.get(place, reply),
                 )
+                continue
+            if place in wrong:
+                continue
+            try:
+                check_entries(reply)
+            except GketraceError as error:
+                wrong[place] = error
                 continue
             received[place] += _count(reply)
             if reply.HasField("summary"):
@@ -164,6 +197,43 @@ class Reading:
         if len({type(error) for error in errors}) == 1:
             raise errors[0]
         raise UnavailableError(f"no table could be read: {errors[0].message}")
+
+
+def check_entries(reply: pb.ListConntrackReply | pb.FollowConntrackReply) -> None:
+    """Raises `GketraceError` for entries that this side cannot read: of an agent that is newer, or
+    of anybody.  After that, `entries_of` does not."""
+    states = reply.records[_STATE :: RECORD.size]
+    if len(reply.records) % RECORD.size:
+        raise GketraceError(f"{len(reply.records)} bytes are no entries of {RECORD.size}")
+    if states and max(states) >= len(STATE_NAMES):
+        raise GketraceError(f"conntrack state {max(states)} is newer than this program")
+    if isinstance(reply, pb.ListConntrackReply):
+        for entry in reply.entries:
+            decode(ConntrackEntry, entry)
+
+
+def check_events(reply: pb.FollowConntrackReply) -> None:
+    """The same for events, and their times."""
+    from gketrace.follow.entries import POLLED  # lists need no joiner
+
+    check_entries(reply)
+    if reply.records and len(reply.kinds) != len(reply.records) // RECORD.size:
+        raise GketraceError("events and their kinds do not agree")
+    for event in reply.events:
+        decode(ConntrackEntry, event.entry)
+    kinds = {kind & ~POLLED for kind in reply.kinds} | {int(event.kind) for event in reply.events}
+    if newer := kinds - set(pb.ConntrackEventKind.values()):
+        raise GketraceError(f"events of kind {max(newer)} are newer than this program")
+    for at in (reply.at, reply.after, reply.status.at):
+        if not 0 <= at < _LATEST:
+            raise GketraceError(f"{at} is no time")
+
+
+def plain_lines(text: bytes) -> bytes:
+    """Lines as conntrack(8) prints them, without what would do something to a terminal."""
+    if not text.translate(None, _PLAIN):
+        return text
+    return printable(text.decode("utf-8", "backslashreplace")).encode()
 
 
 def _count(reply: pb.ListConntrackReply) -> int:

@@ -19,7 +19,7 @@ from gketrace.errors import ExitCode, GketraceError
 from gketrace.trace import Missing
 from gketrace_cli.addressbook import AddressBook
 from gketrace_cli.commands.conntrack import ConntrackOutput
-from gketrace_cli.conntrack_reading import RECORDS, Place, Reading, entries_of
+from gketrace_cli.conntrack_reading import RECORDS, Place, Reading, entries_of, plain_lines
 from gketrace_cli.names import short_names
 from gketrace_cli.options import Options, Output
 from gketrace_cli.render.conntrack import (
@@ -112,7 +112,7 @@ class Listing:
         out = sys.stdout.buffer
         for _, reply in reading.replies(pb.CONNTRACK_FORMAT_TEXT):
             self.session.progress.clear()
-            out.write(reply.text)
+            out.write(plain_lines(reply.text))
         out.flush()
         _complain(self._missing(reading))
         print(f"gketrace: {self._verdict(reading)}", file=sys.stderr)  # noqa: T201

@@ -21,16 +21,17 @@ import yaml
 from gketrace.conntrack import ConntrackEntry, CtStatus
 from gketrace.conntrack_records import RECORD, entry_from_record, record_of, records_from_bytes
 from gketrace.conntrack_text import render_entry
-from gketrace.errors import ExitCode
+from gketrace.errors import ExitCode, GketraceError
 from gketrace.packet import Protocol, Tuple5
 from gketrace_agent.messages import conntrack_filters
 from gketrace_cli.conntrack_filter import both, door_filters, parse_mark, typed_filter
-from gketrace_cli.conntrack_reading import Place
+from gketrace_cli.conntrack_reading import Place, check_events
 from gketrace_cli.liveness import Live, LiveReading, Standing
 from gketrace_cli.main import run
 from gketrace_cli.verdict import Verdict, with_live
 from gketrace_proto.codec import encode
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
+from gketrace_proto.v1alpha1 import packet_pb2
 from gketrace_proto.v1alpha1.agent_pb2_grpc import AgentServicer, add_AgentServicer_to_server
 from tests.cli.stage import Stage
 
@@ -88,6 +89,8 @@ class TableAgent(AgentServicer):
     summary: dict[str, Any] = field(default_factory=dict)
     requests: list[pb.ListConntrackRequest] = field(default_factory=list)
     breaks: grpc.StatusCode | None = None
+    lies: pb.ListConntrackReply | None = None
+    """Sent before the entries."""
     changes: bool = True
     """--allow-system-changes"""
     outcome: pb.ConntrackDeletion.ValueType = pb.CONNTRACK_DELETION_DELETED
@@ -115,6 +118,8 @@ class TableAgent(AgentServicer):
         wanted = conntrack_filters(request)
         found = [one for one in self.tables[request.target.pod.name] if wanted.takes(one)]
         sent = found[: request.limit or len(found)]
+        if self.lies is not None:
+            yield self.lies
         for one in sent:
             if request.format == pb.CONNTRACK_FORMAT_TEXT:
                 yield pb.ListConntrackReply(text=render_entry(one, now=NOW).encode() + b"\n")
@@ -161,7 +166,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Tabl
 @pytest.fixture
 def agents(servers: dict[str, TableAgent]) -> dict[str, TableAgent]:
     for agent in servers.values():
-        agent.tables, agent.summary, agent.breaks = {"": []}, {}, None
+        agent.tables, agent.summary, agent.breaks, agent.lies = {"": []}, {}, None, None
         agent.requests.clear()
         agent.deleted.clear()
         agent.changes, agent.outcome = True, pb.CONNTRACK_DELETION_DELETED
@@ -320,6 +325,64 @@ def test_what_was_not_seen_is_said(ask: Ask, agents: dict[str, TableAgent]) -> N
     document = json.loads(ask("-o", "json", without=("m69d",))[1])
     assert not document["complete"]
     assert {m["node"] for m in document["missing"]} == {"m69d", "33fg"}
+
+
+def newer_state() -> bytes:
+    record = record_of(DNS)
+    assert record is not None
+    return RECORD.pack(*record._replace(state=200))
+
+
+@pytest.mark.parametrize(
+    ("lie", "why"),
+    [
+        (pb.ListConntrackReply(records=b"x"), "1 bytes are no entries of 146"),
+        (pb.ListConntrackReply(records=newer_state()), "state 200 is newer"),
+        (pb.ListConntrackReply(entries=[packet_pb2.ConntrackEntry()]), "unreadable Tuple5"),
+    ],
+)
+@pytest.mark.parametrize("form", ["text", "json", "jsonl", "yaml"])
+def test_entries_that_are_none_cost_their_own_node(
+    ask: Ask, agents: dict[str, TableAgent], lie: pb.ListConntrackReply, why: str, form: str
+) -> None:
+    agents["33fg"].lies = lie
+    code, out, _ = ask("-o", form)
+    assert code == 3
+    assert "10.142.0.8" in out
+    assert why in out
+    if form == "json":
+        assert [one["node"] for one in json.loads(out)["missing"]] == ["33fg"]
+
+
+def test_lines_do_nothing_to_a_terminal(ask: Ask, agents: dict[str, TableAgent]) -> None:
+    agents["33fg"].lies = pb.ListConntrackReply(text=b"tcp \x1b[2J\xff\n")
+    assert "tcp \\u001b[2J\\xff\n" in ask("33fg", "-o", "conntrack")[1]
+
+
+@pytest.mark.parametrize(
+    ("reply", "why"),
+    [
+        (pb.FollowConntrackReply(records=newer_state(), kinds=b"\1"), "state 200 is newer"),
+        (pb.FollowConntrackReply(records=b"x" * 145), "no entries of 146"),
+        (pb.FollowConntrackReply(records=bytes(146), kinds=b""), "do not agree"),
+        (pb.FollowConntrackReply(records=bytes(146), kinds=b"\x89"), "events of kind 9"),
+        (pb.FollowConntrackReply(events=[pb.ConntrackEvent()]), "unreadable Tuple5"),
+        (pb.FollowConntrackReply(at=float("nan")), "nan is no time"),
+        (pb.FollowConntrackReply(after=-1.0), "is no time"),
+        (pb.FollowConntrackReply(status=pb.FollowConntrackStatus(at=1e300)), "is no time"),
+    ],
+)
+def test_events_that_are_none(reply: pb.FollowConntrackReply, why: str) -> None:
+    with pytest.raises(GketraceError, match=why):
+        check_events(reply)
+
+
+def test_events_that_are_some() -> None:
+    event = pb.ConntrackEvent(kind=pb.CONNTRACK_EVENT_KIND_NEW, entry=encode(DNS))
+    record = record_of(DNS)
+    assert record is not None
+    packed = RECORD.pack(*record)
+    check_events(pb.FollowConntrackReply(events=[event], records=packed, kinds=b"\x84", at=NOW))
 
 
 def test_cut_lists(ask: Ask, agents: dict[str, TableAgent]) -> None:

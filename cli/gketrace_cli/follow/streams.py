@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from gketrace.connections import Place
 from gketrace.errors import GketraceError
+from gketrace_cli.conntrack_reading import check_events
 from gketrace_proto.v1alpha1 import agent_pb2 as pb
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ class Streams:
                     return "the agent ended the call"
                 if isinstance(reply, GketraceError):
                     return reply.message
+                check_events(reply)
                 self._put(call, Arrived(place, call.turn, time.time(), reply))
         except GketraceError as error:
             return error.message
