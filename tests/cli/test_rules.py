@@ -16,7 +16,7 @@ from gketrace.snapshot import Unavailable
 from gketrace_cli.main import run
 from gketrace_cli.object_json import parse_endpointslice, parse_service
 from gketrace_cli.render.layout import Page
-from gketrace_cli.render.rules import draw_rules
+from gketrace_cli.render.rules import draw_rules, rules_document
 from gketrace_cli.ruletree import RuleText, make_tree, owners, select_chain
 from tests.bench.ruleset_generate import iptables_text, make_services
 from tests.cli.stage import WORLDS, Stage
@@ -232,3 +232,21 @@ def test_an_owner_follows_the_name_not_the_comment() -> None:
         node="n",
     )
     assert tree.tables[0].chains[HELLO].owner == whose[HELLO]
+
+
+@pytest.mark.parametrize("at", [1e300, float("nan"), float("inf"), -1e18])
+def test_rules_of_no_time_that_there_is(at: float) -> None:
+    text = RuleText(
+        backend="iptables-nft", family=4, text=b"*nat\nCOMMIT\n", source="t", taken_at=at
+    )
+    document = rules_document(
+        node="n",
+        pod="",
+        query={},
+        tree=make_tree([text], {}, node="n"),
+        walk=None,
+        whose={},
+        missing=(),
+        notes=(),
+    )
+    assert [one["takenAt"] for one in document["tables"]] == [None]

@@ -240,14 +240,21 @@ def rules_document(
 
 
 def _table(table: TableView) -> dict[str, Any]:
-    taken = datetime.fromtimestamp(table.taken_at, UTC).isoformat() if table.taken_at else None
     return {
         "backend": table.backend,
         "family": table.family or None,
         "table": table.name,
-        "takenAt": taken,
+        "takenAt": _moment(table.taken_at),
         "chains": [_chain(chain, table) for chain in table.chains.values()],
     }
+
+
+def _moment(at: float) -> str | None:
+    """None: not told, or no time that there is."""
+    try:
+        return datetime.fromtimestamp(at, UTC).isoformat() if at else None
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 def _chain(chain: ChainView, table: TableView) -> dict[str, Any]:
