@@ -93,6 +93,14 @@ def _number(value: Any) -> int:
     return value
 
 
+def _port(value: Any) -> int:
+    """0: absent.  Raises: ValueError, TypeError."""
+    number = _number(value)
+    if not 0 <= number <= 65535:
+        raise ValueError(f"{number} is no port")
+    return number
+
+
 def _flag(value: Any, *, absent: bool) -> bool:
     if value is None:
         return absent
@@ -134,10 +142,10 @@ def _container(spec: Json, status: Json, *, init: bool) -> Container:
         running="running" in (status.get("state") or {}),
         ports=tuple(
             ContainerPort(
-                port=_number(port["containerPort"]),
+                port=_port(port["containerPort"]),
                 name=_text(port.get("name")),
                 protocol=_text(port.get("protocol")) or "TCP",
-                host_port=_number(port.get("hostPort")),
+                host_port=_port(port.get("hostPort")),
                 host_ip=_text(port.get("hostIP")),
             )
             for port in spec.get("ports") or []
@@ -193,13 +201,13 @@ def parse_pod(obj: Json) -> Pod:
 def _service_port(port: Json) -> ServicePort:
     target = port.get("targetPort", port["port"])
     if not isinstance(target, str):
-        target = _number(target)
+        target = _port(target)
     return ServicePort(
-        port=_number(port["port"]),
+        port=_port(port["port"]),
         name=_text(port.get("name")),
         protocol=_text(port.get("protocol")) or "TCP",
         target_port=target,
-        node_port=_number(port.get("nodePort")),
+        node_port=_port(port.get("nodePort")),
     )
 
 
@@ -238,7 +246,7 @@ def parse_service(obj: Json) -> Service:
             internal_traffic_policy=_text(spec.get("internalTrafficPolicy")) or "Cluster",
             session_affinity=affinity,
             affinity_seconds=seconds if affinity == "ClientIP" else 0,
-            health_check_node_port=_number(spec.get("healthCheckNodePort")),
+            health_check_node_port=_port(spec.get("healthCheckNodePort")),
             load_balancer_class=_text(spec.get("loadBalancerClass")),
             annotations=_mapping(obj["metadata"].get("annotations")),
         )
@@ -280,7 +288,7 @@ def parse_endpointslice(obj: Json) -> tuple[Endpoint, ...]:
                     source=f"endpointslices/{name}",
                     address=_text(first) if kind == "FQDN" else _address(first),
                     address_type=kind,
-                    port=_number(port.get("port")),
+                    port=_port(port.get("port")),
                     port_name=_text(port.get("name")),
                     protocol=_text(port.get("protocol")) or "TCP",
                     ready=ready,
@@ -316,7 +324,7 @@ def parse_endpoints(obj: Json) -> tuple[Endpoint, ...]:
                             source=f"endpoints/{name}",
                             address=address,
                             address_type="IPv6" if ":" in address else "IPv4",
-                            port=_number(port.get("port")),
+                            port=_port(port.get("port")),
                             port_name=_text(port.get("name")),
                             protocol=_text(port.get("protocol")) or "TCP",
                             ready=ready,

@@ -412,6 +412,13 @@ def test_what_is_no_address_is_refused(
         parse({"metadata": {"namespace": "default", "name": "n"}, **body})
 
 
+@pytest.mark.parametrize("number", [-1, 65536, 1 << 32])
+def test_what_is_no_port_is_refused(number: int) -> None:
+    for port in ({"port": number}, {"port": 80, "nodePort": number}):
+        with pytest.raises(ParseError, match="is no port"):
+            parse_service({"metadata": {"name": "n"}, "spec": {"ports": [port]}})
+
+
 def test_what_stands_for_no_address_is_taken() -> None:
     """The API allows blanks around ranges; a name is the whole of an FQDN slice."""
     meta = {"metadata": {"namespace": "default", "name": "n"}}

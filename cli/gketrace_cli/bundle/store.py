@@ -57,6 +57,7 @@ _WRONG: Final = (
     NotImplementedError,  # a way of compression that zipfile does not know
     RuntimeError,  # encrypted
     RecursionError,
+    OverflowError,  # Infinity where a whole number should be
     SystemError,  # of protobuf, for a field's name that is half of a UTF-16 pair
     ParseError,
     ValueError,
@@ -284,8 +285,10 @@ def from_members(members: Members) -> Bundle:
         error = error_from_document(one["error"]) if "error" in one else None
         items = list(one.get("items", ()))
         for item in items:
-            if not isinstance(item["metadata"]["name"], str):
-                raise TypeError(f"one of its {name} has no name")
+            meta = item["metadata"]
+            labels = meta.get("labels")
+            if not isinstance(meta["name"], str) or not isinstance(labels, dict | None):
+                raise TypeError(f"one of its {name} has no name, or labels that are none")
         bundle.lists[name] = Listed(items=items, error=error)
     for number, name in enumerate(manifest["nodes"]):
         folder = f"nodes/{number:05}"

@@ -81,6 +81,7 @@ def test_changed_content(good: Path) -> None:
         {"pods": {"items": ["x"]}},
         {"pods": {"items": [{"metadata": "x"}]}},
         {"pods": {"items": [{"metadata": {"name": 7}}]}},
+        {"pods": {"items": [{"metadata": {"name": "x", "labels": 7}}]}},
         {"pods": {"items": [{"metadata": {"name": "\ud800"}}]}},
         {"pods": {"items": 7}},
         {"pods": None},
@@ -93,7 +94,13 @@ def test_objects_that_are_none(good: Path, objects: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "told", [{"\ud800": 1}, {"node": "\ud800"}, {"addresses": [{"address": ""}]}]
+    "told",
+    [
+        {"\ud800": 1},
+        {"node": "\ud800"},
+        {"addresses": [{"address": ""}]},
+        {"addresses": [{"address": "::", "prefixlen": float("inf")}]},
+    ],
 )
 def test_what_an_agent_never_said(good: Path, told: dict[str, object]) -> None:
     """Half of a UTF-16 pair is a SystemError of protobuf."""
