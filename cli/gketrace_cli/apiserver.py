@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import http.client
 import json
-import os
 import re
 import socket
 import ssl
@@ -20,7 +19,7 @@ import time
 import urllib.parse
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 from urllib.request import (  # type: ignore[attr-defined]  # typeshed lacks the second
     getproxies_environment,
     proxy_bypass_environment,
@@ -38,6 +37,7 @@ from gketrace.errors import (
 )
 
 from .kubeconfig import Credentials, Settings, redact
+from .leftovers import forget, keep
 
 __all__ = ["ApiServer", "error_from_response"]
 
@@ -357,18 +357,27 @@ class ApiServer:
 
 def _load_certificate(context: ssl.SSLContext, credentials: Credentials, where: str) -> None:
     # ssl takes keys from files only: one of mode 0600, for a moment.
-    fd, path = tempfile.mkstemp(prefix="gketrace-")
+    file = keep(_key_file, _close)
     try:
-        with os.fdopen(fd, "wb") as file:
+        with file:
             file.write(credentials.certificate + b"\n" + credentials.key)
-        context.load_cert_chain(path, password=lambda: b"")
+            file.flush()
+            context.load_cert_chain(file.name, password=lambda: b"")
     except (ssl.SSLError, ValueError) as error:
         raise UsageError(
             f"the client certificate and key in {where} cannot be used",
             hint="both must be PEM, belong together, and have no password",
         ) from error
     finally:
-        os.unlink(path)
+        forget(file)
+
+
+def _key_file() -> IO[bytes]:
+    return tempfile.NamedTemporaryFile(prefix="gketrace-")
+
+
+def _close(file: IO[bytes]) -> None:
+    file.close()
 
 
 def _unzipped(headers: http.client.HTTPMessage, raw: bytes) -> bytes:

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Final
 
 from gketrace.errors import NotFoundError, UnavailableError
 from gketrace.objects import Node
+from gketrace_cli.leftovers import forget, keep, make_folder, remove_folder
 
 __all__ = ["LocalAgent", "local_node", "start_local_agent"]
 
@@ -51,7 +51,8 @@ class LocalAgent:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove_folder(self._folder)
+        forget(self)
 
     def wait(self, timeout: float) -> None:
         """Until it listens.  Raises: `UnavailableError` with what it said when it does not."""
@@ -78,7 +79,21 @@ def start_local_agent(nodes: Iterable[Node], *, timeout: float) -> LocalAgent:
         raise UnavailableError(
             "gketrace-agent is not installed here", hint="pip install 'gketrace[agent]'"
         )
-    folder = Path(tempfile.mkdtemp(prefix="gketrace-local-"))
+    folder = make_folder("gketrace-local-")
+    try:
+        agent = keep(lambda: _start(program, node.name, folder), LocalAgent.stop)
+    except BaseException:
+        remove_folder(folder)
+        raise
+    try:
+        agent.wait(timeout)
+    except BaseException:
+        agent.stop()
+        raise
+    return agent
+
+
+def _start(program: str, node: str, folder: Path) -> LocalAgent:
     with (folder / "log").open("wb") as log:
         # Its own session: Ctrl-C at the terminal goes to the command, which then stops it.
         process = subprocess.Popen(
@@ -86,7 +101,7 @@ def start_local_agent(nodes: Iterable[Node], *, timeout: float) -> LocalAgent:
                 program,
                 "serve",
                 "--node-name",
-                node.name,
+                node,
                 "--listen",
                 f"unix://{folder / 'agent.sock'}",
             ],
@@ -95,13 +110,7 @@ def start_local_agent(nodes: Iterable[Node], *, timeout: float) -> LocalAgent:
             stderr=log,
             start_new_session=True,
         )
-    agent = LocalAgent(node.name, process, folder)
-    try:
-        agent.wait(timeout)
-    except BaseException:
-        agent.stop()
-        raise
-    return agent
+    return LocalAgent(node, process, folder)
 
 
 def local_node(nodes: Iterable[Node]) -> Node:

@@ -15,6 +15,7 @@ from typing import Final
 import typer
 
 from gketrace.errors import ExitCode, GketraceError
+from gketrace_cli.leftovers import clear
 from gketrace_cli.printable import PrintableStream, printable
 from gketrace_cli.start import leave
 
@@ -61,6 +62,9 @@ def main() -> None:
         )
     except KeyboardInterrupt:
         code = _interrupted()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # it is ending, and takes three seconds at most
+    clear()
     if early:
         signal.signal(signal.SIGINT, leave)
     # Not sys.exit(): threads that still wait for an agent must not delay the answer's end.

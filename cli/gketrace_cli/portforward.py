@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import shutil
 import socket
 import tempfile
 import threading
@@ -33,6 +32,7 @@ from typing import Final
 from gketrace.errors import GketraceError, UnavailableError
 
 from .apiserver import ApiServer
+from .leftovers import make_folder, remove_folder
 from .portforward_session import Session, Target, dial
 
 __all__ = ["PortForwards", "Target", "Way"]
@@ -81,7 +81,7 @@ class PortForwards:
         self._api = api
         self._timeout = timeout
         """Seconds until a port-forward must be answered, once connected."""
-        self._folder = Path(tempfile.mkdtemp(prefix="gketrace-"))
+        self._folder = make_folder("gketrace-")
         self._lock = threading.Lock()
         self._ways: list[Way] = []
         self._dialled: list[tuple[Way, Session]] = []
@@ -166,7 +166,7 @@ class PortForwards:
                 way.ready.close()
         self._wake_in.close()
         self._wake_out.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove_folder(self._folder)
 
     # dialling
 
