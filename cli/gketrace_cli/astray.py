@@ -24,8 +24,11 @@ __all__ = [
     "is_misled",
     "is_relayed",
     "known_ends",
+    "known_takers",
     "led_by",
     "led_to",
+    "meant_for",
+    "whose",
 ]
 
 NO_ENDPOINT = "which is no endpoint of the Service"
@@ -42,8 +45,36 @@ def known_ends(
     )
 
 
+def known_takers(
+    endpoints: Iterable[Endpoint], port: ServicePort
+) -> frozenset[tuple[IPAddress, str]]:
+    """`Question.takers` of a port: its endpoints that are pods."""
+    return frozenset(
+        (ip_address(e.address), f"{e.namespace}/{e.pod}")
+        for e in endpoints
+        if (e.port_name, e.protocol) == (port.name, port.protocol)
+        and e.address_type != "FQDN"
+        and e.pod
+    )
+
+
+def meant_for(question: Question, path: Path) -> str:
+    """The pod that should have got a new connection, which another pod has taken: it has the same
+    address, or a rule leads to it.  Empty: none was meant, or it has got it."""
+    taker = path.outcome.netns
+    if path.outcome.disposition not in SUCCESS or path.pinned_by is not None or is_relayed(path):
+        return ""
+    if taker.kind is not NetnsKind.POD or not taker.pod:
+        return ""
+    if question.pod:
+        return question.pod if taker.pod != question.pod else ""
+    meant = sorted(pod for address, pod in question.takers if address == path.outcome.packet.dst)
+    return meant[0] if meant and taker.pod not in meant else ""
+
+
 def is_astray(question: Question, path: Path) -> bool:
-    """Whether a new connection to a Service arrives at no endpoint of it.
+    """Whether a new connection to a Service arrives at no endpoint of it, or at another pod than
+    the one that was asked for.
 
     It is enough that an endpoint's address was the packet's destination on the way: a mesh's
     sidecar redirects it further.  Existing connections may go on to what was an endpoint.  A
@@ -51,6 +82,8 @@ def is_astray(question: Question, path: Path) -> bool:
     """
     if path.outcome.disposition not in SUCCESS or path.pinned_by is not None or is_relayed(path):
         return False
+    if meant_for(question, path):
+        return True
     translated = any(one.of_destination for one in rewrites(path))
     if not translated and question.door.value in ("ClusterIP", "Pod"):
         return False
@@ -98,6 +131,12 @@ def led_by(path: Path) -> tuple[str, str]:
         return "", ""
     place = f"in pod {last.pod}" if last.pod else f"on node {last.node}"
     return (last.rules[-1] if last.rules else last.named_by), place
+
+
+def whose(question: Question, path: Path) -> str:
+    """What is said of who took an astray connection: ``which is no endpoint of the Service``."""
+    meant = meant_for(question, path)
+    return f"which is not pod {meant}" if meant else NO_ENDPOINT
 
 
 def led_to(path: Path) -> str:

@@ -22,7 +22,7 @@ from gketrace.objects import (
     ServicePort,
 )
 from gketrace.packet import IPAddress, protocol_number
-from gketrace_cli.astray import known_ends
+from gketrace_cli.astray import known_ends, known_takers
 
 __all__ = [
     "CLIENTS",
@@ -128,6 +128,10 @@ class Question:
     ends: frozenset[tuple[IPAddress, int]] | None = None
     """The addresses and ports of the Service's EndpointSlices, port 0 for all, ready or not:
     whoever else takes the packet is no endpoint.  None: not for a Service, or not known."""
+    takers: frozenset[tuple[IPAddress, str]] = frozenset()
+    """The addresses of its endpoints that are pods, and the pods, ``namespace/name``."""
+    pod: str = ""
+    """The one pod that was asked for."""
 
 
 def select_ports(service: Service, wanted: str) -> tuple[ServicePort, ...]:
@@ -242,6 +246,7 @@ class _Maker:
         self._protocol = protocol_number(port.protocol)
         self._ready = ready_endpoints(endpoints, port)
         self._ends = known_ends(endpoints, port)
+        self._takers = known_takers(endpoints, port)
         self._on = endpoint_nodes(self._ready)
         self._selection = selection
         self._by_name = {node.name: node for node in nodes}
@@ -412,6 +417,7 @@ class _Maker:
             asked=asked,
             notes=notes,
             ends=self._ends,
+            takers=self._takers,
         )
 
     def _configured(self, door: Door, sender: Sender, where: str) -> tuple[str, bool]:

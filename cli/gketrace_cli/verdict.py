@@ -16,8 +16,17 @@ from typing import TYPE_CHECKING, Final
 
 from gketrace.errors import ExitCode
 from gketrace.findings.model import Severity
-from gketrace.packet import protocol_name
-from gketrace.trace import FAILURE, SUCCESS, Disposition, Missing, Path
+from gketrace.packet import IPAddress, protocol_name
+from gketrace.trace import (
+    FAILURE,
+    SUCCESS,
+    Disposition,
+    Missing,
+    NetnsKind,
+    Path,
+    StepAction,
+    StepKind,
+)
 from gketrace_cli.astray import (
     NO_ENDPOINT,
     is_astray,
@@ -25,6 +34,8 @@ from gketrace_cli.astray import (
     is_relayed,
     led_by,
     led_to,
+    meant_for,
+    whose,
 )
 
 if TYPE_CHECKING:
@@ -333,7 +344,7 @@ def _way(question: Question) -> str:
 
 def _failure(question: Question, path: Path) -> str:
     if is_astray(question, path):
-        return astray_text(path)
+        return astray_text(question, path)
     if is_misled(question, path):
         return f"led to {led_to(path)}, {NO_ENDPOINT}{_by(path)}, and {_end(path)}"
     if path.outcome.disposition in SUCCESS and path.reply is not None:
@@ -345,9 +356,28 @@ def _end(path: Path) -> str:
     return outcome_text(path) + _where(path)
 
 
-def astray_text(path: Path) -> str:
+def astray_text(question: Question, path: Path) -> str:
     """``delivered to node/m69d 10.142.0.6:9100, which is no endpoint of the Service, by …``."""
-    return f"{outcome_text(path)}, {NO_ENDPOINT}{_by(path)}"
+    same = meant_for(question, path) and path.outcome.packet.dst in _asked_addresses(question, path)
+    by = _by_route(path) if same else _by(path)
+    return f"{outcome_text(path)}, {whose(question, path)}{by}"
+
+
+def _asked_addresses(question: Question, path: Path) -> set[IPAddress]:
+    """Those of the pod that was meant: no rule is at fault when another one has them."""
+    meant = meant_for(question, path)
+    known = {address for address, pod in question.takers if pod == meant}
+    return known | ({question.address} if question.pod else set())
+
+
+def _by_route(path: Path) -> str:
+    """The last route to a pod: `` by the route '10.40.1.10 dev veth1' on node m69d``."""
+    for hop in reversed(path.hops):
+        for step in reversed(hop.steps):
+            sent_on = step.kind is StepKind.ROUTE and step.action is StepAction.FORWARD
+            if sent_on and step.citation is not None and hop.netns.kind is NetnsKind.HOST:
+                return f", by the route {step.citation.text!r} on node {hop.netns.node}"
+    return ""
 
 
 def relayed_text(path: Path) -> str:

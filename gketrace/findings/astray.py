@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Final
 
 from gketrace.findings.making import at, cited, finding, proxy_logs
-from gketrace.findings.model import Finding
+from gketrace.findings.model import Finding, evidence
 from gketrace.findings.world import Way, World
 from gketrace.packet import Protocol, protocol_name
-from gketrace.trace import SUCCESS, Citation, Disposition, NetnsRef, Source
+from gketrace.trace import SUCCESS, Citation, Disposition, NetnsRef, Source, StepKind
 
 __all__ = ["astray"]
 
@@ -23,7 +23,10 @@ def astray(world: World) -> Iterator[Finding]:
     """A way to a Service arrives at no endpoint of it, or fails where a rule or entry leads it."""
     for way in world.ways:
         if way.astray and way.standing == "broken" and not way.stands_for:
-            yield _taken(world, way)
+            if way.meant and (way.service or _leads(way) is None):
+                yield _of_another(way)
+            else:
+                yield _taken(world, way)
 
 
 def _taken(world: World, way: Way) -> Finding:
@@ -52,14 +55,39 @@ def _taken(world: World, way: Way) -> Finding:
         cause = f"rule {node} {netns} {rule.table} {rule.chain} {rule.text}"
     return finding(
         "GKT-119",
-        f"On {place} connections to Service {way.service} go to {_where(way)}, which is no "
-        f"endpoint of it: {does}",
+        f"On {place} connections to {_asked(way)} go to {_where(way)}, which is no "
+        f"endpoint of it: {does}"
+        if way.service
+        else f"On {place} connections to {_asked(way)} go to {_where(way)}: {does}",
         proof,
         remedy=remedy,
         command=command,
-        subjects=[f"service {way.service}", place],
+        subjects=[f"service {way.service}" if way.service else f"pod {way.meant}", place],
         nodes=[node],
         cause=cause,
+    )
+
+
+def _of_another(way: Way) -> Finding:
+    """Two pods have one address: GKT-311, as where the addresses themselves were read."""
+    end = way.path.outcome
+    taker, address = end.netns.pod, end.packet.dst
+    proof = [
+        cited(step.citation, hop.netns.node, str(hop.netns))
+        for hop in way.path.hops[-2:]
+        for step in hop.steps
+        if step.kind is StepKind.ROUTE and step.citation is not None and step.before.dst == address
+    ]
+    both = sorted((way.meant, taker))
+    return finding(
+        "GKT-311",
+        f"{' and '.join(both)} both have the address {address}",
+        [*proof, evidence(Source.OBJECT, f"Pod {way.meant}: status.podIPs {address}")],
+        remedy="delete one of the pods; if it happens again, look at the CNI plugin's IPAM",
+        command=f"kubectl get pods -A -o wide --field-selector status.podIP={address}",
+        subjects=[f"pod {key}" for key in both],
+        nodes=[end.netns.node],
+        cause=f"address {address}",
     )
 
 
@@ -81,6 +109,10 @@ def _outlived(way: Way, entry: Citation, netns: NetnsRef) -> Finding:
         nodes=[node],
         cause=f"stale {node} {way.service} {_where(way)}",
     )
+
+
+def _asked(way: Way) -> str:
+    return f"Service {way.service}" if way.service else f"pod {way.meant}"
 
 
 def _where(way: Way) -> str:

@@ -122,6 +122,8 @@ class Way:
     astray: bool = False
     """True: it arrives at somebody who is no endpoint of the Service, or fails where a rule that
     leads to none has sent it."""
+    meant: str = ""
+    """The pod that should have got it, when another one has: astray."""
     stands_for: str = ""
     """A load balancer's health check: the range that its source stands for; else empty."""
 

@@ -22,6 +22,9 @@ from gketrace.trace import (
     NetnsRef,
     Path,
     Source,
+    Step,
+    StepAction,
+    StepKind,
 )
 from gketrace_cli.astray import is_astray, is_misled
 from gketrace_cli.checking.ways import ways_of
@@ -108,6 +111,43 @@ def test_the_rule_that_leads_to_what_is_gone_comes_before_where_it_ends(end: Dis
     assert said in text
     assert text.endswith("gone, on node far.")
     assert ways_of([answer], "shop/web")[0].astray
+
+
+def test_another_pod_with_the_endpoint_s_address_is_not_the_endpoint() -> None:
+    taker = NetnsRef(node="n2", kind=NetnsKind.POD, pod="shop/other")
+    route = Step(
+        kind=StepKind.ROUTE,
+        action=StepAction.FORWARD,
+        before=to("10.40.0.6"),
+        after=to("10.40.0.6"),
+        citation=Citation(source=Source.ROUTE, text="10.40.0.6 dev veth9"),
+    )
+    way = path("n1", *rewriting("KUBE-SEP-A:2", to("10.40.0.6")), route, end="other")
+    way = replace(way, outcome=replace(way.outcome, netns=taker))
+    took = "which is not pod shop/web-0, by the route '10.40.0.6 dev veth9' on node n1."
+    service = replace(asked(WEB), takers=frozenset({(WEB[0], "shop/web-0")}))
+    straight = replace(asked(), ends=None, address=WEB[0], pod="shop/web-0", door=Door.POD)
+    for question in (service, straight):
+        answer = Answer(question=question, paths=(way,))
+        verdict = judge_trace(answer, ())
+        assert verdict.code is ExitCode.BROKEN
+        assert verdict.text.endswith(took)
+        (found,) = astray(World(ways=ways_of([answer], "shop/web")))
+        assert found.code == "GKT-311"
+        assert found.text == "shop/other and shop/web-0 both have the address 10.40.0.6"
+    mine = replace(way, outcome=replace(way.outcome, netns=replace(taker, pod="shop/web-0")))
+    assert standing(service, mine) is standing(straight, mine) is Standing.FINE
+
+
+def test_a_rule_that_leads_a_pod_s_packets_to_another_pod() -> None:
+    taker = NetnsRef(node="n2", kind=NetnsKind.POD, pod="shop/other")
+    way = replace(LED, outcome=replace(LED.outcome, netns=taker))
+    question = replace(asked(), ends=None, address=WEB[0], pod="shop/web-0", door=Door.POD)
+    answer = Answer(question=question, paths=(way,))
+    said = "which is not pod shop/web-0, by PREROUTING:1 on node n1."
+    assert judge_trace(answer, ()).text.endswith(said)
+    (found,) = astray(World(ways=ways_of([answer])))
+    assert (found.code, found.subjects) == ("GKT-119", ("pod shop/web-0", "node n1"))
 
 
 def test_a_connection_that_has_outlived_its_endpoint_is_deleted_not_routed() -> None:

@@ -81,6 +81,7 @@ def _mesh(
                     port=end.port,
                     protocol=protocol_number("tcp"),
                     use_conntrack=False,
+                    pod=f"{end.namespace}/{end.pod}",
                 )
             )
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from gketrace.findings.world import Way
-from gketrace_cli.astray import is_astray, is_misled
+from gketrace_cli.astray import is_astray, is_misled, meant_for
 from gketrace_cli.verdict import Answer, path_standing
 
 __all__ = ["ways_of"]
@@ -30,6 +30,7 @@ def ways_of(answers: Iterable[Answer], services: dict[int, str] | str = "") -> t
                     configured=question.configured_drop,
                     asked=question.asked,
                     astray=is_astray(question, path) or is_misled(question, path),
+                    meant=meant_for(question, path),
                 )
             )
     return tuple(found)

@@ -183,12 +183,13 @@ def _to_pod(session: Session, sender: Sender, to: Named) -> Question:
         protocol=to.protocol or protocol_number("tcp"),
         asked=True,
         notes=notes,
+        pod=pod.key,
     )
 
 
 def _to_service(session: Session, sender: Sender, to: Named) -> Question:
     from gketrace.packet import protocol_number
-    from gketrace_cli.astray import known_ends
+    from gketrace_cli.astray import known_ends, known_takers
     from gketrace_cli.commands.service import find_service
     from gketrace_cli.frontdoors import Door, Question, select_ports
 
@@ -211,6 +212,7 @@ def _to_service(session: Session, sender: Sender, to: Named) -> Question:
         known = ", ".join(f"{p.port}/{p.protocol.lower()}" for p in ports or service.ports)
         what = ("matches several ports" if to.port else "lacks a port") if ports else "is no port"
         raise UsageError(f"{to.text!r} {what}", hint=f"service {service.key} has {known}")
+    endpoints = session.cluster.endpoints(service.namespace, service=service.name)
     return Question(
         door=Door.CLUSTER_IP,
         sender=sender,
@@ -219,9 +221,8 @@ def _to_service(session: Session, sender: Sender, to: Named) -> Question:
         protocol=protocol_number(ports[0].protocol),
         port_name=ports[0].name,
         asked=True,
-        ends=known_ends(
-            session.cluster.endpoints(service.namespace, service=service.name), ports[0]
-        ),
+        ends=known_ends(endpoints, ports[0]),
+        takers=known_takers(endpoints, ports[0]),
     )
 
 

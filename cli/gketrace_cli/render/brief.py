@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from gketrace.packet import Packet
 from gketrace.trace import SUCCESS, Disposition, NetnsKind, Path, Source, StepKind
-from gketrace_cli.astray import NO_ENDPOINT, is_astray, is_misled, is_relayed
+from gketrace_cli.astray import NO_ENDPOINT, is_astray, is_misled, is_relayed, whose
 from gketrace_cli.frontdoors import Door, Question
 from gketrace_cli.render.layout import Page
 from gketrace_cli.rewrites import Rewrite, host_nodes, rewrites
@@ -184,7 +184,7 @@ def _end(page: Page, answer: Answer, path: Path, changes: tuple[Rewrite, ...]) -
     elif standing is Standing.FINE and path.endpoint:
         text = _endpoint(path)
     elif is_astray(answer.question, path):
-        text = f"{_endpoint(path)}, {NO_ENDPOINT}"
+        text = f"{_endpoint(path)}, {whose(answer.question, path)}"
     elif is_misled(answer.question, path):
         text = f"{NO_ENDPOINT}: {text}"
     elif is_relayed(path):

@@ -168,7 +168,7 @@ def _ends(answer: Answer) -> list[tuple[str, str]]:
         if standing is Standing.CONFIGURED:
             text = f"{_share(path)}dropped as configured: {question.configured_drop}"
         elif is_astray(question, path):
-            text = f"{_share(path)}{astray_text(path)}"
+            text = f"{_share(path)}{astray_text(question, path)}"
         elif is_misled(question, path):
             text = f"{_share(path)}led to {led_to(path)}, {NO_ENDPOINT}; {outcome_text(path)}"
         elif is_relayed(path):
@@ -284,7 +284,8 @@ def _draw_end(page: Page, answer: Answer, path: Path) -> None:
     if path_standing(answer, path) is Standing.CONFIGURED:
         text += f" (as configured: {answer.question.configured_drop})"
     if is_astray(answer.question, path):
-        text, style = f"{astray_text(path)}; source seen: {path.source_seen}", "red"
+        who = astray_text(answer.question, path)
+        text, style = f"{who}; source seen: {path.source_seen}", "red"
     elif is_relayed(path):
         text, style = relayed_text(path), "yellow"
     elif is_misled(answer.question, path):
