@@ -193,6 +193,8 @@ def questions(
         for door in Door:
             if selection.door in (None, door):
                 found += maker.through(door)
+        if leaving := _leaving(endpoints, port):
+            skipped.append(leaving)
     strangers = _strangers(service, selection.senders)
     if found:
         skipped += [f"Nothing is traced from {text}." for text in strangers]
@@ -207,6 +209,19 @@ def questions(
     if service.headless:
         raise NotFoundError(f"service {service.key} is headless and has no endpoint to trace to")
     raise UsageError(f"there is nothing to trace for service {service.key}", hint=f"doors: {doors}")
+
+
+def _leaving(endpoints: Iterable[Endpoint], port: ServicePort) -> str:
+    """That only endpoints on their way out are left; empty: there are others, or none."""
+    used = ready_endpoints(endpoints, port)
+    if not used or any(end.ready for end in used):
+        return ""
+    pods = ", ".join(sorted({end.pod or end.address for end in used}))
+    name = f" ({port.name})" if port.name else ""
+    return (
+        f"No endpoint of port {port.port}{name} is ready: kube-proxy uses what is terminating and "
+        f"still serves: {pods}."
+    )
 
 
 def _proxy(entry: LoadBalancerIngress) -> str:

@@ -194,6 +194,11 @@ def judge_service(name: str, answers: Sequence[Answer], missing: Sequence[Missin
     elif asked:
         question, path = asked[0]
         text = f"{name} does not answer this way, as configured: {question.configured_drop}"
+        if fine := by_way[Standing.FINE]:
+            there = f"{_way(question)}, as configured: {question.configured_drop}"
+            lead = "leads" if fine == 1 else "lead"
+            text = f"{name} does not answer at {there}; {fine} of {ways} ways {lead} to "
+            text += _ends(judged)
     elif unknown or not judged:
         missing = [] if unknown and unknown[0][1].missing and not _absent(missing) else missing
         fine = sum(1 for a in answers if {path_standing(a, p) for p in a.paths} == {Standing.FINE})
@@ -291,7 +296,9 @@ def judge_trace(answer: Answer, missing: Sequence[Missing]) -> Verdict:
         if code is ExitCode.OK:
             code = ExitCode.BROKEN
     elif unsure is not None:
-        text = f"{way}: could not tell: {_uncertain(unsure)}"
+        text = f"{way}: could not tell"
+        if not (unsure.missing and unsure.missing[0].node in _absent(missing)):
+            text += f": {_uncertain(unsure)}"
     elif not answer.paths:
         text = f"{way}: could not tell"
     else:
@@ -427,7 +434,7 @@ def _uncertain(path: Path) -> str:
     if path.outcome.disposition is Disposition.UNKNOWN and cited is not None and cited.chain:
         return f"{outcome_text(path)}: {cited.text}"
     if path.outcome.disposition is Disposition.TRANSMITTED:
-        return f"sent out by {path.outcome.netns.node}; what comes after is not visible to agents"
+        return outcome_text(path) + ("" if path.chance in (1, None) else f" ({_percent(path)})")
     return outcome_text(path)
 
 

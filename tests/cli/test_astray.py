@@ -181,6 +181,32 @@ def test_what_leaves_the_cluster_is_broken_only_when_no_endpoint_is_there() -> N
     assert standing(asked(WEB, outside), left) is Standing.UNKNOWN
 
 
+def test_the_share_of_what_leaves_the_cluster_is_said() -> None:
+    outside = (ip_address("10.40.9.9"), 8080)
+    left = replace(LED.outcome, disposition=Disposition.TRANSMITTED, detail="left towards x")
+    fine = path("n1", *rewriting("A:2", to("10.40.0.6")), end="web", chance=Fraction(1, 2))
+    paths = (replace(LED, outcome=left, chance=Fraction(1, 2)), fine)
+    answer = Answer(question=asked(WEB, outside), paths=paths)
+    assert judge_trace(answer, ()).text.endswith("could not tell: left towards x (50.0%).")
+
+
+def test_what_was_asked_for_and_is_dropped_does_not_hide_what_works() -> None:
+    fine = path("n1", *rewriting("A:2", to("10.40.0.6")), end="web")
+    gone = replace(fine, outcome=replace(fine.outcome, disposition=Disposition.DROPPED))
+    kept_out = replace(asked(WEB), configured_drop="policy Local", asked=True)
+    answers = [
+        Answer(question=kept_out, paths=(gone,)),
+        Answer(question=asked(WEB), paths=(fine,)),
+    ]
+    verdict = judge_service("Service shop/web", answers, ())
+    assert verdict.code is ExitCode.BROKEN
+    assert verdict.text == (
+        "Service shop/web does not answer at NodePort 10.142.0.6:31830/tcp from client "
+        "203.0.113.10, as configured: policy Local; 1 of 2 ways leads to pod/shop/web "
+        "10.40.0.6:8080."
+    )
+
+
 def test_a_sidecar_of_the_sender_is_not_the_service_and_not_its_fault() -> None:
     """Its own connection to the Service is another one."""
     pod = NetnsRef(node="n1", kind=NetnsKind.POD, pod="shop/client")

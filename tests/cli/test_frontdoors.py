@@ -142,6 +142,20 @@ def test_a_large_cluster_is_sampled_with_both_kinds_of_nodes() -> None:
     assert {q.has_endpoint for q in asked} == {True, False}
 
 
+def test_endpoints_on_their_way_out_are_said() -> None:
+    """kube-proxy falls back on them: the Service answers, and not for long."""
+    web = [e for e in ENDPOINTS if e.service == "web" and e.port_name == "http"]
+    leaving = [replace(e, ready=False, serving=True, terminating=True) for e in web]
+    selection = Selection(port="http")
+    _, skipped = questions(SERVICES["web"], leaving, NODES, selection)
+    pods = ", ".join(sorted(e.pod for e in web))
+    assert skipped == (
+        "No endpoint of port 80 (http) is ready: kube-proxy uses what is terminating and still "
+        f"serves: {pods}.",
+    )
+    assert questions(SERVICES["web"], [*leaving[1:], web[0]], NODES, selection)[1] == ()
+
+
 def test_nothing_to_follow() -> None:
     with pytest.raises(NotFoundError, match="has no NodePort; its doors: ClusterIP"):
         ask("web", door=Door.NODE_PORT)
