@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import jsonschema
 import pytest
 import yaml
 
+from gketrace_cli.cluster import Cluster
 from gketrace_cli.main import run
 from tests.cli.stage import Stage
 
@@ -153,6 +155,22 @@ def test_a_trace_in_json(ask: Ask) -> None:
     assert (rewrite["before"]["dst"], rewrite["before"]["dport"]) == ("10.142.0.7", 30080)
     assert (rewrite["after"]["dst"], rewrite["after"]["dport"]) == ("10.40.0.10", 8080)
     assert path["return"]["outcome"] == "transmitted"
+
+
+def test_a_trace_to_a_service_reads_its_endpoints_once(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the Service, not after it."""
+    read = Cluster.endpoints
+    asked: list[str] = []
+
+    def count(cluster: Cluster, namespace: str = "", *, service: str = "") -> Any:
+        asked.append(threading.current_thread().name)
+        return read(cluster, namespace, service=service)
+
+    monkeypatch.setattr(Cluster, "endpoints", count)
+    assert ask("trace", "pod/web-0", "svc/hello-server")[0] == 0
+    assert asked == ["endpoints"]
 
 
 @pytest.mark.parametrize("words", [["pod", "hello-server"], ["-A", "pod", "hello-server"]])

@@ -193,7 +193,7 @@ def _to_service(session: Session, sender: Sender, to: Named) -> Question:
     from gketrace_cli.commands.service import find_service
     from gketrace_cli.frontdoors import Door, Question, select_ports
 
-    service, _ = find_service(session, to.namespace or session.namespace, to.name)
+    service, endpoints = find_service(session, to.namespace or session.namespace, to.name)
     if not service.cluster_ips:
         if service.type == "ExternalName":
             raise UnsupportedError(
@@ -212,7 +212,6 @@ def _to_service(session: Session, sender: Sender, to: Named) -> Question:
         known = ", ".join(f"{p.port}/{p.protocol.lower()}" for p in ports or service.ports)
         what = ("matches several ports" if to.port else "lacks a port") if ports else "is no port"
         raise UsageError(f"{to.text!r} {what}", hint=f"service {service.key} has {known}")
-    endpoints = session.cluster.endpoints(service.namespace, service=service.name)
     return Question(
         door=Door.CLUSTER_IP,
         sender=sender,
