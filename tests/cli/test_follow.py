@@ -18,6 +18,7 @@ from gketrace.errors import ExitCode, UsageError
 from gketrace.follow.joiner import Joiner
 from gketrace.follow.outcome import Outcome
 from gketrace.objects import Endpoint, Pod
+from gketrace.trace import Citation, Source
 from gketrace_cli.addressbook import AddressBook
 from gketrace_cli.agents import Fleet
 from gketrace_cli.follow.intake import Intake
@@ -165,6 +166,25 @@ def test_a_narrow_terminal_breaks_lines_between_words() -> None:
         assert all(line.startswith(" " * 4) for line in plain[1:])
         assert "\033[32m" in lines[0]
         assert lines[0].index("closed\033[0m:") > 0
+
+
+def test_a_rule_is_quoted_once() -> None:
+    view = views("closed")[-1]
+    texts = ("-j KUBE-SVC-X", "-j DNAT --to-destination 10.40.1.6:8080")
+    rules = tuple(
+        Citation(source=Source.RULE, table="nat", chain="KUBE", position=n, text=text)
+        for n, text in enumerate(texts, 1)
+    )
+    view = replace(view, rules=(rules, ()))
+    changed = replace(view, rules=((rules[0], replace(rules[1], text="-j DROP")), ()))
+    told: set[str] = set()
+    page = Page(wide=True, width=200)
+    said = [connection_lines(page, one, "default", told) for one in (view, view, changed)]
+    assert [text.count("as above") for text in said] == [0, 1, 1]
+    assert all(text in said[0] for text in texts)
+    assert "nat KUBE:1, nat KUBE:2 (as above)\n" in said[1]
+    assert "nat KUBE:1 (as above)\n" in said[2]
+    assert "nat KUBE:2 -j DROP\n" in said[2]
 
 
 def test_a_failure_says_where_it_was_seen_last() -> None:

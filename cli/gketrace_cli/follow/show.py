@@ -59,6 +59,8 @@ class Show:
         if sys.stdout.isatty() and not jsonl:
             rows = shutil.get_terminal_size((WIDTH, 24)).lines
             self._sampler = Sampler(self._output.write, max(rows // _SIXTH, 2), time.monotonic)
+        self._told: set[str] = set()
+        """Rules whose text was shown."""
         self._warned: set[int] = set()
         """Connections of which a failure was shown before their end."""
 
@@ -100,7 +102,9 @@ class Show:
                 return
         if not record and view.failed:
             self._warned.add(followed.number)
-        self._offer(partial(connection_lines, self._page, view, namespace), failed=view.failed)
+        self._offer(
+            partial(connection_lines, self._page, view, namespace, self._told), failed=view.failed
+        )
 
     def alone(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 
 from gketrace.connections import Half
 from gketrace.follow.entries import Sight
@@ -19,13 +20,16 @@ __all__ = ["alone_lines", "connection_lines", "duration_text", "end_text"]
 
 _COARSE = 0.05
 """Seconds: what durations are known to."""
+_TOLD = 10_000
+"""Rules whose text is known to have been said."""
 _STYLES = {Outcome.CLOSED: "green", Outcome.OPEN: "cyan", Outcome.OPENING: "cyan"}
 
 
-def connection_lines(page: Page, view: View, namespace: str) -> str:
+def connection_lines(page: Page, view: View, namespace: str, told: set[str] | None = None) -> str:
     """One connection: a line, and for failures what is known of where it died.
 
-    `page` gives colours, names and width; nothing is kept in it.
+    `page` gives colours, names and width; nothing is kept in it.  `told`: rules whose text was
+    said before; then their place is enough.
     """
     out = Page(colored=page.colored, wide=page.wide, width=page.width, names=page.names)
     followed = view.followed
@@ -50,8 +54,8 @@ def connection_lines(page: Page, view: View, namespace: str) -> str:
             followed.connection.halves, followed.sights, view.rules, strict=True
         ):
             out.entry(str(half.place), _half_text(half, sight), indent=9, column=10)
-            for rule in rules:
-                out.line(_rule(rule), "dim", indent=21)
+            for line in _rules(rules, set() if told is None else told):
+                out.line(line, "dim", indent=21)
     return "\n".join(out.lines) + "\n"
 
 
@@ -167,6 +171,23 @@ def _half_text(half: Half, sight: Sight) -> str:
     return ", ".join(parts)
 
 
-def _rule(cited: Citation) -> str:
-    place = f":{cited.position}" if cited.position else ""
-    return f"{cited.table} {cited.chain}{place}  {cited.text}"
+def _rules(rules: Sequence[Citation], told: set[str]) -> Iterator[str]:
+    """Each rule's text where it has not been said: the same ones take part in each connection, and
+    are read once; those in between by their places."""
+    known: list[str] = []
+    for cited in rules:
+        position = f":{cited.position}" if cited.position else ""
+        place = f"{cited.table} {cited.chain}{position}"
+        whole = f"{place}  {cited.text}"
+        if whole in told:
+            known.append(place)
+            continue
+        if known:
+            yield f"{', '.join(known)} (as above)"
+            known = []
+        if len(told) >= _TOLD:
+            told.clear()
+        told.add(whole)
+        yield whole
+    if known:
+        yield f"{', '.join(known)} (as above)"
