@@ -7,7 +7,7 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from importlib import metadata
@@ -238,7 +238,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             self._namespaces.open(
                 target_pod(request.target), timeout=self._remaining(context)
             ) as target,
-            self._open_conntrack(target) as table,
+            self._open_conntrack(target, context.is_active) as table,
         ):
             for reply in until_stalled(
                 list_entries(table, wanted, request.format, limit), context, limits.stall_seconds
@@ -258,7 +258,7 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             self._namespaces.open(
                 target_pod(request.target), timeout=self._remaining(context)
             ) as target,
-            self._open_conntrack(target) as table,
+            self._open_conntrack(target, context.is_active) as table,
             closing(
                 table.follow(
                     wanted,
@@ -310,14 +310,16 @@ class AgentService(agent_pb2_grpc.AgentServicer):
             self._namespaces.open(
                 target_pod(request.target), timeout=self._remaining(context)
             ) as target,
-            self._open_conntrack(target) as table,
+            self._open_conntrack(target, context.is_active) as table,
         ):
             return delete_asked(table, request)
 
-    def _open_conntrack(self, target: OpenTarget) -> ConntrackTable:
+    def _open_conntrack(
+        self, target: OpenTarget, active: Callable[[], bool] = lambda: True
+    ) -> ConntrackTable:
         from gketrace_agent.observe.conntrack_table import open_conntrack  # see `preload`
 
-        return open_conntrack(target.here.handle, self._config.paths)
+        return open_conntrack(target.here.handle, self._config.paths, active=active)
 
     def _tracked(self, target: OpenTarget, table: ConntrackTable) -> bool:
         """Whether anything in the target asks for connection tracking.

@@ -24,12 +24,27 @@ _Number: TypeAlias = Literal[
     "dst_nat_port",
 ]
 """Fields of a filter that tell zero from not given."""
+_PORTS = (
+    "orig_sport",
+    "orig_dport",
+    "reply_sport",
+    "reply_dport",
+    "src_nat_port",
+    "dst_nat_port",
+    "zone",
+)
+"""Fields of 16 bits."""
 
 
 def _filter(cls: type[F], message: agent_pb2.ConntrackFilter) -> F:
     """Raises `UsageError` for what cannot be meant."""
     if message.family not in (0, 4, 6):
         raise UsageError(f"no such address family: {message.family}", hint="4, 6, or 0 for both")
+
+    most = {"protocol": 255} | dict.fromkeys(_PORTS, 65535)
+    for name, bound in most.items():
+        if getattr(message, name) > bound:
+            raise UsageError(f"no such {name}: {getattr(message, name)}; {bound} is the last one")
 
     def number(name: _Number) -> int | None:
         return getattr(message, name) if message.HasField(name) else None

@@ -15,10 +15,14 @@ import pytest
 from gketrace.conntrack import ConntrackEntry
 from gketrace.conntrack_records import entry_from_record, records_from_bytes
 from gketrace.conntrack_text import render_entry
+from gketrace.errors import TimeoutExceeded
 from gketrace.trace import NetnsKind
 from gketrace_agent import service as service_module
 from gketrace_agent.config import Config, Limits, Listen
+from gketrace_agent.kernel.hostpaths import HostPaths
 from gketrace_agent.namespaces import OpenTarget
+from gketrace_agent.observe.conntrack_filter import ConntrackFilter, ConntrackFilters
+from gketrace_agent.observe.conntrack_table import open_conntrack
 from gketrace_agent.server import AgentServer
 from gketrace_proto import codec
 from gketrace_proto.v1alpha1 import agent_pb2, agent_pb2_grpc
@@ -144,6 +148,45 @@ def test_filters_any_of_which_may_take_an_entry(
     assert summary.duplicates == 0
     with pytest.raises(grpc.RpcError) as caught:
         listed(stub, filter=agent_pb2.ConntrackFilter(tcp_state="OPENISH"))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_many_filters_are_one_dump(stub: agent_pb2_grpc.AgentStub, node: Netns) -> None:
+    """The kernel would walk its table for each of them."""
+    node.inside(lambda: make(flows(300)))
+    one = listed(stub)[0][0].entries[0]
+    wanted = [agent_pb2.ConntrackFilter(orig_dport=port, protocol=6) for port in range(1, 2000)]
+    wanted.append(agent_pb2.ConntrackFilter(address=one.orig.src))
+    replies, summary = listed(stub, any=wanted)
+    assert summary.readings == 1
+    assert one in [entry for reply in replies for entry in reply.entries]
+    assert summary.read >= 300
+
+
+def test_a_reading_that_nobody_waits_for_ends(node: Netns) -> None:
+    node.inside(lambda: make(flows(300)))
+    wanted = ConntrackFilters(filters=[ConntrackFilter(orig_dport=n) for n in range(1, 20)])
+    asked = 0
+
+    def active() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked < 5
+
+    with open_conntrack(node.handle, HostPaths(), active=active) as table:
+        reading = table.read(wanted)
+        with pytest.raises(TimeoutExceeded, match="its reader has gone"):
+            list(reading.batches())
+    assert reading.readings < 5
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"protocol": 256}, {"orig_dport": 65536}, {"zone": 1 << 31}, {"dst_nat_port": 70000}]
+)
+def test_numbers_that_no_entry_has(stub: agent_pb2_grpc.AgentStub, wrong: dict[str, int]) -> None:
+    """A protocol of 256 was an internal error."""
+    with pytest.raises(grpc.RpcError) as caught:
+        listed(stub, any=[agent_pb2.ConntrackFilter(**wrong)])  # type: ignore[arg-type]
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 

@@ -16,6 +16,7 @@ from gketrace_proto.v1alpha1 import capture_pb2, target_pb2
 ROOT = Path(__file__).parents[2]
 STARTS = {
     "agent/gketrace_agent/kernel/process.py",
+    "cli/gketrace_cli/capture/offline.py",
     "cli/gketrace_cli/kubeconfig.py",
     "cli/gketrace_cli/local.py",
 }
@@ -73,6 +74,9 @@ def test_too_many_of_anything() -> None:
     request = pb.GetNetnsRequest(pods=[target_pb2.PodRef(name="a")] * 20_001)
     with pytest.raises(UsageError, match="20001 elements"):
         check_request(request)
+    taps = capture_pb2.CaptureRequest(taps=[capture_pb2.CaptureTap()] * 65)
+    with pytest.raises(UsageError, match="taps has 65 elements, more than 64"):
+        check_request(taps)
 
 
 def _sources() -> list[Path]:

@@ -35,6 +35,9 @@ _STRING: Final = 32 << 10
 """Characters of any string: the longest are the filters of captures, with all endpoints in them."""
 _LIST: Final = 20_000
 """Elements of any list: pods of a node, entries to delete."""
+_LISTS: Final = {"taps": 64}
+"""Those of which each costs more than its bytes: a tap's namespace is opened before it is looked at
+any further."""
 _DEPTH: Final = 16
 
 
@@ -49,9 +52,10 @@ def check_request(message: Message, depth: int = 0) -> None:
         raise UsageError("the request is nested too deeply")
     for field, value in message.ListFields():
         values = value if field.is_repeated else (value,)
-        if len(values) > _LIST:
+        most = _LISTS.get(field.name, _LIST)
+        if len(values) > most:
             raise UsageError(
-                f"the request's {field.name} has {len(values)} elements, more than {_LIST}"
+                f"the request's {field.name} has {len(values)} elements, more than {most}"
             )
         if field.type == FieldDescriptor.TYPE_STRING:
             wanted = _PODREF.get(field.name) if isinstance(message, target_pb2.PodRef) else None

@@ -197,6 +197,8 @@ class TableReading:
     """Entries that the kernel sent, doubled and unwanted ones included."""
     duplicates: int = 0
     """Entries that the kernel sent twice in one dump."""
+    active: Callable[[], bool] = lambda: True
+    """Whether somebody still waits for it; asked for each dump and bufferful."""
     readings: int = 0
     """Dumps that were begun."""
     failures: int = 0
@@ -208,6 +210,7 @@ class TableReading:
         """What `take` takes of what the filters let through, each entry once.
 
         An interrupted dump is made again, a bounded number of times; what it brought stays.
+        Raises `TimeoutExceeded` when nobody waits for it any more.
         """
         seen = Seen()
         buffer = bytearray(_BUFFER)
@@ -221,6 +224,10 @@ class TableReading:
             else:
                 self.consistent = False
 
+    def _check_active(self) -> None:
+        if not self.active():
+            raise TimeoutExceeded(f"{_WHAT}: its reader has gone")
+
     def _attempt(
         self,
         wanted: KernelFilter,
@@ -229,11 +236,13 @@ class TableReading:
         seen: Seen,
         again: bool,
     ) -> Generator[Batch, None, bool]:
+        self._check_active()
         self.readings += 1
         before = self.buckets()
         interrupted = False
         try:
             for words, starts, interrupted_now in self.socket.dump(wanted, buffer):
+                self._check_active()
                 interrupted |= interrupted_now
                 self.read += len(starts)
                 batch = layouts.batch(words, starts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,6 +10,7 @@ from gketrace.conntrack import ConntrackEntry
 from gketrace_agent.kernel.conntrack_delete import Deletion, delete_entries
 from gketrace_agent.kernel.conntrack_dump import BulkSocket, TableReading
 from gketrace_agent.kernel.conntrack_events import EventKind, EventSocket
+from gketrace_agent.kernel.conntrack_request import KernelFilter
 from gketrace_agent.kernel.conntrack_stats import (
     CpuStatistics,
     TableSize,
@@ -24,6 +25,8 @@ from gketrace_agent.observe.conntrack_follow import Follower
 
 __all__ = ["ConntrackSettings", "ConntrackTable", "open_conntrack"]
 
+_DUMPS: Final = 32
+"""Of one reading: to be sent the whole table costs less than to have it walked more often."""
 _PREFIX: Final = "net.netfilter.nf_conntrack_"
 
 
@@ -52,11 +55,13 @@ class ConntrackTable:
         paths: HostPaths,
         netfilter: NetlinkSocket,
         settings: ConntrackSettings,
+        active: Callable[[], bool],
     ) -> None:
         self._handle = handle
         self._paths = paths
         self._netfilter = netfilter
         self._bulk = BulkSocket()
+        self._active = active
         self.settings: Final = settings
 
     def size(self) -> TableSize:
@@ -78,11 +83,16 @@ class ConntrackTable:
 
     def read(self, wanted: ConntrackFilters) -> TableReading:
         """A reading that has not begun: iterate over its `batches`."""
+        filters = wanted.kernel()
+        if len(filters) > _DUMPS:
+            families = {one.family for one in filters}
+            filters = (KernelFilter(family=families.pop() if len(families) == 1 else 0),)
         return TableReading(
             socket=self._bulk,
-            filters=wanted.kernel(),
+            filters=filters,
             take=wanted.mask,
             buckets=self.buckets,
+            active=self._active,
         )
 
     def delete(self, entries: Iterable[ConntrackEntry]) -> Iterator[Deletion]:
@@ -121,8 +131,13 @@ class ConntrackTable:
         self.close()
 
 
-def open_conntrack(handle: NetnsHandle, paths: HostPaths) -> ConntrackTable:
-    """Opens the table of a namespace.  Raises `UnavailableError` without connection tracking."""
+def open_conntrack(
+    handle: NetnsHandle, paths: HostPaths, *, active: Callable[[], bool] = lambda: True
+) -> ConntrackTable:
+    """Opens the table of a namespace.  Raises `UnavailableError` without connection tracking.
+
+    `active`: whether somebody still waits for what is read; a reading for nobody ends.
+    """
 
     def opened() -> ConntrackTable:
         netfilter = NetlinkSocket(NETLINK_NETFILTER)
@@ -132,7 +147,7 @@ def open_conntrack(handle: NetnsHandle, paths: HostPaths) -> ConntrackTable:
                 events=_setting(paths, "events"),
                 timestamps=_setting(paths, "timestamp") == 1,
             )
-            return ConntrackTable(handle, paths, netfilter, settings)
+            return ConntrackTable(handle, paths, netfilter, settings, active)
         except BaseException:
             netfilter.close()
             raise
