@@ -6,14 +6,15 @@ the node named, as ``iptables -L --line-numbers`` counts.  The steps have its te
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from gketrace.packet import Packet
-from gketrace.trace import Citation, Hop, NetnsKind, Path, Source, Step, StepKind
+from gketrace.trace import Citation, Hop, NetnsKind, Path, Source, Step, StepAction, StepKind
 
-__all__ = ["Rewrite", "host_nodes", "rewrites", "where"]
+__all__ = ["Rewrite", "by_affinity", "host_nodes", "rewrites", "where"]
 
 _DISPATCH: Final = frozenset(
     {"PREROUTING", "OUTPUT", "POSTROUTING", "KUBE-SERVICES", "KUBE-NODEPORTS"}
@@ -21,6 +22,9 @@ _DISPATCH: Final = frozenset(
 )
 """Chains that every packet meets, of iptables and of kube-proxy's nftables mode: only the last rule
 in one of them says anything about this packet."""
+
+_AFFINITY: Final = re.compile(r"-m recent --rcheck .*--name KUBE-SEP-|\bsaddr @affinity-")
+"""Of kube-proxy's iptables and nftables modes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,6 +122,17 @@ def _rewrite(hop: Hop, step: Step, way: Sequence[Citation]) -> Rewrite:
 
 def _of_entry(cited: Citation) -> bool:
     return cited.source is Source.CONNTRACK
+
+
+def by_affinity(path: Path) -> str:
+    """``KUBE-SVC-…:2 on node n1``: the rule by which session affinity chose the endpoint, that is,
+    a list of the kernel has the client; empty: none did."""
+    for hop in path.hops:
+        for step in hop.steps:
+            jumps = step.action in (StepAction.JUMP, StepAction.GOTO)
+            if jumps and step.citation is not None and _AFFINITY.search(step.citation.text):
+                return f"{where(step.citation)} on node {hop.netns.node}"
+    return ""
 
 
 def host_nodes(path: Path) -> tuple[str, ...]:

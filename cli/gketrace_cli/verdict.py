@@ -37,6 +37,7 @@ from gketrace_cli.astray import (
     meant_for,
     whose,
 )
+from gketrace_cli.rewrites import by_affinity
 
 if TYPE_CHECKING:
     from gketrace.findings.model import Finding
@@ -306,6 +307,8 @@ def judge_trace(answer: Answer, missing: Sequence[Missing]) -> Verdict:
         where = ends[0] if len(ends) == 1 else f"{len(ends)} endpoints"
         how = "an existing connection, pinned by conntrack" if fresh is not None else "delivered"
         text = f"{way} is {how} to {where}" if ends else f"{way} is {how}"
+    if fresh is None and len(answer.paths) == 1 and (rule := by_affinity(answer.paths[0])):
+        text += f"; session affinity keeps it there, by {rule}"
     if fresh is not None:
         if bad is not None or unsure is not None:
             text += "; it is an existing connection, pinned by conntrack"

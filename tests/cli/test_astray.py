@@ -181,6 +181,23 @@ def test_what_leaves_the_cluster_is_broken_only_when_no_endpoint_is_there() -> N
     assert standing(asked(WEB, outside), left) is Standing.UNKNOWN
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "-A KUBE-SVC-A -m recent --rcheck --seconds 10800 --reap --name KUBE-SEP-B --mask "
+        "255.255.255.255 --rsource -j KUBE-SEP-B",
+        "ip saddr @affinity-57VC4AL6-shop/web/tcp/http__10.40.0.6/8080 goto endpoint-57VC4AL6-x",
+    ],
+)
+def test_session_affinity_is_said_to_have_chosen(text: str) -> None:
+    chose = rule("KUBE-SVC-A:2")
+    assert chose.citation is not None
+    chose = replace(chose, citation=replace(chose.citation, text=text))
+    way = path("n1", chose, *rewriting("KUBE-SEP-B:2", to("10.40.0.6")), end="web")
+    said = judge_trace(Answer(question=asked(WEB), paths=(way,)), ()).text
+    assert said.endswith("; session affinity keeps it there, by KUBE-SVC-A:2 on node n1.")
+
+
 def test_the_share_of_what_leaves_the_cluster_is_said() -> None:
     outside = (ip_address("10.40.9.9"), 8080)
     left = replace(LED.outcome, disposition=Disposition.TRANSMITTED, detail="left towards x")
