@@ -63,12 +63,14 @@ def _few_ports(stage: Stage) -> None:
             "-s 10.40.0.10/32 -d 10.40.1.10/32 -p tcp --dport 9090 -j MASQUERADE "
             "--to-ports 50000-50007",
         )  # fmt: skip
-    stage.keep("pod/web-0", ["/usr/bin/python3", "-c", _HOLD, "8"])
+    # Undone in reverse: the connections end by the entries that translate them, or the other end
+    # keeps them, and refuses the next from the same port.
     stage.later(
         lambda: stage.run(
             "node/2jdh", "conntrack -D -p tcp -s 10.40.0.10 --dport 9090", check=False
         )
     )
+    stage.keep("pod/web-0", ["/usr/bin/python3", "-c", _HOLD, "8"])
 
 
 _HOLD: Final = (

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Final
 
 from gketrace.findings.making import at, cited, finding, proxy_logs
 from gketrace.findings.model import Finding, evidence
+from gketrace.findings.ties import trail
 from gketrace.findings.world import Way, World
 from gketrace.packet import Protocol, protocol_name
 from gketrace.trace import SUCCESS, Citation, Disposition, NetnsRef, Source, StepKind
@@ -24,9 +26,10 @@ def astray(world: World) -> Iterator[Finding]:
     for way in world.ways:
         if way.astray and way.standing == "broken" and not way.stands_for:
             if way.meant and (way.service or _leads(way) is None):
-                yield _of_another(way)
+                found = _of_another(way)
             else:
-                yield _taken(world, way)
+                found = _taken(world, way)
+            yield replace(found, trail=trail(way))
 
 
 def _taken(world: World, way: Way) -> Finding:

@@ -6,7 +6,7 @@ An entry decides before any nat rule, so it outlives the rule and the endpoint t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from typing import Final
 
@@ -14,6 +14,7 @@ from gketrace.conntrack import ConntrackEntry, CtStatus
 from gketrace.findings.expected import Expected
 from gketrace.findings.making import at, cited, finding, of_endpoint
 from gketrace.findings.model import Confidence, Evidence, Finding, evidence
+from gketrace.findings.ties import entered, first_chain
 from gketrace.findings.world import Sight, World
 from gketrace.kubenames import endpoint_text
 from gketrace.packet import IPAddress, Packet, Protocol, Tuple5, protocol_name, protocol_number
@@ -184,6 +185,7 @@ def one_sided(world: World) -> Iterator[Finding]:
             for entry in sight.entries:
                 if entry.status & CtStatus.SEEN_REPLY or entry.tcp_state == "SYN_RECV":
                     answered[entry.orig] = (sight, entry)
+    doors = _stray_doors(world)
     for sight in world.sights.values():
         if isinstance(sight.entries, Unavailable):
             continue
@@ -194,7 +196,7 @@ def one_sided(world: World) -> Iterator[Finding]:
             if far is None or far[0] is sight:
                 continue
             other, seen = far
-            yield finding(
+            lopsided = finding(
                 "GKT-208",
                 f"Node {sight.node} sees no answer to {entry.orig.src} → {entry.orig.dst}:"
                 f"{entry.orig.dport}, and node {other.node} does: the answers take another way",
@@ -209,6 +211,24 @@ def one_sided(world: World) -> Iterator[Finding]:
                 nodes=[sight.node, other.node],
                 cause=f"one-sided {sight.node} {other.node}",
             )
+            where = (sight.node, entry.orig.dst, entry.orig.dport)
+            yield replace(lopsided, faulty=frozenset(doors.get(where, ())))
+
+
+def _stray_doors(world: World) -> dict[tuple[str, IPAddress, int | None], set[str]]:
+    """Where traces say, too, that answers come back by another way: node, address and port that
+    its rules translate → by which door connections come into the Service's chains there."""
+    found: dict[tuple[str, IPAddress, int | None], set[str]] = {}
+    for way in world.ways:
+        if way.standing != "broken" or way.path.reply is None:
+            continue
+        for hop in way.path.hops:
+            chain = first_chain(hop) if hop.netns.node else ""
+            if chain:
+                asked = hop.steps[0].before
+                tie = entered(way.path.front_door, chain)
+                found.setdefault((hop.netns.node, asked.dst, asked.dport), set()).add(tie)
+    return found
 
 
 def _way_back(other: Sight, entry: ConntrackEntry) -> Iterator[Evidence]:

@@ -86,3 +86,9 @@ class Finding:
     """What explains it.  Findings of one code and one cause are one."""
     more: int = 0
     """Evidence that was left out, as there is enough."""
+    faulty: frozenset[str] = frozenset()
+    """Ties (`gketrace.findings.ties`) that it holds to be wrong: what a way meets there is why."""
+    trail: frozenset[str] = frozenset()
+    """Ties that the traced way behind it met; empty: it is no traced way's."""
+    consequences: tuple[Finding, ...] = ()
+    """Other findings that this one explains."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Final
 
 from gketrace.findings.expected import Expected
 from gketrace.findings.making import cited, finding, of_endpoint, of_service, proxy_logs
 from gketrace.findings.model import Confidence, Evidence, Finding, Severity, evidence
+from gketrace.findings.ties import led
 from gketrace.findings.world import Sight, World
 from gketrace.kubenames import ServicePort, endpoint_chain, endpoint_text
 from gketrace.packet import Protocol
@@ -91,7 +93,7 @@ def _node_drift(world: World, sight: Sight) -> Iterator[Finding]:
         )
     if extra:
         count = sum(len(ends) for *_, ends in extra)
-        yield finding(
+        stale = finding(
             "GKT-111",
             f"The rules of node {sight.node} still lead to {_addresses(count)} that "
             f"{'is' if count == 1 else 'are'} no ready endpoint of {_names(extra)} any more",
@@ -105,6 +107,10 @@ def _node_drift(world: World, sight: Sight) -> Iterator[Finding]:
             nodes=[sight.node],
             cause=f"kube-proxy {sight.node}",
         )
+        ends = frozenset(
+            led(str(name), sight.node, end) for name, *_, ends in extra for end in ends
+        )
+        yield replace(stale, faulty=ends)
 
 
 def _difference(
@@ -367,7 +373,7 @@ def _pinned(
     if not remembered:
         return
     clients = [client for client, _, _ in remembered]
-    yield finding(
+    pinned = finding(
         "GKT-117",
         f"Session affinity of Service {one.service.key} on node {sight.node} pins "
         f"{', '.join(clients[:3])} to {end}, which is no endpoint any more",
@@ -383,3 +389,4 @@ def _pinned(
         nodes=[sight.node],
         cause=f"affinity {name} {end}",
     )
+    yield replace(pinned, faulty=frozenset({led(str(name), sight.node, end)}))

@@ -124,7 +124,10 @@ def _judge(
         exact = route is not None and route.dst.prefixlen > 0
         if not exact:
             return _missing(sight, pod, address, decision)
-    return _wrong(sight, pod, address, decision, f"leads out of {link.name}")
+    how = f"leads out of {link.name}"
+    if not own:
+        how += f", and the pod is on node {pod.node}"
+    return _wrong(sight, pod, address, decision, how)
 
 
 def _has6(sight: Sight) -> bool:
@@ -197,7 +200,9 @@ def _wrong(
         "GKT-306": f"The route of node {sight.node} to pod {pod.key} is wrong",
     }[code]
     name = route.dst if route is not None else address
-    command = f"ip route del {name}{_table(route)}"
+    single = route is not None and len(route.next_hops) == 1 and decision.interface
+    device = f" dev {decision.interface}" if single else ""
+    command = f"ip route del {name}{device}{_table(route)}"
     if by_rule and rule is not None:
         command = f"ip rule del priority {rule.priority}"
     text = route.text if route is not None else decision.detail

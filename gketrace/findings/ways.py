@@ -9,12 +9,14 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from ipaddress import ip_address
 from typing import Final
 
 from gketrace.findings.making import at, cited, finding, proxy_logs
 from gketrace.findings.model import Evidence, Finding, Severity, evidence
 from gketrace.findings.stop import Stop, mend_untracked, strayed
+from gketrace.findings.ties import trail
 from gketrace.findings.undelivered import no_neighbour
 from gketrace.findings.world import Way, World
 from gketrace.objects import Pod
@@ -22,7 +24,6 @@ from gketrace.packet import IPAddress
 from gketrace.snapshot import Unavailable
 from gketrace.trace import (
     FAILURE,
-    Citation,
     Disposition,
     NetnsKind,
     Source,
@@ -47,7 +48,7 @@ def failing_ways(world: World) -> Iterator[Finding]:
     for stop in stops(way for way in world.ways if not way.stands_for):
         found = named(world, stop)
         if found is not None:
-            yield found
+            yield replace(found, trail=trail(stop.way))
 
 
 def stops(ways: Iterable[Way]) -> Iterator[Stop]:
@@ -79,6 +80,8 @@ def named(world: World, stop: Stop) -> Finding | None:
     if kind is Disposition.NO_NEIGHBOUR:
         return no_neighbour(world, stop)
     if kind is Disposition.LOOPED:
+        if stop.way.service and _at_the_door(stop):
+            return _not_translated(world, stop, "it comes back to where it was")
         return _route(stop, "GKT-306", "comes back to where it was: routes lead in a circle")
     if kind is Disposition.UNREACHABLE:
         return _unreachable(world, stop)
@@ -213,7 +216,7 @@ def _refused(world: World, stop: Stop) -> Finding | None:
     if stop.citation.source is not Source.SOCKET:
         return None
     if packet.dst in set(_cluster_ips(world)) or (stop.way.service and _at_the_door(stop)):
-        return _not_translated(world, stop)
+        return _not_translated(world, stop, "the node takes it for itself")
     if stop.outcome.netns.kind is NetnsKind.HOST and packet.dst in world.pod_by_address:
         return _taken_in(world, stop)
     if _looked_into(world, stop):
@@ -283,11 +286,10 @@ def _at_the_door(stop: Stop) -> bool:
     )
 
 
-def _not_translated(world: World, stop: Stop) -> Finding:
+def _not_translated(world: World, stop: Stop, then: str) -> Finding:
     return finding(
         "GKT-110",
-        f"No rule on node {stop.node} translates {stop.way.path.target}: the node takes it for "
-        "itself",
+        f"No rule on node {stop.node} translates {stop.way.path.target}: {then}",
         [stop.proof],
         remedy="see why kube-proxy has no rule for the Service there",
         command=proxy_logs(world.pods, stop.node),
@@ -338,9 +340,11 @@ def _unreachable(world: World, stop: Stop) -> Finding | None:
         )
     if "forward" in text and stop.citation.source is Source.SYSCTL:
         return _not_forwarding(stop)
-    rules = [s.citation for s in stop.steps[-4:] if s.citation and _is_rule(s.citation)]
+    last = [s.citation for s in stop.steps[-4:] if s.citation]
+    rules = [one for one in last if one.source is Source.POLICY_RULE]
     if rules:
-        return _route(stop, "GKT-308", f"is led astray by the policy rule {rules[-1].text!r}")
+        rule = rules[-1].text
+        return _route(stop, "GKT-308", f"is led astray by the policy rule {rule!r}", rule)
     if _ROUTE_KINDS.search(text):
         return _route(stop, "GKT-306", f"ends in the route {text!r}")
     if "no route" in stop.outcome.detail.lower() or "no route" in text.lower():
@@ -405,10 +409,6 @@ def _without_address(stop: Stop, pod: Pod) -> Finding:
     )
 
 
-def _is_rule(citation: Citation) -> bool:
-    return citation.source is Source.POLICY_RULE
-
-
 def _all_checks(stop: Stop) -> list[Evidence]:
     """Every switch and route that the last decision looked at."""
     shown = [
@@ -419,7 +419,9 @@ def _all_checks(stop: Stop) -> list[Evidence]:
     return [stop.proof, *shown]
 
 
-def _route(stop: Stop, code: str, verb: str) -> Finding:
+def _route(stop: Stop, code: str, verb: str, rule: str = "") -> Finding:
+    """The cause is that of routes.py, which says the same of a pod's route."""
+    inside = stop.netns if stop.outcome.netns.pod else rule
     destination = stop.outcome.packet.dst
     return finding(
         code,
@@ -429,5 +431,5 @@ def _route(stop: Stop, code: str, verb: str) -> Finding:
         command=at(f"ip route get {destination}", stop.node, stop.netns),
         subjects=stop.subjects,
         nodes=[stop.node],
-        cause=f"route {stop.node} {stop.netns} {stop.citation.text}",
+        cause=f"route {stop.node} {inside} {stop.citation.text}",
     )

@@ -99,7 +99,12 @@ def pod_findings(report: PodReport) -> tuple[Finding, ...]:
 
 
 def _of(findings: Iterable[Finding], *subjects: str) -> tuple[Finding, ...]:
-    return tuple(one for one in findings if set(subjects) & set(one.subjects))
+    """Those of the subjects, and those that explain one of them."""
+    return tuple(
+        one
+        for one in findings
+        if any(set(subjects) & set(each.subjects) for each in (one, *one.consequences))
+    )
 
 
 def _blind(node: str, entries: tuple[ConntrackEntry, ...]) -> Sight:

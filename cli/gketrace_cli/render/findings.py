@@ -58,8 +58,17 @@ def draw_findings(page: Page, findings: Sequence[Finding], *, heading: str = "")
             page.entry("evidence", page.short(_evidence_text(proof)))
         if one.more:
             page.entry("", f"and {one.more} more")
+        _draw_consequences(page, one)
         page.entry("do", page.short(f"{one.remedy[:1].upper()}{one.remedy[1:]}."))
         page.command("run", one.command)
+
+
+def _draw_consequences(page: Page, one: Finding) -> None:
+    shown = one.consequences if page.wide else one.consequences[:_SHOWN]
+    for each in shown:
+        page.entry("explains", page.short(f"{each.code} {each.text}"))
+    if len(one.consequences) > len(shown):
+        page.entry("", f"and {len(one.consequences) - len(shown)} more")
 
 
 def _evidence_text(proof: Evidence) -> str:
@@ -93,11 +102,27 @@ def finding_documents(findings: Iterable[Finding]) -> list[dict[str, Any]]:
             "cause": one.cause,
             "evidence": [_evidence_document(proof) for proof in one.evidence],
             "evidenceLeftOut": one.more,
+            "consequences": [_consequence_document(each) for each in one.consequences],
             "remedy": one.remedy,
             "command": one.command,
         }
         for one in findings
     ]
+
+
+def _consequence_document(one: Finding) -> dict[str, Any]:
+    return {
+        "code": one.code,
+        "title": code_of(one.code).title,
+        "severity": one.severity.value,
+        "confidence": one.confidence.value,
+        "text": one.text,
+        "subjects": list(one.subjects),
+        "nodes": list(one.nodes),
+        "cause": one.cause,
+        "evidence": [_evidence_document(proof) for proof in one.evidence],
+        "evidenceLeftOut": one.more,
+    }
 
 
 def _evidence_document(proof: Evidence) -> dict[str, Any]:
@@ -152,6 +177,7 @@ def sarif_document(findings: Sequence[Finding], uri: str) -> dict[str, Any]:
 def _result(one: Finding, index: int) -> dict[str, Any]:
     lines = [f"{one.text}."]
     lines += [f"Evidence: {_evidence_text(proof)}" for proof in one.evidence]
+    lines += [f"Explains: {each.code} {each.text}" for each in one.consequences]
     lines += [f"Do: {one.remedy}.", f"Run: {one.command}"]
     return {
         "ruleId": one.code,

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gketrace.findings.expected import expected
-from gketrace.findings.grouping import grouped
-from gketrace.findings.making import finding
-from gketrace.findings.model import Severity, evidence
 from gketrace.findings.programme import read_programme
 from gketrace.kubenames import ServicePort
 from gketrace.ruleset import Ruleset
 from gketrace.ruleset.iptables_save import parse_iptables_save
 from gketrace.ruleset.nft_json import parse_nft_json
 from gketrace.snapshot import NetnsSnapshot, Unavailable
-from gketrace.trace import NetnsRef, Source
+from gketrace.trace import NetnsRef
 from gketrace_cli.object_json import parse_endpointslice, parse_service
 
 WORLDS = Path(__file__).parents[2] / "data/worlds"
@@ -87,43 +83,3 @@ def test_a_service_that_the_rules_do_not_know() -> None:
     name = ServicePort(namespace="default", service="absent", port="http")
     assert programme.endpoints(name, 4) is None
     assert "KUBE-SVC-" in programme.cite_absence(name, 4).text
-
-
-def _one(code: str, subject: str, cause: str = "", text: str = "it is so"):
-    return finding(
-        code,
-        text,
-        [evidence(Source.OBJECT, f"{subject} says so")],
-        remedy="mend it",
-        command="true",
-        subjects=[subject],
-        nodes=[subject.partition(" ")[2]] if subject.startswith("node") else [],
-        cause=cause,
-    )
-
-
-def test_one_cause_is_one_finding() -> None:
-    found = grouped(_one("GKT-303", f"service default/s{n}", "rule X") for n in range(40))
-    assert len(found) == 1
-    assert len(found[0].subjects) == 40
-    assert len(found[0].evidence) == 8
-    assert found[0].more == 32
-
-
-def test_what_another_finding_explains_is_left_out() -> None:
-    found = grouped([_one("GKT-113", "node n1"), _one("GKT-112", "node n1"),
-                     _one("GKT-113", "node n2")])  # fmt: skip
-    assert [(one.code, one.subjects) for one in found] == [
-        ("GKT-112", ("node n1",)),
-        ("GKT-113", ("node n2",)),
-    ]
-
-
-def test_the_worst_comes_first() -> None:
-    error, warning = _one("GKT-210", "node n1"), _one("GKT-101", "service default/x")
-    error = replace(error, severity=Severity.ERROR)
-    warning = replace(warning, severity=Severity.WARNING)
-    assert [one.severity for one in grouped([warning, error])] == [
-        Severity.ERROR,
-        Severity.WARNING,
-    ]
