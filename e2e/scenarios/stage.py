@@ -222,7 +222,14 @@ class Stage:
             )
 
     def programme(
-        self, name: str, ip: str, ends: list[str], *, affinity: bool = False, nodes: Any = NODES
+        self,
+        name: str,
+        ip: str,
+        ends: list[str],
+        *,
+        node_port: int = 0,
+        affinity: bool = False,
+        nodes: Any = NODES,
     ) -> None:
         """The rules that kube-proxy makes for `service` (1.36, iptables mode), on each node."""
         port = ServicePort(namespace="default", service=name, port="http")
@@ -232,6 +239,13 @@ class Stage:
         lines = [f"-N {chain}", f"-I KUBE-SERVICES {door} -j {chain}"]
         lines.append(f"-A {chain} {door} ! -s {CLUSTER_CIDR} -j KUBE-MARK-MASQ")
         back = [f"-D KUBE-SERVICES {door} -j {chain}", f"-F {chain}", f"-X {chain}"]
+        if node_port:
+            outside = service_chain(ChainRole.EXTERNAL, port)
+            lines += [f"-N {outside}", f"-A {outside} -j KUBE-MARK-MASQ"]
+            lines.append(f"-A {outside} -j {chain}")
+            rule = f"KUBE-NODEPORTS -p tcp -m tcp --dport {node_port} -j {outside}"
+            lines.append(f"-I {rule}")
+            back = [f"-D {rule}", f"-F {outside}", f"-X {outside}", *back]
         for number, end in enumerate(ends):
             sep = endpoint_chain(port, end)
             chance = f"{1 / (len(ends) - number):.10f}"

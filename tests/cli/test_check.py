@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         api_request(built.api.kubeconfig, "DELETE", "/api/v1/namespaces/default/services/web6")
         built.cluster.pod("33fg", "sick-0", "10.40.2.30", 8080)
         for each in built.cluster.nodes.values():
+            # The order in which they were made: by it a node masquerades what it sends to itself.
+            each.host.links = [
+                replace(link, rank=place) for place, link in enumerate(each.host.links)
+            ]
             for port in (10256, 32000, 32001, 9100):
                 each.host.listen("0.0.0.0", port)
             for pod in each.pods.values():

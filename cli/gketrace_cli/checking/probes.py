@@ -3,7 +3,8 @@
 All of them would be services × nodes × doors.  What differs from Service to Service is what
 kube-proxy programmed, which is compared without a walk; what a walk is for is the way between
 nodes and pods, and each front door's kind.  So: every pair of nodes once, every Service port once,
-the doors from outside once for each Service, and one pod of each node to the outside.
+the doors from outside once for each Service, and one pod of each node to the outside.  What room is
+left is for the same doors at the other nodes, as a rule of one node may take what is for a Service.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from gketrace_cli.frontdoors import Door, Question, Selection, Sender, questions
 
 __all__ = ["AT_MOST", "OUTSIDE_PORT", "probes"]
 
-AT_MOST: Final = 90
+AT_MOST: Final = 180
 """Ways that are traced."""
 OUTSIDE_PORT: Final = 443
 _PUBLIC: Final = {4: ip_address("8.8.8.8"), 6: ip_address("2001:4860:4860::8888")}
@@ -39,10 +40,12 @@ def probes(
     """(question, Service that it asks), and how many were left out."""
     mesh = [(question, "") for question in _mesh(nodes, pods, endpoints)]
     mesh += [(question, "") for question in _outside(nodes, pods)]
-    doors = _doors(nodes, services, endpoints)
+    doors, others = _doors(nodes, services, endpoints)
     # By turns, so that a cut leaves some of each kind.
     found = [one for pair in zip_longest(mesh, doors) for one in pair if one is not None]
-    return tuple(found[:at_most]), max(0, len(found) - at_most)
+    found += others
+    asked = tuple((replace(one, use_conntrack=False), service) for one, service in found[:at_most])
+    return asked, max(0, len(found) - at_most)
 
 
 def _mesh(
@@ -80,7 +83,6 @@ def _mesh(
                     address=ip_address(end.address),
                     port=end.port,
                     protocol=protocol_number("tcp"),
-                    use_conntrack=False,
                     pod=f"{end.namespace}/{end.pod}",
                 )
             )
@@ -104,7 +106,6 @@ def _outside(nodes: Sequence[Node], pods: Sequence[Pod]) -> list[Question]:
                 address=_PUBLIC[source.version],
                 port=OUTSIDE_PORT,
                 protocol=Protocol.TCP,
-                use_conntrack=False,
             )
         )
     return found
@@ -112,12 +113,14 @@ def _outside(nodes: Sequence[Node], pods: Sequence[Pod]) -> list[Question]:
 
 def _doors(
     nodes: Sequence[Node], services: Sequence[Service], endpoints: Sequence[Endpoint]
-) -> list[tuple[Question, str]]:
-    """Each port of each Service from one node, and each of its doors from outside once."""
+) -> tuple[list[tuple[Question, str]], list[tuple[Question, str]]]:
+    """Each port of each Service from one node, and each of its doors from outside once; and the
+    same at the other nodes, one of each Service in turn."""
     by_service: dict[tuple[str, str], list[Endpoint]] = {}
     for end in endpoints:
         by_service.setdefault((end.namespace, end.service), []).append(end)
     found: list[tuple[Question, str]] = []
+    others: list[list[tuple[Question, str]]] = []
     for turn, service in enumerate(services):
         mine = by_service.get((service.namespace, service.name), [])
         # Another node first each time.
@@ -132,10 +135,8 @@ def _doors(
             known = first.get(key)
             if known is None or (known.configured_drop and not question.configured_drop):
                 first[key] = question
-        found += [(_fresh(question), service.key) for question in first.values()]
-    return found
-
-
-def _fresh(question: Question) -> Question:
-
-    return replace(question, use_conntrack=False)
+        found += [(question, service.key) for question in first.values()]
+        chosen = {id(question) for question in first.values()}
+        others.append([(q, service.key) for q in asked if id(q) not in chosen])
+    turns = [one for turn in zip_longest(*others) for one in turn if one is not None]
+    return found, turns

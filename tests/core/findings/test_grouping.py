@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from ipaddress import ip_network
 
+from gketrace.findings.detect import find
 from gketrace.findings.grouping import grouped
 from gketrace.findings.making import finding
 from gketrace.findings.model import Finding, Severity, evidence
 from gketrace.findings.ties import entered, led
+from gketrace.snapshot import Route, RouteType
 from gketrace.trace import Source
+from tests.core.findings.worlds import Bench, beyond
 
 
 def _one(code: str, subject: str, cause: str = "", text: str = "it is so") -> Finding:
@@ -108,3 +112,49 @@ def test_answers_that_were_seen_elsewhere_stand_before_what_a_trace_says() -> No
     found = grouped([ways[0], seen, read])
     assert _under(found) == [("GKT-318", ["GKT-208"])]
     assert found[0].text == "no MASQUERADE rule"
+
+
+def test_rules_that_lead_to_nobody_explain_who_is_led_there() -> None:
+    """Traced, from all nodes: on one that is not behind, connections work."""
+    for topology in ("ptp", "bridge"):
+        bench = Bench(topology)
+        bench.rules("33fg", lambda text: text.replace("10.40.0.10:8080", "10.40.1.99:8080"))
+        stale = {one.code: one for one in bench.found(trace=True)}["GKT-111"]
+        assert stale.nodes == ("33fg",)
+        assert {one.code for one in stale.consequences} == {"GKT-119"}
+
+
+def test_a_node_without_kube_proxy_s_rules_explains_every_door() -> None:
+    """Also that of an external IP, which the node sends out again."""
+    bench = Bench("ptp")
+    bench.rules("m69d", lambda text: "*filter\n:FORWARD ACCEPT [0:0]\nCOMMIT\n")
+    (found,) = bench.found(trace=True)
+    assert found.code == "GKT-112"
+    (door,) = found.consequences
+    assert door.code == "GKT-110"
+    said = " | ".join(proof.note for proof in door.evidence)
+    assert "10.142.0.6:" in said
+
+
+def test_a_route_that_is_wrong_is_one_finding() -> None:
+    """What the routes say of pods and what ways met are the same."""
+    bench = Bench("ptp")
+    bench.host("2jdh").routes.append(
+        Route(
+            family=4, table=254, text="blackhole 10.40.1.0/25", dst=ip_network("10.40.1.0/25"),
+            type=RouteType.BLACKHOLE,
+        )
+    )  # fmt: skip
+    (found,) = beyond(find(bench.world()))
+    assert found.code == "GKT-306"
+    assert found.subjects[0].startswith("pod ")
+    assert any(subject.startswith("service ") for subject in found.subjects)
+
+
+def test_a_rule_of_one_node_that_takes_a_service_is_found_at_that_node() -> None:
+    rule = "-A OUTPUT -d 10.43.240.12/32 -p tcp -j DNAT --to-destination 10.40.0.6:8080\n"
+    portals = '-A OUTPUT -m comment --comment "kubernetes service portals"'
+    bench = Bench("ptp")
+    bench.rules("m69d", lambda text: text.replace(portals, rule + portals))
+    (found,) = bench.found(trace=True)
+    assert (found.code, found.nodes) == ("GKT-119", ("m69d",))
