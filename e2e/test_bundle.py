@@ -237,6 +237,8 @@ class Fault:
     undo: str
     noun: str
     name: str
+    more: tuple[tuple[str, str], ...] = ()
+    """What else it must name, with its noun."""
 
 
 FAULTS = (
@@ -269,6 +271,14 @@ FAULTS = (
         "50: from all to 10.40.2.0/24 prohibit",
     ),
     Fault(
+        "a policy rule and its route",
+        "ip route add blackhole 10.40.2.0/24 table 77 && ip rule add to 10.40.2.0/24 prio 50 table 77",
+        "ip rule del prio 50; ip route flush table 77",
+        "rules",
+        "50: from all to 10.40.2.0/24 lookup 77",
+        (("routes", "blackhole 10.40.2.0/24 table 77"),),
+    ),
+    Fault(
         "a policy",
         "iptables-nft -w -P FORWARD DROP",
         "iptables-nft -w -P FORWARD ACCEPT",
@@ -282,12 +292,12 @@ FAULTS = (
 def broken(lab: Lab, fault: Fault, path: Path) -> Opened:
     """A bundle of the lab with that fault, which is gone again afterwards."""
     node = "node/2jdh"
-    assert lab.exec(node, fault.command.split()).returncode == 0
+    assert lab.exec(node, ["sh", "-ec", fault.command]).returncode == 0
     try:
         with Session(Options(kubeconfig=str(lab.kubeconfig))) as session:
             bundle = record(session, ("-A",), None)
     finally:
-        lab.exec(node, fault.undo.split())
+        lab.exec(node, ["sh", "-c", fault.undo])
     return save_few(bundle, path)
 
 
@@ -298,8 +308,9 @@ def test_diff_names_what_changed_the_verdict(
     found = compare(before, broken(lab, fault, tmp_path / "broken.gkt"))
     assert found.verdicts
     first = [one for one in found.differences if one.part in found.causes]
-    assert fault.name in [one.name for one in first], first[:5]
-    assert {one.part.noun for one in first} == {fault.noun}
+    named = {(one.part.noun, one.name) for one in first}
+    assert named >= {(fault.noun, fault.name), *fault.more}, first[:5]
+    assert {one.part.noun for one in first} == {fault.noun, *(noun for noun, _ in fault.more)}
     assert found.differences[0].part in found.causes
 
 

@@ -27,6 +27,8 @@ from gketrace_cli.session import Session
 
 __all__ = ["Compared", "Opened", "Verdict", "compare", "open_bundle"]
 
+_ROUTING: Final = frozenset({"routes", "rules"})
+"""Nouns: of the policy rules, and of the tables that they name."""
 _TRIED: Final = 60
 """Parts that are put back, one by one, at most."""
 
@@ -87,8 +89,10 @@ def compare(before: Opened, after: Opened) -> Compared:
     causes: dict[str, list[Difference]] = {name: [] for name in changed}
     tried = 0
     for part in parts if changed else ():
-        if tried == _TRIED or all(causes.values()):
+        if tried == _TRIED:
             break
+        if all(causes.values()) and not _goes_with(part, causes):
+            continue
         restored = _put_back(part, before.world, after.world)
         if restored is None:
             continue
@@ -171,6 +175,16 @@ def _citations(way: Way) -> Iterable[Citation]:
             for step in hop.steps:
                 if step.citation is not None:
                     yield step.citation
+
+
+def _goes_with(part: Part, causes: Mapping[str, Sequence[Difference]]) -> bool:
+    """Whether it decides together with a cause that was found: a policy rule and the routes of the
+    table that it names.  Without either there is no fault, so both are its cause."""
+    return part.noun in _ROUTING and any(
+        one.part.noun in _ROUTING and (one.part.node, one.part.pod) == (part.node, part.pod)
+        for some in causes.values()
+        for one in some
+    )
 
 
 def _named(one: Difference, cited: Sequence[str]) -> bool:
