@@ -272,7 +272,8 @@ FAULTS = (
     ),
     Fault(
         "a policy rule and its route",
-        "ip route add blackhole 10.40.2.0/24 table 77 && ip rule add to 10.40.2.0/24 prio 50 table 77",
+        "ip route add blackhole 10.40.2.0/24 table 77 &&"
+        " ip rule add to 10.40.2.0/24 prio 50 table 77",
         "ip rule del prio 50; ip route flush table 77",
         "rules",
         "50: from all to 10.40.2.0/24 lookup 77",
