@@ -65,7 +65,8 @@ class Towards:
     """False: the destination itself is on the link."""
     neighbour: Neighbour | None = None
     owner: str = ""
-    """The interface of the other side that has the next hop's address."""
+    """The interface of the other side that has the next hop's address; of several, the other end of
+    `interface`."""
     route: str = ""
     problem: str = ""
 
@@ -315,7 +316,7 @@ def _towards(
         next_hop=hop,
         gateway=decision.next_hop is not None,
         neighbour=neighbour,
-        owner=_owner(far, hop),
+        owner=_owner(near, decision.interface, far, hop),
         route=text,
         problem=problem,
     )
@@ -328,12 +329,18 @@ def _neighbour(shot: NetnsSnapshot, interface: str, address: IPAddress) -> Neigh
     return next((n for n in shot.neighbours if n.ifindex in indexes and n.address == address), None)
 
 
-def _owner(shot: NetnsSnapshot, address: IPAddress) -> str:
-    if isinstance(shot.addresses, Unavailable) or isinstance(shot.links, Unavailable):
+def _owner(near: NetnsSnapshot, interface: str, far: NetnsSnapshot, hop: IPAddress) -> str:
+    """On ptp links the gateway's address is on every veth of the node: the one at the other end of
+    `interface` is meant."""
+    if isinstance(near.links, Unavailable) or isinstance(far.links, Unavailable):
         return ""
-    names = {link.ifindex: link.name for link in shot.links}
-    found = [names.get(a.ifindex, "") for a in shot.addresses if a.address == address]
-    return ", ".join(dict.fromkeys(name for name in found if name))
+    if isinstance(far.addresses, Unavailable):
+        return ""
+    holders = {a.ifindex for a in far.addresses if a.address == hop}
+    found = [link.name for link in far.links if link.ifindex in holders]
+    ends = {one.peer.ifindex for one in near.links if one.name == interface and one.peer}
+    other = [link.name for link in far.links if link.ifindex in holders & ends]
+    return ", ".join(other or found)
 
 
 def _forwarding(

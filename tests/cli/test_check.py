@@ -70,6 +70,15 @@ def _found(code: int, out: str, err: str) -> dict[str, Any]:
     return document
 
 
+def test_one_pod_of_a_node_with_a_link_for_each(ask: Ask) -> None:
+    """The gateway's address is on each of them, and the routes to the other pods are not stale."""
+    code, out, err = ask("pod", "hello-server-579859fb5b-szrwh")
+    assert (code, err) == (0, "")
+    assert "10.40.0.1 on eth0" in out
+    assert "which is veth-hello-server-579859fb5b-szrwh there" in " ".join(out.split())
+    assert "GKT-" not in out
+
+
 def test_the_worlds_own_faults_and_no_other(ask: Ask) -> None:
     code, out, err = ask("check", "-o", "json")
     document = _found(code, out, err)
