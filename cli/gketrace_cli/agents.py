@@ -22,6 +22,7 @@ from google.protobuf.message import Message
 
 from gketrace.access import DENIED, HIDDEN_HEADER
 from gketrace.errors import (
+    ExhaustedError,
     GketraceError,
     TimeoutExceeded,
     UnavailableError,
@@ -81,6 +82,10 @@ _STREAMS: Final = 32
 """Streaming calls of `Fleet.stream` at the same time, each of which has a thread."""
 _AHEAD: Final = 16
 """Replies that are read before they are wanted; beyond that, the agents wait."""
+_MOST: Final = 640 << 20
+"""Bytes of one call's replies: 4 million connections, an agent's own bound, have 560 MiB.  Whoever
+sends more sends without end, and would fill the memory here."""
+_ENDLESS: Final = frozenset({"FollowConntrack"})
 
 
 class Fleet:
@@ -302,13 +307,27 @@ class Fleet:
             try:
                 # A stream's call has a result() too, which waits for an end that never comes.
                 streamed = not hasattr(getattr(self._agents[node].stub, method), "future")
-                answers[key] = list(running) if streamed else running.result()
+                answers[key] = list(self._bounded(node, running)) if streamed else running.result()
                 self._note(node, running)
+            except ExhaustedError as error:
+                answers[key] = error
             except grpc.RpcError as error:
                 answers[key] = self.explain(node, error, time.monotonic() - begun)
             if queues[node]:
                 start(queues[node].popleft())
         return {key: answers[key] for key in calls}
+
+    def _bounded(self, node: str, replies: Any) -> Iterator[Any]:
+        """Raises `ExhaustedError` when they are more than `_MOST`, with the call cancelled."""
+        size = 0
+        for reply in replies:
+            size += reply.ByteSize()
+            if size > _MOST:
+                replies.cancel()
+                raise ExhaustedError(
+                    f"the agent of node {node} sends more than {_MOST >> 20} MiB in one answer"
+                )
+            yield reply
 
     def _prepare(self, nodes: Iterable[str]) -> dict[str, GketraceError]:
         """Gets tokens for these agents beforehand; those that there are none for, and why."""
@@ -346,13 +365,16 @@ class Fleet:
             end: GketraceError | None = None
             noted = False
             try:
-                for reply in replies:
+                node, method, _ = calls[key]
+                for reply in replies if method in _ENDLESS else self._bounded(node, replies):
                     if not noted:
-                        self._note(calls[key][0], replies)
+                        self._note(node, replies)
                         noted = True
                     arrived.put((key, reply))
             except grpc.RpcError as error:
                 end = self.explain(calls[key][0], error, time.monotonic() - begun)
+            except ExhaustedError as error:
+                end = error
             arrived.put((key, end))
 
         def start(key: K) -> None:

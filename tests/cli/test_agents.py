@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -13,7 +14,13 @@ from typing import Any, cast
 import grpc
 import pytest
 
-from gketrace.errors import NotFoundError, TimeoutExceeded, UnavailableError, UsageError
+from gketrace.errors import (
+    ExhaustedError,
+    NotFoundError,
+    TimeoutExceeded,
+    UnavailableError,
+    UsageError,
+)
 from gketrace.objects import Container, ContainerPort, Pod
 from gketrace_cli.account import Account
 from gketrace_cli.agent_access import AgentAccess
@@ -170,6 +177,37 @@ def test_a_certificate_of_another_ca() -> None:
     with Fleet(timeout=1) as fleet:
         said = str(fleet.explain("n1", Refused(), 1.0))
     assert "agent of node n1 is not trusted: certificate has expired; --agent-ca FILE" in said
+
+
+def test_an_agent_that_never_stops_sending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gketrace_cli.agents._MOST", 1 << 20)
+    over = threading.Event()
+
+    class Endless(AgentServicer):
+        def GetRules(self, request: Any, context: grpc.ServicerContext) -> Any:
+            context.add_callback(over.set)
+            while context.is_active():
+                yield pb.GetRulesReply(text=b"x" * 100_000)
+
+    server = grpc.server(ThreadPoolExecutor(2))
+    add_AgentServicer_to_server(cast(Any, Endless)(), server)
+    server.add_insecure_port(f"unix:{tmp_path}/agent.sock")
+    server.start()
+    calls = {"x": ("n1", "GetRules", pb.GetRulesRequest())}
+    try:
+        with Fleet(timeout=20) as fleet:
+            fleet.add_address("n1", f"unix://{tmp_path}/agent.sock")
+            asked = fleet.ask(calls)["x"]
+            assert isinstance(asked, ExhaustedError)
+            assert "the agent of node n1 sends more than 1 MiB" in asked.message
+            assert over.wait(20)
+            over.clear()
+            streamed = [reply for _, reply in fleet.stream(calls)]
+            assert isinstance(streamed[-1], ExhaustedError)
+            assert 1 <= len(streamed) <= 12
+            assert over.wait(20)
+    finally:
+        server.stop(None).wait()
 
 
 def test_an_agent_that_says_nonsense_of_its_node() -> None:
