@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from gketrace.citing import cite_link
+from gketrace.citing import cite_link, cite_neighbour
 from gketrace.packet import IPAddress
 from gketrace.simulate.cursor import (
     Context,
@@ -68,6 +68,10 @@ def transmit(context: Context, cursor: Cursor) -> tuple[Way, ...]:
     if near is not None and near.state == "FAILED":
         choice = PortChoice(failed=True, neighbour=near)
         return (_no_neighbour(cursor, link, target, choice),)
+    if near is not None and near.state == "INCOMPLETE":
+        # Who answers does so within a millisecond; who does not is FAILED after three seconds.
+        why = f"{target} was asked for on {name} and has not answered yet"
+        return (unknown(cursor, why, citation=cite_neighbour(near, name)),)
     steps = ()
     if near is not None and near.mac:
         steps = bridge_steps(cursor, PortChoice(neighbour=near))

@@ -6,7 +6,9 @@ from dataclasses import replace
 from fractions import Fraction
 from ipaddress import ip_address
 
-from gketrace.snapshot import LinkPeer, PolicyRule, Unavailable
+import pytest
+
+from gketrace.snapshot import LinkPeer, Neighbour, PolicyRule, Unavailable
 from gketrace.trace import Disposition, NetnsKind, NetnsRef
 from tests.core.simulate.nodes import Node, lines, one, tcp, world_node
 from tests.core.simulate.small_nodes import DNAT, no_policies, plain, ptp
@@ -186,6 +188,24 @@ def test_forwarding_off_and_no_route() -> None:
     node.host.routes = [r for r in node.host.routes if r.dst.prefixlen != 0]
     lost = one(node.walk(tcp("0.0.0.0", "198.51.100.1:80", 40000)))
     assert lost.outcome.disposition is D.UNREACHABLE
+
+
+@pytest.mark.parametrize(
+    ("state", "end"),
+    [("INCOMPLETE", D.UNKNOWN), ("FAILED", D.NO_NEIGHBOUR), ("STALE", D.TRANSMITTED)],
+)
+def test_a_neighbour_that_was_asked_and_has_not_answered(state: str, end: Disposition) -> None:
+    """Not "delivered": it is FAILED after three seconds without an answer."""
+    node = plain()
+    asked = Neighbour(
+        ifindex=node.host.index("eth0"), address=ip_address("10.142.0.1"), state=state
+    )
+    node.host.neighbours = [asked]
+    outcome = one(node.walk(tcp("0.0.0.0", "198.51.100.1:80", 40000))).outcome
+    assert outcome.disposition is end
+    if end is D.UNKNOWN:
+        assert outcome.detail == "10.142.0.1 was asked for on eth0 and has not answered yet"
+        assert outcome.citation is not None
 
 
 def test_leaves_the_node() -> None:
