@@ -44,6 +44,9 @@ __all__ = ["ApiServer", "error_from_response"]
 _CONNECT_SECONDS = 10.0
 _RETRIES = 3
 _MAX_RETRY_AFTER = 2.0
+_MOST_BODY = 1 << 30
+"""Bytes of an answer; a list of 100,000 pods has half of it."""
+_PIECE = 1 << 20
 
 
 class ApiServer:
@@ -152,7 +155,7 @@ class ApiServer:
             try:
                 connection.request(method, target, body=payload, headers=headers)
                 response = connection.getresponse()
-                raw = _unzipped(response.headers, response.read())
+                raw = _unzipped(response.headers, _body(response))
                 if response.will_close:
                     connection.close()
                 else:
@@ -380,19 +383,45 @@ def _close(file: IO[bytes]) -> None:
     file.close()
 
 
+def _body(response: http.client.HTTPResponse) -> bytes:
+    """In pieces: what a chunk says of its length is not believed."""
+    parts: list[bytes] = []
+    size = 0
+    while piece := response.read(_PIECE):
+        parts.append(piece)
+        size += len(piece)
+        if size > _MOST_BODY:
+            raise _too_long()
+    return b"".join(parts)
+
+
+def _too_long() -> GketraceError:
+    return UnavailableError(f"the API server's answer is longer than {_MOST_BODY >> 20} MiB")
+
+
 def _unzipped(headers: http.client.HTTPMessage, raw: bytes) -> bytes:
     if headers.get("Content-Encoding", "").lower() != "gzip":
         return raw
     try:
-        return zlib.decompress(raw, wbits=31)
+        stream = zlib.decompressobj(wbits=31)
+        found = stream.decompress(raw, _MOST_BODY)
     except zlib.error as error:
         raise http.client.HTTPException("the body is not gzip") from error
+    if stream.unconsumed_tail:
+        raise _too_long()
+    if not stream.eof:
+        raise http.client.HTTPException("the body is cut short")
+    return found
 
 
 def _retry_after(status: int, headers: http.client.HTTPMessage) -> float | None:
     """Seconds to wait before trying again, if the server asks for a wait that is short enough."""
     text = headers.get("Retry-After", "")
-    if status not in (429, 503) or not text.isdigit() or int(text) > _MAX_RETRY_AFTER:
+    if (
+        status not in (429, 503)
+        or not (text.isascii() and text.isdigit())
+        or int(text) > _MAX_RETRY_AFTER
+    ):
         return None
     return float(text)
 

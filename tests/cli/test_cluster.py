@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import gzip
+import http.client
 import json
 import socket
 import subprocess
@@ -28,6 +30,7 @@ from gketrace.errors import (
     UsageError,
 )
 from gketrace.objects import ServicePort
+from gketrace_cli import apiserver
 from gketrace_cli.cluster import Cluster
 from gketrace_cli.object_json import parse_endpointslice, parse_node, parse_pod, parse_service
 
@@ -417,6 +420,19 @@ def test_what_is_no_port_is_refused(number: int) -> None:
     for port in ({"port": number}, {"port": 80, "nodePort": number}):
         with pytest.raises(ParseError, match="is no port"):
             parse_service({"metadata": {"name": "n"}, "spec": {"ports": [port]}})
+
+
+def test_answers_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apiserver, "_MOST_BODY", 1000)
+    headers = http.client.HTTPMessage()
+    headers["Content-Encoding"] = "gzip"
+    assert apiserver._unzipped(headers, gzip.compress(b"x" * 900)) == b"x" * 900
+    with pytest.raises(UnavailableError, match="is longer than"):
+        apiserver._unzipped(headers, gzip.compress(b"x" * 100_000))
+    with pytest.raises(http.client.HTTPException, match="cut short"):
+        apiserver._unzipped(headers, gzip.compress(b"x" * 900)[:-9])
+    headers["Retry-After"] = "\u00b2"
+    assert apiserver._retry_after(429, headers) is None
 
 
 def test_what_stands_for_no_address_is_taken() -> None:
