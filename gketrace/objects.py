@@ -140,8 +140,15 @@ class Endpoint:
     zone: str
     pod: str
     """The target pod's name; empty when the target is none."""
+    pod_namespace: str = ""
+    """The target pod's namespace, which need not be the slice's; empty: the slice's."""
     hint_zones: tuple[str, ...] = ()
     hint_nodes: tuple[str, ...] = ()
+
+    @property
+    def pod_key(self) -> str:
+        """``namespace/name`` of the target pod; empty when the target is none."""
+        return f"{self.pod_namespace or self.namespace}/{self.pod}" if self.pod else ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

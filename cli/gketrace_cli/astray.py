@@ -50,7 +50,7 @@ def known_takers(
 ) -> frozenset[tuple[IPAddress, str]]:
     """`Question.takers` of a port: its endpoints that are pods."""
     return frozenset(
-        (ip_address(e.address), f"{e.namespace}/{e.pod}")
+        (ip_address(e.address), e.pod_key)
         for e in endpoints
         if (e.port_name, e.protocol) == (port.name, port.protocol)
         and e.address_type != "FQDN"

@@ -258,9 +258,12 @@ _ALL_PORTS: tuple[Json, ...] = ({},)
 _SERVICE_LABEL = "kubernetes.io/service-name"
 
 
-def _target_pod(reference: Json | None) -> str:
+def _target_pod(reference: Json | None) -> tuple[str, str]:
+    """(name, namespace)."""
     reference = reference or {}
-    return _text(reference.get("name")) if reference.get("kind") == "Pod" else ""
+    if reference.get("kind") != "Pod":
+        return "", ""
+    return _text(reference.get("name")), _text(reference.get("namespace"))
 
 
 def parse_endpointslice(obj: Json) -> tuple[Endpoint, ...]:
@@ -281,6 +284,7 @@ def parse_endpointslice(obj: Json) -> tuple[Endpoint, ...]:
             conditions = entry.get("conditions") or {}
             ready = _flag(conditions.get("ready"), absent=True)
             hints = entry.get("hints") or {}
+            pod, pod_namespace = _target_pod(entry.get("targetRef"))
             found += [
                 Endpoint(
                     namespace=namespace,
@@ -296,7 +300,8 @@ def parse_endpointslice(obj: Json) -> tuple[Endpoint, ...]:
                     terminating=_flag(conditions.get("terminating"), absent=False),
                     node=_text(entry.get("nodeName")),
                     zone=_text(entry.get("zone")),
-                    pod=_target_pod(entry.get("targetRef")),
+                    pod=pod,
+                    pod_namespace=pod_namespace,
                     hint_zones=tuple(_text(z["name"]) for z in hints.get("forZones") or []),
                     hint_nodes=tuple(_text(n["name"]) for n in hints.get("forNodes") or []),
                 )
@@ -317,6 +322,7 @@ def parse_endpoints(obj: Json) -> tuple[Endpoint, ...]:
             for listed, ready in (("addresses", True), ("notReadyAddresses", False)):
                 for entry in subset.get(listed) or []:
                     address = _address(entry["ip"])
+                    pod, pod_namespace = _target_pod(entry.get("targetRef"))
                     found += [
                         Endpoint(
                             namespace=namespace,
@@ -332,7 +338,8 @@ def parse_endpoints(obj: Json) -> tuple[Endpoint, ...]:
                             terminating=False,
                             node=_text(entry.get("nodeName")),
                             zone="",
-                            pod=_target_pod(entry.get("targetRef")),
+                            pod=pod,
+                            pod_namespace=pod_namespace,
                         )
                         for port in subset.get("ports") or _ALL_PORTS
                     ]

@@ -10,7 +10,7 @@ from typing import Final
 
 from gketrace.findings.making import at, cited, finding, proxy_logs
 from gketrace.findings.model import Finding, evidence
-from gketrace.findings.ties import trail
+from gketrace.findings.ties import families, trail
 from gketrace.findings.world import Way, World
 from gketrace.packet import Protocol, protocol_name
 from gketrace.trace import SUCCESS, Citation, Disposition, NetnsRef, Source, StepKind
@@ -29,7 +29,7 @@ def astray(world: World) -> Iterator[Finding]:
                 found = _of_another(way)
             else:
                 found = _taken(world, way)
-            yield replace(found, trail=trail(way))
+            yield replace(found, trail=trail(way), families=families(way))
 
 
 def _taken(world: World, way: Way) -> Finding:

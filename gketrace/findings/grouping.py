@@ -128,17 +128,22 @@ def _join(first: Finding, second: Finding) -> Finding:
         (first, second),
         key=lambda one: (one.severity.rank, one.confidence.rank, bool(one.trail)),
     )
+    told = bool(first.families and second.families)
+    families = first.families | second.families if told else frozenset()
     return replace(
         best,
         evidence=tuple(dict.fromkeys((*best.evidence, *other.evidence))),
         subjects=tuple(dict.fromkeys((*best.subjects, *other.subjects))),
         nodes=tuple(dict.fromkeys((*best.nodes, *other.nodes))),
+        families=families,
     )
 
 
 def _explained(one: Finding, other: Finding) -> bool:
     if one.code not in _EXPLAINS.get(other.code, ()):
         return False
+    if one.families and other.families and not one.families <= other.families:
+        return False  # a node without IPv6 rules explains nothing of IPv4
     if set(one.subjects) & set(other.subjects):
         return True
     return bool(one.nodes) and set(one.nodes) <= set(other.nodes)

@@ -97,7 +97,7 @@ def host_network(world: World) -> Iterator[Finding]:
     """GKT-325: the node's own rules, ports and firewall apply to such an endpoint."""
     for one in world.expected.values():
         for end in one.usable:
-            pod = world.pod_by_key.get(f"{end.namespace}/{end.pod}")
+            pod = world.pod_by_key.get(end.pod_key)
             if pod is None or not pod.host_network:
                 continue
             yield finding(

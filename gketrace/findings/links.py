@@ -268,8 +268,7 @@ def hairpin(world: World) -> Iterator[Finding]:
     for one in world.expected.values():
         for end in one.usable:
             if end.pod:
-                key = f"{end.namespace}/{end.pod}"
-                served.setdefault(key, []).append(f"service {one.service.key}")
+                served.setdefault(end.pod_key, []).append(f"service {one.service.key}")
     for sight in world.sights.values():
         lacking = [
             (key, port, bridge)

@@ -69,13 +69,13 @@ def _judge(space: NetnsSnapshot, end: Endpoint, services: list[str]) -> Iterator
     outcome = ended.outcome
     if outcome.disposition is not Disposition.REFUSED or outcome.citation is None:
         return
-    subjects = [f"pod {end.namespace}/{end.pod}" if end.pod else f"node {end.node}", *services]
+    subjects = [f"pod {end.pod_key}" if end.pod else f"node {end.node}", *services]
     where = f"{end.address}:{end.port}/{end.protocol.lower()}"
     near = _on_loopback(space, packet)
     netns = str(space.netns)
-    command = (
-        f"gketrace pod {end.pod} -n {end.namespace}" if end.pod else f"gketrace pod {end.node}"
-    )
+    command = f"gketrace pod {end.node}"
+    if end.pod:
+        command = f"gketrace pod {end.pod} -n {end.pod_namespace or end.namespace}"
     cause = f"listener {end.node} {where}"
     if near is not None:
         yield finding(

@@ -42,6 +42,7 @@ def finding(
     cause: str = "",
     severity: Severity | None = None,
     confidence: Confidence = Confidence.CERTAIN,
+    families: Iterable[int] = (),
 ) -> Finding:
     """`cause` empty: the subjects are what it hangs on."""
     about = tuple(dict.fromkeys(subjects))
@@ -56,6 +57,7 @@ def finding(
         subjects=about,
         nodes=tuple(dict.fromkeys(node for node in nodes if node)),
         cause=cause or " ".join(about),
+        families=frozenset(families),
     )
 
 

@@ -84,6 +84,8 @@ class Finding:
     """Where it was seen; empty: it is the cluster's."""
     cause: str
     """What explains it.  Findings of one code and one cause are one."""
+    families: frozenset[int] = frozenset()
+    """4, 6: whose packets it is about; empty: that is not told."""
     more: int = 0
     """Evidence that was left out, as there is enough."""
     faulty: frozenset[str] = frozenset()

@@ -57,6 +57,7 @@ def _absent(sight: Sight, wanted: list[Expected], family: int) -> Finding:
         subjects=[f"node {sight.node}"],
         nodes=[sight.node],
         cause=f"kube-proxy {sight.node} {family}",
+        families=[family],
     )
 
 
@@ -90,6 +91,7 @@ def _node_drift(world: World, sight: Sight) -> Iterator[Finding]:
             subjects=[*(f"service {one.service.key}" for _, one, _, _ in lacking)],
             nodes=[sight.node],
             cause=f"kube-proxy {sight.node}",
+            families=[family for _, _, family, _ in lacking],
         )
     if extra:
         count = sum(len(ends) for *_, ends in extra)
@@ -106,6 +108,7 @@ def _node_drift(world: World, sight: Sight) -> Iterator[Finding]:
             subjects=[f"service {one.service.key}" for _, one, _, _ in extra],
             nodes=[sight.node],
             cause=f"kube-proxy {sight.node}",
+            families=[family for _, _, family, _ in extra],
         )
         ends = frozenset(
             led(str(name), sight.node, end) for name, *_, ends in extra for end in ends
@@ -199,6 +202,7 @@ def canaries(world: World) -> Iterator[Finding]:
                     command=proxy_logs(world.pods, sight.node),
                     subjects=[f"node {sight.node}"],
                     nodes=[sight.node],
+                    families=[one.family],
                 )
             if not one.has_chain("mangle", _KUBELET):
                 yield finding(

@@ -16,7 +16,7 @@ from gketrace.findings.world import Way
 from gketrace.kubenames import endpoint_text
 from gketrace.trace import Hop, NetnsKind
 
-__all__ = ["entered", "first_chain", "led", "trail"]
+__all__ = ["entered", "families", "first_chain", "led", "trail"]
 
 _OWN: Final = re.compile(r"^(?:KUBE-(?:SVC|SVL|XLB|FW|EXT)-|(?:service|local|external|firewall)-)")
 """Chains of one Service port, by the names that kube-proxy gives them: the same on every node."""
@@ -35,6 +35,11 @@ def entered(door: str, chain: str) -> str:
 def trail(way: Way) -> frozenset[str]:
     """All that the way met on its way there, and the way itself: never empty."""
     return frozenset(_met(way))
+
+
+def families(way: Way) -> frozenset[int]:
+    """`Finding.families` of a way's."""
+    return frozenset({way.path.outcome.packet.dst.version})
 
 
 def _met(way: Way) -> Iterator[str]:

@@ -16,7 +16,7 @@ from typing import Final
 from gketrace.findings.making import at, cited, finding, proxy_logs
 from gketrace.findings.model import Evidence, Finding, Severity, evidence
 from gketrace.findings.stop import Stop, mend_untracked, strayed
-from gketrace.findings.ties import trail
+from gketrace.findings.ties import families, trail
 from gketrace.findings.undelivered import no_neighbour
 from gketrace.findings.world import Way, World
 from gketrace.objects import Pod
@@ -48,7 +48,7 @@ def failing_ways(world: World) -> Iterator[Finding]:
     for stop in stops(way for way in world.ways if not way.stands_for):
         found = named(world, stop)
         if found is not None:
-            yield replace(found, trail=trail(stop.way))
+            yield replace(found, trail=trail(stop.way), families=families(stop.way))
 
 
 def stops(ways: Iterable[Way]) -> Iterator[Stop]:

@@ -415,6 +415,24 @@ def test_what_is_no_address_is_refused(
         parse({"metadata": {"namespace": "default", "name": "n"}, **body})
 
 
+def test_an_endpoints_pod_may_be_in_another_namespace() -> None:
+    made = {
+        "metadata": {"namespace": "shop", "name": "web-1"},
+        "addressType": "IPv4",
+        "ports": [{"port": 8080}],
+        "endpoints": [
+            {
+                "addresses": ["10.40.0.6"],
+                "targetRef": {"kind": "Pod", "namespace": "prod", "name": "web-0"},
+            },
+            {"addresses": ["10.40.0.7"], "targetRef": {"kind": "Pod", "name": "web-1"}},
+            {"addresses": ["10.40.0.8"]},
+        ],
+    }
+    found = [one.pod_key for one in parse_endpointslice(made)]
+    assert found == ["prod/web-0", "shop/web-1", ""]
+
+
 @pytest.mark.parametrize("number", [-1, 65536, 1 << 32])
 def test_what_is_no_port_is_refused(number: int) -> None:
     for port in ({"port": number}, {"port": 80, "nodePort": number}):

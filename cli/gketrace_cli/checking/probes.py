@@ -65,8 +65,8 @@ def _mesh(
                 e
                 for e in listening.get(target.name, ())
                 if e.address_type == "IPv4"
-                and f"{e.namespace}/{e.pod}" in own
-                and (sender is None or f"{e.namespace}/{e.pod}" != sender.key)
+                and e.pod_key in own
+                and (sender is None or e.pod_key != sender.key)
             ]
             if not ends:
                 continue
@@ -83,7 +83,7 @@ def _mesh(
                     address=ip_address(end.address),
                     port=end.port,
                     protocol=protocol_number("tcp"),
-                    pod=f"{end.namespace}/{end.pod}",
+                    pod=end.pod_key,
                 )
             )
     return found

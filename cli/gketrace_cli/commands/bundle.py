@@ -83,7 +83,7 @@ def _pods_of(session: Session, what: str) -> frozenset[str]:
         return frozenset({find_pod(session, namespace, name).key})
     namespace, name = parse_service_name(what, session.namespace)
     _, endpoints = find_service(session, namespace, name)
-    return frozenset(f"{one.namespace}/{one.pod}" for one in endpoints if one.pod)
+    return frozenset(one.pod_key for one in endpoints if one.pod)
 
 
 def _gaps(saved: Bundle) -> list[str]:

@@ -178,5 +178,5 @@ def _place(pod: Pod) -> str:
 
 
 def _end(end: Endpoint) -> str:
-    name = f"{end.namespace}/{end.pod} " if end.pod else ""
+    name = f"{end.pod_key} " if end.pod else ""
     return f"{name}{end.address}:{end.port}/{end.protocol.lower()}"

@@ -50,7 +50,7 @@ def read_world(
         session.pods.add(pod)
     by_key = {pod.key: pod for pod in read["pods"] if not pod.host_network}
     for end in scope.endpoints:  # often the only one that knows a pod's second address
-        owner = by_key.get(f"{end.namespace}/{end.pod}")
+        owner = by_key.get(end.pod_key)
         if owner is not None and end.address_type != "FQDN":
             pods.setdefault(end.address, owner)
     node_of = {ip: pod.node for ip, pod in pods.items()}

@@ -158,3 +158,14 @@ def test_a_rule_of_one_node_that_takes_a_service_is_found_at_that_node() -> None
     bench.rules("m69d", lambda text: text.replace(portals, rule + portals))
     (found,) = bench.found(trace=True)
     assert (found.code, found.nodes) == ("GKT-119", ("m69d",))
+
+
+def test_a_node_without_ipv6_rules_explains_nothing_of_ipv4() -> None:
+    none = replace(_one("GKT-112", "node n1"), families=frozenset({6}))
+    old, new = (
+        replace(_one("GKT-111", "node n1", f"IPv{family}"), families=frozenset({family}))
+        for family in (4, 6)
+    )
+    found = {one.code: one for one in grouped([none, old, new])}
+    assert found["GKT-111"].cause == "IPv4"
+    assert [one.cause for one in found["GKT-112"].consequences] == ["IPv6"]
