@@ -185,8 +185,10 @@ class PortForwards:
             listener.setblocking(False)
         except OSError as error:
             listener.close()
+            # Without a number: Python's own complaint about a path of more than 107 bytes.
+            hint = "" if error.errno else "set TMPDIR to a folder with a shorter name"
             raise UnavailableError(
-                f"cannot make a local socket for {target}: {error.strerror}"
+                f"cannot make a local socket for {target}: {error.strerror or error}", hint=hint
             ) from error
         return Way(target, Path(name), listener)
 

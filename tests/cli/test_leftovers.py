@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
+from gketrace.errors import ExitCode
 
 BIN = Path(sys.executable).parent
 META = {"namespace": "gketrace", "name": "gketrace-agent-x", "uid": "1"}
@@ -72,35 +75,52 @@ def silent_agents() -> Iterator[tuple[str, threading.Event]]:
         server.server_close()
 
 
+def ask(folder: Path, url: str, temporary: Path) -> subprocess.Popen[str]:
+    kubeconfig = folder / "kubeconfig"
+    kubeconfig.write_text(
+        f"{{current-context: c, clusters: [{{name: c, cluster: {{server: '{url}'}}}}],"
+        "users: [{name: u, user: {token: t}}],"
+        "contexts: [{name: c, context: {cluster: c, user: u}}]}"
+    )
+    words = ["capture", "node/n1", "--plaintext", "--kubeconfig", str(kubeconfig)]
+    return subprocess.Popen(
+        ["env", "--default-signal", str(BIN / "gketrace"), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(temporary)},
+    )
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ended_while_agents_are_reached(tmp_path: Path, number: signal.Signals) -> None:
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
-    kubeconfig = tmp_path / "kubeconfig"
-    with silent_agents() as (url, asked):
-        kubeconfig.write_text(
-            f"{{current-context: c, clusters: [{{name: c, cluster: {{server: '{url}'}}}}],"
-            "users: [{name: u, user: {token: t}}],"
-            "contexts: [{name: c, context: {cluster: c, user: u}}]}"
-        )
-        words = ["capture", "node/n1", "--plaintext", "--kubeconfig", str(kubeconfig)]
-        process = subprocess.Popen(
-            ["env", "--default-signal", str(BIN / "gketrace"), *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "TMPDIR": str(temporary)},
-        )
-        try:
-            assert asked.wait(60), process.poll()
-            made = list(temporary.iterdir())
-            process.send_signal(number)
-            _, err = process.communicate(timeout=60)
-        finally:
-            process.kill()
+    # A short name: it has sockets in it.
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder, silent_agents() as (url, asked):
+        temporary = Path(folder)
+        process = ask(tmp_path, url, temporary)
+        with process:
+            try:
+                assert asked.wait(60), process.communicate(timeout=1)
+                made = list(temporary.iterdir())
+                process.send_signal(number)
+                _, err = process.communicate(timeout=60)
+            finally:
+                process.kill()
+        left = list(temporary.iterdir())
     assert process.returncode == 128 + number, err
     assert "interrupted before a capture began" in err
     assert [one.name.startswith("gketrace-") for one in made] == [True]
+    assert not left
+
+
+def test_a_name_too_long_for_a_socket(tmp_path: Path) -> None:
+    temporary = tmp_path / ("x" * 100)
+    temporary.mkdir()
+    with silent_agents() as (url, _), ask(tmp_path, url, temporary) as process:
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == ExitCode.UNAVAILABLE
+    assert "AF_UNIX path too long" in err
+    assert "set TMPDIR to a folder with a shorter name" in err
     assert not list(temporary.iterdir())
 
 
