@@ -16,7 +16,6 @@ import base64
 import json
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ from gketrace_cli.inputs import read_input
 __all__ = ["Credentials", "Settings", "load_settings", "redact"]
 
 _SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-_PLUGIN_SECONDS = 60.0
 _SECRET = re.compile(
     r"""eyJ[\w-]{8,}(?:\.[\w-]*)*          # a JWT
     | ya29\.[\w.-]+                      # a Google access token
@@ -300,6 +298,8 @@ def _run_plugin(
 
     Raises: UnavailableError when it is not there, fails or says nothing sensible.
     """
+    from gketrace_cli.credential_plugin import run_plugin
+
     command, version = _text(spec, "command"), _text(spec, "apiVersion")
     arguments = [str(argument) for argument in spec.get("args") or []]
     if not command:
@@ -321,32 +321,25 @@ def _run_plugin(
         environment[str(entry["name"])] = str(entry["value"])
     name = Path(command).name
     try:
-        done = subprocess.run(
-            [command, *arguments],
-            env=environment,
-            stdin=None if sys.stdin.isatty() else subprocess.DEVNULL,
-            capture_output=True,
-            timeout=_PLUGIN_SECONDS,
-            check=False,
-        )
+        done = run_plugin([command, *arguments], environment, name)
     except OSError as error:
         hint = _text(spec, "installHint") or f"install {name}, or use another --context"
         raise UnavailableError(
             f"cannot run the credential plugin {name}: {error.strerror}", hint=hint
         ) from error
-    except subprocess.TimeoutExpired as error:
-        raise UnavailableError(
-            f"the credential plugin {name} did not finish in {_PLUGIN_SECONDS:.0f} s"
-        ) from error
-    if done.returncode != 0:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        why = redact(said[-1])[:200] if said else "no message"
+    if done.status != 0:
+        said = done.err.decode(errors="replace").strip().splitlines()
+        why = "no message"
+        if said:
+            why = redact(said[-1])[:200]
+        elif done.shown:
+            why = "see what it printed"
         raise ForbiddenError(
-            f"the credential plugin {name} failed with status {done.returncode}: {why}",
+            f"the credential plugin {name} failed with status {done.status}: {why}",
             hint="log in again, then retry",
         )
     try:
-        status = json.loads(done.stdout)["status"]
+        status = json.loads(done.out)["status"]
         token = status.get("token") or ""
         certificate = (status.get("clientCertificateData") or "").encode()
         key = (status.get("clientKeyData") or "").encode()

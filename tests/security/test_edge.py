@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 STARTS = {
     "agent/gketrace_agent/kernel/process.py",
     "cli/gketrace_cli/capture/offline.py",
-    "cli/gketrace_cli/kubeconfig.py",
+    "cli/gketrace_cli/credential_plugin.py",
     "cli/gketrace_cli/local.py",
 }
 """The only modules that start other programs."""
