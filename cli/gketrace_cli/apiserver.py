@@ -392,6 +392,8 @@ def _body(response: http.client.HTTPResponse) -> bytes:
         size += len(piece)
         if size > _MOST_BODY:
             raise _too_long()
+    if response.length:  # read() tells of it only where it is asked for all
+        raise http.client.IncompleteRead(b"", response.length)
     return b"".join(parts)
 
 

@@ -453,6 +453,34 @@ def test_answers_have_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert apiserver._retry_after(429, headers) is None
 
 
+@pytest.mark.parametrize(
+    "answer", [b"Content-Length: 90\r\n\r\n{}", b"Transfer-Encoding: chunked\r\n\r\n9\r\n{}"]
+)
+def test_an_answer_that_breaks_off(answer: bytes, tmp_path: Path) -> None:
+    """A part of it is never taken for all."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            with server.accept()[0] as connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\n" + answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        where = f"http://127.0.0.1:{server.getsockname()[1]}"
+        path = tmp_path / "kubeconfig"
+        path.write_text(
+            f"{{current-context: c, clusters: [{{name: c, cluster: {{server: '{where}'}}}}],"
+            "contexts: [{name: c, context: {cluster: c, user: u}}], users: [{name: u, user: {}}]}"
+        )
+        with (
+            Cluster.open(kubeconfig=str(path)) as cluster,
+            pytest.raises(UnavailableError, match="closed the connection"),
+        ):
+            cluster.node("n1")
+        thread.join()
+
+
 def test_what_stands_for_no_address_is_taken() -> None:
     """The API allows blanks around ranges; a name is the whole of an FQDN slice."""
     meta = {"metadata": {"namespace": "default", "name": "n"}}
