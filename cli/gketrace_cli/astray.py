@@ -6,7 +6,7 @@ kube-proxy's, a rule that was left behind, or a program of the node may have tak
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
@@ -38,24 +38,22 @@ def known_ends(
     endpoints: Iterable[Endpoint], port: ServicePort
 ) -> frozenset[tuple[IPAddress, int]]:
     """`Question.ends` of a port: all its endpoints, ready or not."""
-    return frozenset(
-        (ip_address(e.address), e.port)
-        for e in endpoints
-        if (e.port_name, e.protocol) == (port.name, port.protocol) and e.address_type != "FQDN"
-    )
+    return frozenset((ip_address(e.address), e.port) for e in _of_port(endpoints, port))
 
 
 def known_takers(
     endpoints: Iterable[Endpoint], port: ServicePort
 ) -> frozenset[tuple[IPAddress, str]]:
     """`Question.takers` of a port: its endpoints that are pods."""
-    return frozenset(
-        (ip_address(e.address), e.pod_key)
-        for e in endpoints
-        if (e.port_name, e.protocol) == (port.name, port.protocol)
-        and e.address_type != "FQDN"
-        and e.pod
-    )
+    return frozenset((ip_address(e.address), e.pod_key) for e in _of_port(endpoints, port) if e.pod)
+
+
+def _of_port(endpoints: Iterable[Endpoint], port: ServicePort) -> Iterator[Endpoint]:
+    """Those that have an address, ready or not."""
+    for end in endpoints:
+        same = (end.port_name, end.protocol) == (port.name, port.protocol)
+        if same and end.address_type != "FQDN":
+            yield end
 
 
 def meant_for(question: Question, path: Path) -> str:

@@ -91,18 +91,9 @@ def finding_documents(findings: Iterable[Finding]) -> list[dict[str, Any]]:
     """The elements of ``findings``."""
     return [
         {
-            "code": one.code,
-            "title": code_of(one.code).title,
+            **_document(one),
             "family": code_of(one.code).family.value,
-            "severity": one.severity.value,
-            "confidence": one.confidence.value,
-            "text": one.text,
-            "subjects": list(one.subjects),
-            "nodes": list(one.nodes),
-            "cause": one.cause,
-            "evidence": [_evidence_document(proof) for proof in one.evidence],
-            "evidenceLeftOut": one.more,
-            "consequences": [_consequence_document(each) for each in one.consequences],
+            "consequences": [_document(each) for each in one.consequences],
             "remedy": one.remedy,
             "command": one.command,
         }
@@ -110,7 +101,8 @@ def finding_documents(findings: Iterable[Finding]) -> list[dict[str, Any]]:
     ]
 
 
-def _consequence_document(one: Finding) -> dict[str, Any]:
+def _document(one: Finding) -> dict[str, Any]:
+    """What is said of a finding, and of what another one explains."""
     return {
         "code": one.code,
         "title": code_of(one.code).title,
